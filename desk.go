@@ -1,0 +1,214 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strconv"
+	"strings"
+)
+
+// Orders to a page.
+const (
+	minePage = 3
+	deskPage = 10
+)
+
+// pageNumber is the page asked for; what is no page is page 1.
+func pageNumber(r *request) int {
+	page, err := strconv.Atoi(r.URL.Query().Get("pageNumber"))
+	if err != nil || page < 1 || page > 1<<40 {
+		return 1
+	}
+	return page
+}
+
+// pagesOf is how many pages n orders fill.
+func pagesOf(n, perPage int) int { return (n + perPage - 1) / perPage }
+
+// myOrder is an order in its buyer's list.
+type myOrder struct {
+	Result     orderResult     `json:"result"`
+	ID         string          `json:"_id"`
+	User       string          `json:"user"`
+	OrderItems json.RawMessage `json:"orderItems"`
+	TotalPrice int64           `json:"totalPrice"`
+}
+
+// myOrders is what GET /api/orders/mine answers; Status counts all of the buyer's orders, not the page's.
+type myOrders struct {
+	Orders []myOrder `json:"orders"`
+	Status struct {
+		Paid   int `json:"paid"`
+		Ready  int `json:"ready"`
+		Coming int `json:"coming"`
+		Done   int `json:"done"`
+	} `json:"status"`
+	Page  int `json:"page"`
+	Pages int `json:"pages"`
+}
+
+// listMine answers GET /api/orders/mine.
+func (s *server) listMine(r *request) (any, error) {
+	page := pageNumber(r)
+	orders, count, err := s.store.OrdersOf(r.Context(), r.caller.ID, (page-1)*minePage, minePage)
+	if err != nil {
+		return nil, err
+	}
+	answer := myOrders{Orders: make([]myOrder, len(orders)), Page: page}
+	for i, o := range orders {
+		answer.Orders[i] = myOrder{o.result(), o.ID, o.UserID, o.Items, o.Total}
+	}
+	answer.Status.Paid, answer.Status.Ready = count[statusPaid], count[statusPreparing]
+	answer.Status.Coming, answer.Status.Done = count[statusShipping], count[statusDelivered]
+	all := 0
+	for _, n := range count {
+		all += n
+	}
+	answer.Pages = pagesOf(all, minePage)
+	return answer, nil
+}
+
+// deskOrder is an order in the desk's list: whole, and with its buyer spelled out.
+type deskOrder struct {
+	Result          orderResult     `json:"result"`
+	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
+	DeliveryDetails json.RawMessage `json:"deliveryDetails,omitempty"`
+	OrdererInfo     json.RawMessage `json:"ordererInfo"`
+	ID              string          `json:"_id"`
+	User            deskUser        `json:"user"`
+	OrderItems      json.RawMessage `json:"orderItems"`
+	ShippingPrice   int64           `json:"shippingPrice"`
+	TotalPrice      int64           `json:"totalPrice"`
+}
+
+// deskUser is a buyer as the orderer wrote himself.
+type deskUser struct {
+	ID      string `json:"_id"`
+	Name    string `json:"name"`
+	General struct {
+		Email string `json:"email"`
+	} `json:"general"`
+}
+
+// deskOrders is what GET /api/orders answers.
+type deskOrders struct {
+	Orders []deskOrder `json:"orders"`
+	Page   int         `json:"page"`
+	Pages  int         `json:"pages"`
+}
+
+// listForDesk answers GET /api/orders, the administrator's list.
+func (s *server) listForDesk(r *request) (any, error) {
+	query := r.URL.Query()
+	filter := OrderFilter{Number: strings.TrimSpace(query.Get("number"))}
+	if badText(filter.Number) || strings.ToValidUTF8(filter.Number, "\ufffd") != filter.Number {
+		return nil, badField("number", "주문 번호가 올바르지 않습니다")
+	}
+	if text := query.Get("status"); text != "" {
+		status, err := strconv.Atoi(text)
+		if err != nil || status < statusUnpaid || status > statusCancelled {
+			return nil, badField("status", "진행 단계를 알 수 없습니다")
+		}
+		filter.Status = &status
+	}
+	page := pageNumber(r)
+	orders, count, err := s.store.OrdersForDesk(r.Context(), filter, (page-1)*deskPage, deskPage)
+	if err != nil {
+		return nil, err
+	}
+	answer := deskOrders{Orders: make([]deskOrder, len(orders)), Page: page, Pages: pagesOf(count, deskPage)}
+	for i, o := range orders {
+		user := deskUser{ID: o.UserID, Name: o.OrdererName}
+		user.General.Email = o.OrdererEmail
+		answer.Orders[i] = deskOrder{o.result(), o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID, user, o.Items, o.ShippingPrice, o.Total}
+	}
+	return answer, nil
+}
+
+// stepMessages say where PATCH /api/orders/{id} has moved an order to.
+var stepMessages = map[int]string{
+	statusPreparing: "해당 주문이 발송 준비 중 단계로 변경되었습니다",
+	statusShipping:  "해당 주문이 배송 중 단계로 변경되었습니다",
+	statusDelivered: "해당 주문이 배송 완료 단계로 변경되었습니다",
+	statusReturning: "해당 주문의 반품 요청 단계로 변경되었습니다",
+}
+
+// stepOrder answers PATCH /api/orders/{id}: the administrator moves an order one step on, or its owner asks to return
+// what has been sent. Two desks that click at once move it once: the step names the status it starts from.
+func (s *server) stepOrder(r *request) (any, error) {
+	wanted, err := statusBody(r)
+	if err != nil {
+		return nil, err
+	}
+	id, ok := r.pathID()
+	if !ok {
+		return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+	}
+	state, err := s.store.OrderState(r.Context(), id, r.caller)
+	if errors.Is(err, errNotFound) {
+		return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+	} else if err != nil {
+		return nil, err
+	}
+	wrongStep := refuse(http.StatusBadRequest, "변경실패, 진행 단계가 알맞지 않습니다")
+	if wanted == nil {
+		return nil, wrongStep
+	}
+	onward := *wanted >= statusPreparing && *wanted <= statusDelivered
+	returned := *wanted == statusReturning && state.Status >= statusPreparing && state.Status <= statusDelivered
+	switch {
+	case onward && !r.caller.Admin:
+		return nil, refuse(http.StatusForbidden, messageAdmin)
+	case onward && state.Status == *wanted-1, returned:
+		err = s.store.Step(r.Context(), r.by(), id, state.Status, *wanted, s.now())
+	default:
+		return nil, wrongStep
+	}
+	if errors.Is(err, errStale) {
+		return nil, wrongStep
+	} else if err != nil {
+		return nil, err
+	}
+	return message{stepMessages[*wanted]}, nil
+}
+
+// historyEntry is a line of an order's history. Who of the shop's people it was is for administrators alone.
+type historyEntry struct {
+	At        stamp  `json:"at"`
+	Who       string `json:"who"`
+	WhoID     string `json:"whoId,omitempty"`
+	From      *int   `json:"from,omitempty"`
+	To        *int   `json:"to,omitempty"`
+	Why       string `json:"why"`
+	ImpUID    string `json:"imp_uid,omitempty"`
+	Amount    *int64 `json:"amount,omitempty"`
+	RequestID string `json:"requestId,omitempty"`
+}
+
+// orderHistory is what GET /api/orders/{id}/history answers.
+type orderHistory struct {
+	History []historyEntry `json:"history"`
+}
+
+// showHistory answers GET /api/orders/{id}/history.
+func (s *server) showHistory(r *request) (any, error) {
+	id, ok := r.pathID()
+	if !ok {
+		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+	}
+	entries, err := s.store.History(r.Context(), id, r.caller)
+	if errors.Is(err, errNotFound) {
+		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+	} else if err != nil {
+		return nil, err
+	}
+	answer := orderHistory{make([]historyEntry, len(entries))}
+	for i, e := range entries {
+		if !r.caller.Admin {
+			e.WhoID = ""
+		}
+		answer.History[i] = historyEntry{stamp(e.At), e.Who, e.WhoID, e.From, e.To, e.Why, e.ImpUID, e.Amount, e.RequestID}
+	}
+	return answer, nil
+}

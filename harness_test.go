@@ -1,0 +1,244 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// testClock is a clock that moves when told to.
+type testClock struct{ nanoseconds atomic.Int64 }
+
+func newTestClock() *testClock {
+	c := &testClock{}
+	c.nanoseconds.Store(time.Date(2026, 3, 2, 1, 0, 0, 0, time.UTC).UnixNano())
+	return c
+}
+
+func (c *testClock) Now() time.Time          { return time.Unix(0, c.nanoseconds.Load()).UTC() }
+func (c *testClock) advance(d time.Duration) { c.nanoseconds.Add(int64(d)) }
+
+// shop is the whole service of one test: its own database, a gateway double and a clock that moves when told to. The
+// reconciler runs when a test calls its Round.
+type shop struct {
+	*server
+	t      testing.TB
+	clock  *testClock
+	double *pretendGateway
+	logged *bytes.Buffer // what it logged; read it when nothing runs
+	url    string
+}
+
+const testSecret = "test-secret-test-secret-test-secret-test"
+
+// Users of the tests.
+const (
+	buyerA = "61a4e52b4f5f6aa036bfeca1"
+	buyerB = "61a4e52b4f5f6aa036bfeca2"
+	desk   = "61a4e52b4f5f6aa036bfecad"
+)
+
+// newShop opens a shop. change, when given, changes its configuration first.
+func newShop(t testing.TB, change ...func(*config)) *shop {
+	t.Helper()
+	clock := newTestClock()
+	double := newPretendGateway(clock.Now)
+	gatewayServer := httptest.NewServer(double)
+	t.Cleanup(gatewayServer.Close)
+	c := config{
+		databaseURL: newTestDatabase(t), jwtSecret: []byte(testSecret), iamportURL: gatewayServer.URL, iamportKey: double.key,
+		iamportSecret: double.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
+		origins: []string{"https://lumiere.example"},
+	}
+	for _, f := range change {
+		f(&c)
+	}
+	store, err := openStore(context.Background(), c.databaseURL, nil)
+	check(t, err)
+	t.Cleanup(store.Close)
+	check(t, store.migrate(context.Background(), len(schemaSteps())))
+	logged := &bytes.Buffer{}
+	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox, Now: clock.Now})
+	t.Cleanup(gateway.client.CloseIdleConnections)
+	s := newServer(c, store, gateway, slog.New(slog.NewJSONHandler(logged, nil)), clock.Now)
+	s.till.lastRound.Store(clock.Now().UnixNano())
+	service := httptest.NewServer(s)
+	t.Cleanup(service.Close)
+	return &shop{s, t, clock, double, logged, service.URL}
+}
+
+// token is a good token of user's.
+func (s *shop) token(user string, isAdmin bool) string {
+	token, err := s.tokens.issue(Caller{ID: user, Admin: isAdmin}, s.clock.Now(), 3*time.Hour)
+	check(s.t, err)
+	return token
+}
+
+// as is the Authorization header of a user: a buyer, or desk, the administrator. "" is nobody.
+func (s *shop) as(user string) string {
+	if user == "" {
+		return ""
+	}
+	return "Bearer " + s.token(user, user == desk)
+}
+
+// answer is what a call answered.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// message is the body's message.
+func (a answer) message() string {
+	var m message
+	json.Unmarshal([]byte(a.body), &m)
+	return m.Message
+}
+
+// call makes a request through real HTTP as user ("": nobody). body is sent as it is when it is a string, as JSON otherwise.
+func (s *shop) call(user, method, path string, body any) answer {
+	s.t.Helper()
+	return s.callWith(s.as(user), method, path, body)
+}
+
+// callWith is call with an Authorization header of the test's own.
+func (s *shop) callWith(authorization, method, path string, body any) answer {
+	s.t.Helper()
+	var reader io.Reader
+	switch b := body.(type) {
+	case nil:
+	case string:
+		reader = strings.NewReader(b)
+	default:
+		text, err := json.Marshal(b)
+		check(s.t, err)
+		reader = bytes.NewReader(text)
+	}
+	request, err := http.NewRequest(method, s.url+path, reader)
+	check(s.t, err)
+	if authorization != "" {
+		request.Header.Set("Authorization", authorization)
+	}
+	request.Header.Set("Content-Type", "application/json")
+	response, err := http.DefaultClient.Do(request)
+	check(s.t, err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	check(s.t, err)
+	return answer{response.StatusCode, response.Header, strings.TrimSuffix(string(text), "\n")}
+}
+
+// want fails the test unless a call answered this status and, when text is not empty, this message.
+func (s *shop) want(a answer, status int, text string) answer {
+	s.t.Helper()
+	if a.status != status || (text != "" && a.message() != text) {
+		s.t.Fatalf("answered %d %s\nwant %d %q", a.status, a.body, status, text)
+	}
+	return a
+}
+
+var ids atomic.Int64
+
+// newTestID is an ObjectId that no test has used before.
+func newTestID() string { return fmt.Sprintf("61a4debe%016x", ids.Add(1)) }
+
+// painting puts a painting of this price into the catalogue and returns its id. Its size is 73x61cm, its canvas 20.
+func (s *shop) painting(price int64) string {
+	s.t.Helper()
+	id := newTestID()
+	check(s.t, s.store.ImportPaintings(context.Background(), []Painting{{ID: id, ArtistID: newTestID(), ArtistName: "안영희",
+		Title: "잠식", Image: "/images/bye/1.jpg", Size: "73x61cm", Canvas: 20, Price: price, ForSale: true}}))
+	return id
+}
+
+// orderBody is a good body of POST /api/orders for paintings of 99,000 won each; number is its result.id.
+func orderBody(number string, paintings ...string) map[string]any {
+	items := make([]any, len(paintings))
+	for i, id := range paintings {
+		items[i] = map[string]any{"product": id, "image": "/images/bye/1.jpg", "title": "잠식", "artist": "안영희", "size": "73x61cm(20호)", "price": 99000}
+	}
+	return map[string]any{
+		"orderItems":      items,
+		"result":          map[string]any{"id": number},
+		"deliveryInfo":    map[string]any{"address": "[00000] 어느시 어느로 1", "detailedAddress": "101호", "receiver": "홍길동", "contactNum": "010-0000-0000"},
+		"deliveryDetails": map[string]any{"receiveAt": "문 앞", "requestedTerms": "문자 주세요"},
+		"ordererInfo":     map[string]any{"name": "홍길동", "phoneNum": "010-0000-0000", "email": "buyer@example.com", "refundTerms": "품절 시 결제수단으로 환불"},
+		"shippingPrice":   10000,
+		"totalPrice":      10000 + 99000*len(paintings),
+	}
+}
+
+// newNumber is an order number that no test has used before.
+func newNumber() string { return fmt.Sprintf("20260302%06d", ids.Add(1)) }
+
+// order makes an order of user's for paintings of 99,000 won and returns its id.
+func (s *shop) order(user string, paintings ...string) string {
+	s.t.Helper()
+	a := s.want(s.call(user, "POST", "/api/orders", orderBody(newNumber(), paintings...)), 201, "주문서 생성 성공")
+	var made orderCreated
+	check(s.t, json.Unmarshal([]byte(a.body), &made))
+	return made.OrderID
+}
+
+// charge has the gateway take amount for an order and returns the imp_uid; nobody is told.
+func (s *shop) charge(order string, amount int64) string {
+	return s.double.pay(pretendPayment{MerchantUID: order, Amount: amount})
+}
+
+// report tells the service of a payment as the browser does.
+func (s *shop) report(impUID string) answer {
+	s.t.Helper()
+	return s.call("", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
+}
+
+// paid makes an order of user's for one new painting, and pays it.
+func (s *shop) paid(user string) (order, impUID, painting string) {
+	s.t.Helper()
+	painting = s.painting(99000)
+	order = s.order(user, painting)
+	impUID = s.charge(order, 109000)
+	s.want(s.report(impUID), 200, "결제 성공")
+	return order, impUID, painting
+}
+
+// orderAt brings a new paid order of buyerA's to a status from 0 to 4.
+func (s *shop) orderAt(status int) (order, impUID, painting string) {
+	s.t.Helper()
+	order, impUID, painting = s.paid(buyerA)
+	for step := 1; step <= min(status, statusDelivered); step++ {
+		s.want(s.call(desk, "PATCH", "/api/orders/"+order, map[string]int{"status": step}), 200, "")
+	}
+	if status == statusReturning {
+		s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, map[string]int{"status": 4}), 200, "")
+	}
+	return order, impUID, painting
+}
+
+// status is the order's status as its buyer or the desk sees it.
+func (s *shop) statusOf(order string) int {
+	s.t.Helper()
+	var detail struct{ Result struct{ Status int } }
+	check(s.t, json.Unmarshal([]byte(s.want(s.call(desk, "GET", "/api/orders/"+order, nil), 200, "").body), &detail))
+	return detail.Result.Status
+}
+
+// inStock reports whether cart-items says to user that the painting is in stock.
+func (s *shop) inStock(user, painting string) bool {
+	s.t.Helper()
+	var items []cartItem
+	check(s.t, json.Unmarshal([]byte(s.want(s.call(user, "GET", "/api/products/cart-items?productId="+painting, nil), 200, "").body), &items))
+	if len(items) != 1 {
+		s.t.Fatalf("cart-items answered %d paintings", len(items))
+	}
+	return items[0].InStock
+}

@@ -1,0 +1,237 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	_ "embed"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Local development: everything that the service stands on, on one machine, for nobody else. None of it can be switched
+// on in a configured deployment: it is there only when DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET are all unset.
+
+//go:embed catalogue.json
+var sampleCatalogue []byte
+
+//go:embed page.html
+var samplePage []byte
+
+// localPeople are the users whose tokens are handed out.
+var localPeople = struct{ buyers, admins []localPerson }{
+	buyers: []localPerson{{"61a4e52b4f5f6aa036bfec61", "가람"}, {"61a4e52b4f5f6aa036bfec62", "나래"}},
+	admins: []localPerson{{"61a4e52b4f5f6aa036bfec6a", "관리자"}},
+}
+
+type localPerson struct{ id, name string }
+
+// localTokenTTL is long enough for a day's work.
+const localTokenTTL = 12 * time.Hour
+
+// localHouse is what local development runs beside the service.
+type localHouse struct {
+	dir     string
+	unlock  func()
+	server  *postgresServer
+	gateway *pretendGateway
+	http    *http.Server // the gateway's
+}
+
+// openLocalHouse starts the private PostgreSQL and the pretend gateway, and completes the configuration with them.
+func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err error) {
+	h := &localHouse{}
+	defer func() {
+		if err != nil {
+			h.Close()
+		}
+	}()
+	if h.dir, err = cacheDir(); err != nil {
+		return nil, err
+	}
+	if h.unlock, err = lockDir(h.dir); err != nil {
+		return nil, fmt.Errorf("local development: %w", err)
+	}
+	if h.server, err = startPostgres(ctx, postgresConfig{Dir: filepath.Join(h.dir, "postgres")}); err != nil {
+		return nil, err
+	}
+	if c.jwtSecret, err = localSecret(); err != nil {
+		return nil, err
+	}
+	h.gateway = newPretendGateway(time.Now)
+	if err := h.gateway.persist(filepath.Join(h.dir, "payments.json")); err != nil {
+		return nil, err
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	h.http = httpServer(h.gateway)
+	go h.http.Serve(listener)
+	c.databaseURL, c.iamportURL = h.server.URL, "http://"+listener.Addr().String()
+	c.iamportKey, c.iamportSecret = h.gateway.key, h.gateway.secret
+	if len(c.origins) == 0 {
+		c.origins = []string{"http://localhost:3000"} // where the front end is developed
+	}
+	return h, nil
+}
+
+// Close stops what openLocalHouse started.
+func (h *localHouse) Close() (err error) {
+	if h.http != nil {
+		err = h.http.Close()
+	}
+	if h.server != nil {
+		err = errors.Join(err, h.server.Stop())
+	}
+	if h.unlock != nil {
+		h.unlock()
+	}
+	return err
+}
+
+// furnish loads the sample catalogue into an empty database, adds the calls that only local development has, and prints
+// how to use it all.
+func (h *localHouse) furnish(ctx context.Context, s *server, address string, out io.Writer) error {
+	ids, err := s.store.AllPaintingIDs(ctx, 200)
+	if err != nil {
+		return err
+	}
+	if len(ids) == 0 {
+		if _, err := importCatalogue(ctx, s.store, bytes.NewReader(sampleCatalogue)); err != nil {
+			return err
+		}
+	}
+	h.gateway.notify = func(impUID, merchantUID, status string) {
+		text, _ := json.Marshal(map[string]string{"imp_uid": impUID, "merchant_uid": merchantUID, "status": status})
+		response, err := http.Post("http://"+address+"/api/payments/webhook", "application/json", bytes.NewReader(text))
+		if err != nil {
+			s.log.Warn("pretend gateway: notice not delivered", "error", err)
+			return
+		}
+		response.Body.Close()
+	}
+	s.mux.HandleFunc("POST /local/payments", h.gateway.window)
+	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		w.Header().Set("Cache-Control", "no-store")
+		w.Write(samplePage)
+	})
+	s.add(route{"GET /local/catalogue", anyone, http.StatusOK, s.localCatalogue})
+	return h.welcome(s, address, out)
+}
+
+// localCatalogueAnswer is what the page in local development starts from.
+type localCatalogueAnswer struct {
+	IDs    []string           `json:"ids"`
+	Buyers []localPersonToken `json:"buyers"`
+	Admin  localPersonToken   `json:"admin"`
+}
+
+type localPersonToken struct {
+	ID    string `json:"id"`
+	Name  string `json:"name"`
+	Token string `json:"token"`
+}
+
+func (s *server) localCatalogue(r *request) (any, error) {
+	ids, err := s.store.AllPaintingIDs(r.Context(), 200)
+	if err != nil {
+		return nil, err
+	}
+	answer := localCatalogueAnswer{IDs: ids}
+	for _, p := range localPeople.buyers {
+		answer.Buyers = append(answer.Buyers, localPersonToken{p.id, p.name, s.localToken(p, false)})
+	}
+	a := localPeople.admins[0]
+	answer.Admin = localPersonToken{a.id, a.name, s.localToken(a, true)}
+	return answer, nil
+}
+
+func (s *server) localToken(p localPerson, isAdmin bool) string {
+	token, err := s.tokens.issue(Caller{ID: p.id, Admin: isAdmin}, s.now(), localTokenTTL)
+	if err != nil {
+		panic(err) // HS256 signs with any secret
+	}
+	return token
+}
+
+// localSecret is the secret of local development's tokens, made at the first run and kept, so that a command in another
+// terminal makes tokens that the running service accepts.
+func localSecret() ([]byte, error) {
+	dir, err := cacheDir()
+	if err != nil {
+		return nil, err
+	}
+	name := filepath.Join(dir, "jwt-secret")
+	if secret, err := os.ReadFile(name); err == nil && len(secret) >= 32 {
+		return secret, nil
+	}
+	var random [32]byte
+	rand.Read(random[:])
+	secret := []byte(base64.RawURLEncoding.EncodeToString(random[:]))
+	return secret, os.WriteFile(name, secret, 0o600)
+}
+
+// openLocalDatabase finds the private PostgreSQL for a command: the one that a running service has started, or its own
+// start of it until closeDatabase.
+func openLocalDatabase(ctx context.Context, c *config) (closeDatabase func() error, err error) {
+	dir, err := cacheDir()
+	if err != nil {
+		return nil, err
+	}
+	cluster := filepath.Join(dir, "postgres")
+	unlock, err := lockDir(dir)
+	if err != nil {
+		c.databaseURL, err = runningPostgres(cluster)
+		return func() error { return nil }, err
+	}
+	server, err := startPostgres(ctx, postgresConfig{Dir: cluster})
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	c.databaseURL = server.URL
+	return func() error { defer unlock(); return server.Stop() }, nil
+}
+
+// welcome prints where the service is, tokens, and the lines that walk from a cart to a cancelled order.
+func (h *localHouse) welcome(s *server, address string, out io.Writer) error {
+	_, err := fmt.Fprint(out, strings.NewReplacer(
+		"{url}", "http://"+address,
+		"{buyer}", s.localToken(localPeople.buyers[0], false),
+		"{admin}", s.localToken(localPeople.admins[0], true),
+	).Replace(`
+Lumiere's order service, in local development: {url}
+The page there walks through everything; the lines below do the same. More tokens: go run . token -user ID [-admin]
+
+URL={url}
+BUYER={buyer}
+ADMIN={admin}
+
+curl -sg "$URL/api/products/cart-items?productId[]=61a4c895f59ea1b7a727a658&productId[]=61a4debe4f5f6aa036bfec5f"
+curl -sg "$URL/api/products/total-price?productId[]=61a4c895f59ea1b7a727a658" -H "Authorization: Bearer $BUYER"
+ORDER=$(curl -s "$URL/api/orders" -H "Authorization: Bearer $BUYER" -H 'Content-Type: application/json' -d '{
+  "orderItems": [{"product": "61a4c895f59ea1b7a727a658", "image": "/images/bye/1.jpg", "title": "잠식", "artist": "안영희",
+    "size": "73x61cm(20호)", "price": 99000}],
+  "result": {"id": "'$(date +%Y%m%d%H%M%S)'"},
+  "deliveryInfo": {"address": "[00000] 서울특별시 어느구 어느로 1", "detailedAddress": "101호", "receiver": "홍길동", "contactNum": "010-0000-0000"},
+  "ordererInfo": {"name": "홍길동", "phoneNum": "010-0000-0000", "email": "buyer@example.com", "refundTerms": "품절 시 결제수단으로 환불"},
+  "shippingPrice": 10000, "totalPrice": 109000}' | sed -E 's/.*"orderId":"([0-9a-f]+)".*/\1/'); echo "$ORDER"
+IMP_UID=$(curl -s "$URL/local/payments" -H 'Content-Type: application/json' -d '{"merchant_uid": "'$ORDER'", "amount": 109000}' | sed -E 's/.*"imp_uid":"([^"]+)".*/\1/'); echo "$IMP_UID"
+curl -s -X PATCH "$URL/api/orders/pay" -H 'Content-Type: application/json' -d '{"imp_uid": "'$IMP_UID'"}'
+curl -s "$URL/api/orders/$ORDER" -H "Authorization: Bearer $BUYER"
+curl -s -X DELETE "$URL/api/orders/$ORDER" -H "Authorization: Bearer $BUYER"
+
+`))
+	return err
+}

@@ -1,0 +1,474 @@
+// Command lumiere is the order service of the Lumiere gallery: it checks a cart, makes orders that hold one-of-a-kind
+// paintings, and confirms, cancels and refunds their Iamport payments.
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const usage = `lumiere is the order service of the Lumiere gallery.
+
+Usage:
+  lumiere                                    serve
+  lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
+  lumiere token -user ID [-admin] [-ttl 3h]  print a token
+  lumiere healthcheck                        exit 0 when the running service is ready
+  lumiere version                            print the version
+
+Without DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET it runs in local development: a private PostgreSQL,
+a sample catalogue and a pretend gateway. README.md describes the configuration.
+`
+
+func main() {
+	time.Local = time.UTC
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "lumiere:", err)
+		os.Exit(1)
+	}
+}
+
+// errUsage says that the command line was wrong; the usage has been printed.
+var errUsage = errors.New("see the usage above")
+
+// run is the program with its surroundings as arguments. It returns once ctx has ended and all that was begun is done.
+func run(ctx context.Context, args []string, getenv func(string) string, in io.Reader, out, errOut io.Writer) error {
+	command := ""
+	if len(args) > 0 {
+		command, args = args[0], args[1:]
+	}
+	flags := flag.NewFlagSet(command, flag.ContinueOnError)
+	flags.SetOutput(errOut)
+	flags.Usage = func() { fmt.Fprint(errOut, usage) }
+	var do func(config) error
+	wantArgs := 0
+	switch command {
+	case "":
+		do = func(c config) error { return serve(ctx, c, out, errOut) }
+	case "import":
+		wantArgs = 1
+		do = func(c config) error { return importCommand(ctx, c, flags.Arg(0), in, out) }
+	case "token":
+		user, isAdmin := flags.String("user", "", ""), flags.Bool("admin", false, "")
+		ttl := flags.Duration("ttl", 3*time.Hour, "")
+		do = func(c config) error { return tokenCommand(c, *user, *isAdmin, *ttl, out) }
+	case "healthcheck":
+		do = func(c config) error { return healthcheckCommand(ctx, c) }
+	case "version":
+		do = func(config) error { _, err := fmt.Fprintln(out, "lumiere", version()); return err }
+	case "-h", "-help", "--help", "help":
+		_, err := fmt.Fprint(out, usage)
+		return err
+	default:
+		fmt.Fprint(errOut, usage)
+		return fmt.Errorf("unknown command %q: %w", command, errUsage)
+	}
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return nil
+	} else if err != nil {
+		return errUsage
+	}
+	if flags.NArg() != wantArgs {
+		flags.Usage()
+		return errUsage
+	}
+	c, err := readConfig(getenv, command)
+	if err != nil {
+		return err
+	}
+	return do(c)
+}
+
+// ---- configuration
+
+// config is the environment, read and checked.
+type config struct {
+	databaseURL               string
+	jwtSecret                 []byte
+	iamportKey, iamportSecret string
+	iamportURL                string
+	sandbox                   bool // accept payments of test channels
+	port                      int
+	origins                   []string      // allowed by CORS
+	shipping                  int64         // won for an order
+	hold                      time.Duration // how long an unpaid order keeps its paintings
+	reconcile                 time.Duration // between rounds of the reconciler
+	logLevel                  slog.Level
+	local                     bool // local development
+}
+
+// secretNames are the variables without which the service is in local development; each command needs some of them.
+var secretNames = []string{"DATABASE_URL", "JWT_SECRET", "IAMPORT_KEY", "IAMPORT_SECRET"}
+
+var commandNeeds = map[string][]string{
+	"": secretNames, "import": {"DATABASE_URL"}, "token": {"JWT_SECRET"},
+}
+
+// readConfig reads what command needs, and says everything that is wrong with it at once. A value that may be a secret is
+// never part of the error.
+func readConfig(getenv func(string) string, command string) (config, error) {
+	var problems []error
+	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	or := func(name, byDefault string) string {
+		if value := strings.TrimSpace(getenv(name)); value != "" {
+			return value
+		}
+		return byDefault
+	}
+	c := config{
+		databaseURL: or("DATABASE_URL", ""), jwtSecret: []byte(getenv("JWT_SECRET")),
+		iamportKey: or("IAMPORT_KEY", ""), iamportSecret: or("IAMPORT_SECRET", ""),
+		iamportURL: strings.TrimSuffix(or("IAMPORT_URL", "https://api.iamport.kr"), "/"),
+	}
+	c.local = !slices.ContainsFunc(secretNames, func(name string) bool { return getenv(name) != "" })
+	if !c.local {
+		for _, name := range commandNeeds[command] {
+			if getenv(name) == "" {
+				problem("%s is not set (with none of %s set, the service runs in local development)", name, strings.Join(secretNames, ", "))
+			}
+		}
+		if n := len(c.jwtSecret); n > 0 && n < 32 {
+			problem("JWT_SECRET has %d bytes; at least 32 are needed", n)
+		}
+	}
+	if !strings.HasPrefix(c.iamportURL, "https://") && !strings.HasPrefix(c.iamportURL, "http://") {
+		problem("IAMPORT_URL must begin with https:// or http://")
+	}
+	var err error
+	if c.sandbox, err = strconv.ParseBool(or("IAMPORT_SANDBOX", "false")); err != nil {
+		problem("IAMPORT_SANDBOX must be true or false")
+	}
+	if c.port, err = strconv.Atoi(or("PORT", "5000")); err != nil || c.port < 0 || c.port > 65535 {
+		problem("PORT must be a number up to 65535")
+	}
+	if c.shipping, err = strconv.ParseInt(or("SHIPPING_PRICE", "10000"), 10, 64); err != nil || c.shipping < 0 || c.shipping > maxPrice {
+		problem("SHIPPING_PRICE must be whole won, 0 or more")
+	}
+	duration := func(name, byDefault string) time.Duration {
+		d, err := time.ParseDuration(or(name, byDefault))
+		if err != nil || d <= 0 {
+			problem("%s must be a duration such as %s", name, byDefault)
+		}
+		return d
+	}
+	c.hold, c.reconcile = duration("ORDER_HOLD", "30m"), duration("RECONCILE_INTERVAL", "10s")
+	for origin := range strings.SplitSeq(getenv("CORS_ORIGINS"), ",") {
+		if origin = strings.TrimSuffix(strings.TrimSpace(origin), "/"); origin == "" {
+			continue
+		}
+		if !strings.Contains(origin, "://") || strings.Contains(origin, "*") {
+			problem("CORS_ORIGINS lists exact origins such as https://lumiere.example, not %q", origin)
+		}
+		c.origins = append(c.origins, origin)
+	}
+	if err := c.logLevel.UnmarshalText([]byte(or("LOG_LEVEL", "info"))); err != nil {
+		problem("LOG_LEVEL must be debug, info, warn or error")
+	}
+	return c, errors.Join(problems...)
+}
+
+// version is the commit that the program was built from, or a word for a build without one.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	setting := func(key string) string {
+		i := slices.IndexFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == key })
+		if i < 0 {
+			return ""
+		}
+		return info.Settings[i].Value
+	}
+	revision := setting("vcs.revision")
+	if revision == "" {
+		return info.Main.Version
+	}
+	revision = revision[:min(12, len(revision))]
+	if setting("vcs.modified") == "true" {
+		revision += "-modified"
+	}
+	return revision + " " + setting("vcs.time")
+}
+
+// ---- the service
+
+// routes is the API. It is the one list of what can be called.
+func (s *server) routes() []route {
+	return []route{
+		{"GET /api/products/cart-items", anyone, 200, s.cartItems},
+		{"GET /api/products/total-price", signedIn, 200, s.totalPrice},
+		{"POST /api/orders", signedIn, 201, s.createOrder},
+		{"PATCH /api/orders/pay", anyone, 200, s.pay},
+		{"DELETE /api/orders/{id}", signedIn, 200, s.deleteOrder},
+		{"GET /api/orders/{id}", signedIn, 200, s.showOrder},
+		{"GET /api/orders/latest", signedIn, 200, s.showLatest},
+		{"POST /api/payments/webhook", anyone, 200, s.webhook},
+
+		{"GET /api/orders/mine", signedIn, 200, s.listMine},
+		{"GET /api/orders", admin, 200, s.listForDesk},
+		{"PATCH /api/orders/{id}", signedIn, 200, s.stepOrder},
+		{"GET /api/orders/{id}/history", signedIn, 200, s.showHistory},
+
+		{"GET /healthz", anyone, 200, s.healthz},
+		{"GET /readyz", anyone, 200, s.readyz},
+	}
+}
+
+// newServer builds the service around a store and a gateway, for main and the tests alike.
+func newServer(c config, store *Store, gateway *Gateway, log *slog.Logger, now func() time.Time) *server {
+	s := &server{
+		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
+		till: &Till{store: store, gateway: gateway, now: now, log: log, every: c.reconcile, hold: c.hold},
+	}
+	for _, rt := range s.routes() {
+		s.add(rt)
+	}
+	if !c.local { // there it is the page
+		s.add(route{"GET /{$}", anyone, 200, s.about})
+	}
+	return s
+}
+
+// randomDigits are 16 hex digits nobody can guess.
+func randomDigits() string {
+	var b [8]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+// serve runs the service until ctx ends, then lets what is under way finish for 10 seconds.
+func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
+	log := newLog(c, errOut)
+	var house *localHouse
+	host := ""
+	if c.local {
+		if house, err = openLocalHouse(ctx, &c); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, house.Close()) }()
+		host = "127.0.0.1"
+	}
+	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	store, err := openStore(ctx, c.databaseURL, nil)
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	if err := store.migrate(ctx, len(schemaSteps())); err != nil {
+		return fmt.Errorf("database: %w", err)
+	}
+	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox})
+	s := newServer(c, store, gateway, log, time.Now)
+	if house != nil {
+		if err := house.furnish(ctx, s, listener.Addr().String(), out); err != nil {
+			return err
+		}
+	}
+	log.Info("serving", "address", listener.Addr().String(), "version", version())
+
+	reconciling := make(chan struct{})
+	reconcileCtx, stopReconciling := context.WithCancel(ctx)
+	go func() {
+		defer close(reconciling)
+		s.till.Reconcile(reconcileCtx)
+	}()
+	err = serveHTTP(ctx, httpServer(s), listener)
+	stopReconciling()
+	select {
+	case <-reconciling:
+	case <-time.After(drainTime / 2): // what it left is leased, and goes on elsewhere
+	}
+	log.Info("stopped")
+	return err
+}
+
+// drainTime is how long requests under way may take to finish once the service is asked to stop.
+const drainTime = 8 * time.Second
+
+// httpServer has every limit set. Writing may take as long as a forged payment's look-up, refund and second look-up.
+func httpServer(handler http.Handler) *http.Server {
+	return &http.Server{
+		Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute,
+		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 256 << 10,
+		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+	}
+}
+
+// serveHTTP serves until ctx ends, then drains.
+func serveHTTP(ctx context.Context, server *http.Server, listener net.Listener) error {
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	select {
+	case err := <-served:
+		return err
+	case <-ctx.Done():
+	}
+	drain, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	if err := server.Shutdown(drain); err != nil {
+		server.Close() // whatever is cut off here is booked, and goes on with the next start
+	}
+	return nil
+}
+
+// newLog is JSON in production and readable text in local development.
+func newLog(c config, to io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: c.logLevel}
+	if c.local {
+		return slog.New(slog.NewTextHandler(to, options))
+	}
+	return slog.New(slog.NewJSONHandler(to, options))
+}
+
+// ---- health
+
+// health is what readyz answers: a word on each thing that the service stands on.
+type health struct {
+	Database   string `json:"database"`
+	Reconciler string `json:"reconciler"`
+	Gateway    string `json:"gateway"`
+}
+
+// healthz answers as long as the process can: it fails only by not answering, and then the process should be restarted.
+func (s *server) healthz(*request) (any, error) {
+	return struct {
+		Status string `json:"status"`
+	}{"ok"}, nil
+}
+
+// readyz answers 200 when orders can be taken: the database answers a statement within a second, its schema is not
+// older than the program, and the reconciler gets through its rounds. A silent gateway is only said: carts and orders
+// go on without it.
+func (s *server) readyz(r *request) (any, error) {
+	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
+	defer cancel()
+	state := health{Database: "ok", Reconciler: "ok", Gateway: "ok"}
+	version, err := s.store.schemaVersion(ctx)
+	switch {
+	case err != nil:
+		state.Database = "not answering"
+	case version < len(schemaSteps()):
+		state.Database = "schema older than the program"
+	}
+	if s.till.behind() {
+		state.Reconciler = "has not finished a round for ten intervals"
+	}
+	if s.till.trouble.Load() {
+		state.Gateway = "not answering"
+	}
+	if state.Database != "ok" || state.Reconciler != "ok" {
+		return nil, &refusal{status: http.StatusServiceUnavailable, body: state, retryAfter: time.Second, cause: err}
+	}
+	return state, nil
+}
+
+// about answers / in a configured deployment.
+func (s *server) about(*request) (any, error) {
+	return struct {
+		Name    string `json:"name"`
+		Version string `json:"version"`
+	}{"lumiere", version()}, nil
+}
+
+// ---- commands
+
+// importCommand loads the catalogue from the file called name, - being standard input.
+func importCommand(ctx context.Context, c config, name string, in io.Reader, out io.Writer) error {
+	if name != "-" {
+		file, err := os.Open(name)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		in = file
+	}
+	return withStore(ctx, c, func(store *Store) error {
+		n, err := importCatalogue(ctx, store, in)
+		if err == nil {
+			fmt.Fprintf(out, "%d paintings imported\n", n)
+		}
+		return err
+	})
+}
+
+// withStore opens the database, the private one in local development, for a command, and brings its schema up to date.
+func withStore(ctx context.Context, c config, do func(*Store) error) (err error) {
+	if c.local {
+		closeDatabase, err := openLocalDatabase(ctx, &c)
+		if err != nil {
+			return err
+		}
+		defer closeDatabase()
+	}
+	store, err := openStore(ctx, c.databaseURL, nil)
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	if err := store.migrate(ctx, len(schemaSteps())); err != nil {
+		return fmt.Errorf("database: %w", err)
+	}
+	return do(store)
+}
+
+// tokenCommand prints a token for user.
+func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io.Writer) (err error) {
+	id, ok := parseID(user)
+	if !ok {
+		return errors.New("-user must be an ObjectId: 24 hex digits")
+	}
+	if c.local {
+		if c.jwtSecret, err = localSecret(); err != nil {
+			return err
+		}
+	}
+	token, err := newTokens(c.jwtSecret, time.Now).issue(Caller{ID: id, Admin: isAdmin}, time.Now(), ttl)
+	if err == nil {
+		fmt.Fprintln(out, token)
+	}
+	return err
+}
+
+// healthcheckCommand asks the service on this machine whether it is ready.
+func healthcheckCommand(ctx context.Context, c config) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/readyz", c.port), nil)
+	if err != nil {
+		return err
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 1000))
+		return fmt.Errorf("not ready: %s: %s", response.Status, text)
+	}
+	return nil
+}

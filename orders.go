@@ -1,0 +1,557 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// The statuses of an order (result.status).
+const (
+	statusUnpaid    = -1 // 결제미완료
+	statusPaid      = 0  // 결제완료
+	statusPreparing = 1  // 발송준비중
+	statusShipping  = 2  // 배송중
+	statusDelivered = 3  // 배송완료
+	statusReturning = 4  // 반품요청중
+	statusCancelled = 5  // 결제취소
+)
+
+const (
+	messageNoSuchOrder   = "해당 주문내역이 존재하지 않습니다"
+	messageOrderUnknown  = "해당 주문 내역이 없습니다"
+	messageCancelling    = "결제 취소가 진행 중입니다"
+	messageRefundPending = "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"
+)
+
+// ---- what an order must look like
+
+// deliveryInfo, deliveryDetails and ordererInfo are the parts of an order that its buyer writes.
+type deliveryInfo struct {
+	Address         string `json:"address"`
+	DetailedAddress string `json:"detailedAddress"`
+	Receiver        string `json:"receiver"`
+	ContactNum      string `json:"contactNum"`
+}
+
+type deliveryDetails struct {
+	ReceiveAt      string `json:"receiveAt,omitempty"`
+	RequestedTerms string `json:"requestedTerms,omitempty"`
+}
+
+type ordererInfo struct {
+	Name        string `json:"name"`
+	PhoneNum    string `json:"phoneNum"`
+	Email       string `json:"email"`
+	RefundTerms string `json:"refundTerms"`
+}
+
+// orderRequest is the body of POST /api/orders. What it says of a painting is compared with the catalogue, never kept.
+type orderRequest struct {
+	OrderItems []json.RawMessage `json:"orderItems"`
+	Result     *struct {
+		ID string `json:"id"`
+	} `json:"result"`
+	DeliveryInfo    *deliveryInfo    `json:"deliveryInfo"`
+	DeliveryDetails *deliveryDetails `json:"deliveryDetails"`
+	OrdererInfo     *ordererInfo     `json:"ordererInfo"`
+	ShippingPrice   *int64           `json:"shippingPrice"`
+	TotalPrice      *int64           `json:"totalPrice"`
+}
+
+// orderItemRequest is an element of orderItems. Image, title, artist and size are the catalogue's to say.
+type orderItemRequest struct {
+	Product string `json:"product"`
+	Image   string `json:"image"`
+	Title   string `json:"title"`
+	Artist  string `json:"artist"`
+	Size    string `json:"size"`
+	Price   *int64 `json:"price"`
+}
+
+const (
+	maxItems = 50  // paintings in an order
+	maxText  = 500 // characters of a text
+)
+
+// badText reports whether a text is too long, or has characters that are none: NUL, or what stands for a lone surrogate.
+func badText(text string) bool {
+	return strings.ContainsAny(text, "\x00\ufffd") || utf8.RuneCountInString(text) > maxText
+}
+
+// texts trims the texts of an object and checks them in order.
+func texts(object string, fields ...textField) error {
+	for _, f := range fields {
+		*f.text = strings.TrimSpace(*f.text)
+		name := joinField(object, f.name)
+		switch {
+		case *f.text == "" && !f.optional:
+			return badField(name, "값이 필요합니다")
+		case badText(*f.text):
+			return badField(name, fmt.Sprintf("%d자 이내의 올바른 글자여야 합니다", maxText))
+		}
+	}
+	return nil
+}
+
+type textField struct {
+	name     string
+	text     *string
+	optional bool
+}
+
+// parseOrder turns the body of POST /api/orders into the order that it asks for.
+func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
+	var in orderRequest
+	if err := decodeJSON(body, "", &in); err != nil {
+		return o, err
+	}
+	switch {
+	case len(in.OrderItems) == 0:
+		return o, refuse(http.StatusBadRequest, "주문할 상품 목록이 없습니다")
+	case len(in.OrderItems) > maxItems:
+		return o, badField("orderItems", fmt.Sprintf("한 번에 %d점까지 주문할 수 있습니다", maxItems))
+	case in.Result == nil:
+		return o, badField("result", "값이 필요합니다")
+	case in.DeliveryInfo == nil:
+		return o, badField("deliveryInfo", "값이 필요합니다")
+	case in.OrdererInfo == nil:
+		return o, badField("ordererInfo", "값이 필요합니다")
+	case in.ShippingPrice == nil:
+		return o, badField("shippingPrice", "값이 필요합니다")
+	case in.TotalPrice == nil:
+		return o, badField("totalPrice", "값이 필요합니다")
+	}
+	for i, raw := range in.OrderItems {
+		name := fmt.Sprintf("orderItems[%d]", i)
+		id, price, err := parseOrderItem(raw, name)
+		if err != nil {
+			return o, err
+		}
+		if slices.Contains(o.ProductIDs, id) {
+			return o, badField(name+".product", "같은 작품이 두 번 들어 있습니다")
+		}
+		o.ProductIDs, o.Prices = append(o.ProductIDs, id), append(o.Prices, price)
+	}
+	if in.DeliveryDetails == nil {
+		in.DeliveryDetails = &deliveryDetails{}
+	}
+	d, dd, w := in.DeliveryInfo, in.DeliveryDetails, in.OrdererInfo
+	if err := errors.Join( // each names its first
+		texts("result", textField{"id", &in.Result.ID, false}),
+		texts("deliveryInfo", textField{"address", &d.Address, false}, textField{"detailedAddress", &d.DetailedAddress, false},
+			textField{"receiver", &d.Receiver, false}, textField{"contactNum", &d.ContactNum, false}),
+		texts("deliveryDetails", textField{"receiveAt", &dd.ReceiveAt, true}, textField{"requestedTerms", &dd.RequestedTerms, true}),
+		texts("ordererInfo", textField{"name", &w.Name, false}, textField{"phoneNum", &w.PhoneNum, false},
+			textField{"email", &w.Email, false}, textField{"refundTerms", &w.RefundTerms, false}),
+	); err != nil {
+		return o, err
+	}
+	if !strings.Contains(w.Email, "@") {
+		return o, badField("ordererInfo.email", "이메일 주소가 올바르지 않습니다")
+	}
+	if *in.ShippingPrice != shipping {
+		return o, badField("shippingPrice", fmt.Sprintf("배송비는 %d원입니다", shipping))
+	}
+	o.Number, o.ShippingPrice, o.Total = in.Result.ID, *in.ShippingPrice, *in.TotalPrice
+	o.DeliveryInfo, o.OrdererInfo = document(d), document(w)
+	if *dd != (deliveryDetails{}) {
+		text := document(dd)
+		o.DeliveryDetails = &text
+	}
+	return o, nil
+}
+
+// parseOrderItem reads one element of orderItems, which errors call name.
+func parseOrderItem(raw []byte, name string) (id string, price int64, err error) {
+	var item orderItemRequest
+	if bytes.Equal(bytes.TrimSpace(raw), []byte("null")) {
+		return "", 0, badField(name, "형식이 올바르지 않습니다")
+	}
+	if err := decodeJSON(raw, name, &item); err != nil {
+		return "", 0, err
+	}
+	id, ok := parseID(item.Product)
+	switch {
+	case !ok:
+		return "", 0, badField(name+".product", "상품 아이디가 올바르지 않습니다")
+	case item.Price == nil:
+		return "", 0, badField(name+".price", "값이 필요합니다")
+	}
+	return id, *item.Price, nil
+}
+
+// ---- POST /api/orders
+
+// orderCreated is the answer to a new order.
+type orderCreated struct {
+	Message string `json:"message"`
+	OrderID string `json:"orderId"`
+}
+
+// createOrder answers POST /api/orders: an order before its payment, which holds its paintings.
+func (s *server) createOrder(r *request) (any, error) {
+	body, err := readBody(r)
+	if err != nil {
+		return nil, err
+	}
+	order, err := parseOrder(body, s.config.shipping)
+	if err != nil {
+		return nil, err
+	}
+	now := s.now()
+	order.ID, order.UserID = s.newID(now), r.caller.ID
+	order.CreatedAt, order.HeldUntil = now, now.Add(s.config.hold)
+	created, err := s.store.CreateOrder(r.Context(), Change{Who: "buyer", Request: r.id}, order)
+	if err != nil {
+		return nil, err
+	}
+	r.orderID = created.OrderID
+	switch {
+	case created.Twin && !sameSet(created.TwinItems, order.ProductIDs):
+		return nil, refuse(http.StatusConflict, "result.id: 다른 주문에 이미 사용된 주문 번호입니다")
+	case created.OrderID != "":
+		return orderCreated{"주문서 생성 성공", created.OrderID}, nil
+	}
+	return nil, s.whyNotCreated(r, order, created.Asked)
+}
+
+// whyNotCreated is the refusal of an order that could not be made.
+func (s *server) whyNotCreated(r *request, order NewOrder, asked []Asked) error {
+	for i, a := range asked {
+		if !a.Known {
+			return refuse(http.StatusNotFound, fmt.Sprintf("orderItems[%d].product: 존재하지 않는 작품입니다", i))
+		}
+	}
+	if taken := slices.DeleteFunc(slices.Clone(asked), func(a Asked) bool { return a.Free }); len(taken) > 0 {
+		return s.whyTaken(r, taken)
+	}
+	total := order.ShippingPrice
+	for i, a := range asked {
+		if a.Price != order.Prices[i] {
+			return badField(fmt.Sprintf("orderItems[%d].price", i), fmt.Sprintf("작품 가격은 %d원입니다", a.Price))
+		}
+		total += a.Price
+	}
+	return badField("totalPrice", fmt.Sprintf("주문 금액은 %d원입니다", total))
+}
+
+// takenProduct is a painting that the caller came too late for.
+type takenProduct struct {
+	ID     string `json:"_id"`
+	Title  string `json:"title"`
+	Reason string `json:"reason"`          // sold, or held by somebody who has yet to pay
+	Until  *stamp `json:"until,omitempty"` // when that hold ends
+}
+
+// takenProducts is the body of the 409 of an order whose paintings are not all to be had.
+type takenProducts struct {
+	Message  string         `json:"message"`
+	Products []takenProduct `json:"products"`
+}
+
+// whyTaken is the 409 that says which paintings are taken and how. It reads them once more: the statement that lost a
+// race still saw them free.
+func (s *server) whyTaken(r *request, taken []Asked) error {
+	ids := make([]string, len(taken))
+	for i, a := range taken {
+		ids[i] = a.ID
+	}
+	paintings, err := s.store.Paintings(r.Context(), ids)
+	if err != nil {
+		return err
+	}
+	body := takenProducts{Message: "이미 판매되었거나 다른 구매자가 결제 중인 작품이 있습니다"}
+	for _, a := range taken {
+		p := paintings[a.ID]
+		product := takenProduct{ID: a.ID, Title: a.Title, Reason: "sold"}
+		if p.ForSale && (!p.Taken || p.Holder != "") { // free again by now: it was held a moment ago
+			product.Reason = "held"
+		}
+		if product.Reason == "held" && p.HeldUntil != nil {
+			product.Until = (*stamp)(p.HeldUntil)
+		}
+		body.Products = append(body.Products, product)
+	}
+	return &refusal{status: http.StatusConflict, body: body}
+}
+
+// sameSet reports whether a and b, each without repeats, have the same elements.
+func sameSet(a, b []string) bool {
+	return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
+}
+
+// ---- GET /api/orders/{id} and /latest
+
+// orderResult is the part of an order that changes.
+type orderResult struct {
+	ID        string `json:"id"`
+	PaidAt    *stamp `json:"paidAt,omitempty"`
+	Status    int    `json:"status"`
+	UpdatedAt stamp  `json:"updatedAt"`
+}
+
+// orderDetail is an order as the page prints it.
+type orderDetail struct {
+	Result          orderResult     `json:"result"`
+	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
+	DeliveryDetails json.RawMessage `json:"deliveryDetails,omitempty"`
+	OrdererInfo     json.RawMessage `json:"ordererInfo"`
+	ID              string          `json:"_id"`
+	User            string          `json:"user"`
+	OrderItems      json.RawMessage `json:"orderItems"`
+	ShippingPrice   int64           `json:"shippingPrice"`
+	TotalPrice      int64           `json:"totalPrice"`
+}
+
+func (o Order) result() orderResult {
+	return orderResult{o.Number, (*stamp)(o.PaidAt), o.Status, stamp(o.UpdatedAt)}
+}
+
+// showOrder answers GET /api/orders/{id}.
+func (s *server) showOrder(r *request) (any, error) {
+	id, ok := r.pathID()
+	if !ok {
+		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+	}
+	o, err := s.store.Order(r.Context(), id, r.caller)
+	if errors.Is(err, errNotFound) {
+		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+	} else if err != nil {
+		return nil, err
+	}
+	return orderDetail{o.result(), o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID, o.UserID, o.Items, o.ShippingPrice, o.Total}, nil
+}
+
+// pathID is the order that the request's path names; a malformed id names no order.
+func (r *request) pathID() (id string, ok bool) {
+	id, ok = parseID(r.PathValue("id"))
+	r.orderID = id
+	return id, ok
+}
+
+// latestOrder is what GET /api/orders/latest answers: what an order form is filled with.
+type latestOrder struct {
+	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
+	DeliveryDetails json.RawMessage `json:"deliveryDetails,omitempty"`
+	OrdererInfo     json.RawMessage `json:"ordererInfo"`
+	ID              string          `json:"_id"`
+}
+
+// showLatest answers GET /api/orders/latest.
+func (s *server) showLatest(r *request) (any, error) {
+	o, err := s.store.LatestOrder(r.Context(), r.caller.ID)
+	if errors.Is(err, errNotFound) {
+		return nil, refuse(http.StatusNotFound, "최근 주문 내역이 없습니다")
+	} else if err != nil {
+		return nil, err
+	}
+	r.orderID = o.ID
+	return latestOrder{o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID}, nil
+}
+
+// ---- PATCH /api/orders/pay and the gateway's notices
+
+// pay answers PATCH /api/orders/pay: the browser reports a payment. It proves nothing; the gateway is asked.
+func (s *server) pay(r *request) (any, error) {
+	var body struct {
+		ImpUID string `json:"imp_uid"`
+	}
+	if err := decodeBody(r, &body); err != nil {
+		return nil, err
+	}
+	if !validImpUID(body.ImpUID) {
+		return nil, badField("imp_uid", "결제 번호가 올바르지 않습니다")
+	}
+	settled, err := s.till.Settle(r.Context(), Change{Who: "buyer", Request: r.id}, body.ImpUID)
+	r.orderID = settled.OrderID
+	if errors.Is(err, ErrNoPayment) || errors.Is(err, errNotOurs) {
+		return nil, refuse(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
+	} else if err != nil {
+		return nil, err
+	}
+	if settled.State == "kept" {
+		return message{"결제 성공"}, nil
+	}
+	return nil, whyNotPaid(settled)
+}
+
+// whyNotPaid is the refusal of a payment that pays nothing.
+func whyNotPaid(settled Settlement) error {
+	switch settled.Reason {
+	case "":
+		return refuse(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
+	case reasonAmount:
+		return refuse(http.StatusBadRequest, "금액 불일치, 위조된 결제 시도")
+	case reasonSold:
+		return refuse(http.StatusConflict, "주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다")
+	case reasonDuplicate:
+		return refuse(http.StatusConflict, "이미 결제된 주문이므로 중복된 결제 금액을 환불합니다")
+	case reasonCancelled:
+		return refuse(http.StatusConflict, "이미 취소된 주문이므로 결제 금액을 환불합니다")
+	default:
+		return refuse(http.StatusBadRequest, "imp_uid: 취소된 결제입니다")
+	}
+}
+
+// webhook answers POST /api/payments/webhook: a notice of the gateway's, unsigned, so that it is a hint to look and no
+// more. It is 200 once the payment is handled, whatever it is; only a fault of ours or the gateway's silence is a 5xx,
+// on which the gateway sends the notice again.
+func (s *server) webhook(r *request) (any, error) {
+	impUID, err := noticeImpUID(r)
+	if err != nil {
+		return nil, err
+	}
+	settled, err := s.till.Settle(r.Context(), Change{Who: "gateway", Request: r.id}, impUID)
+	r.orderID = settled.OrderID
+	if err != nil && !errors.Is(err, ErrNoPayment) && !errors.Is(err, errNotOurs) {
+		return nil, err
+	}
+	return message{"확인했습니다"}, nil
+}
+
+// noticeImpUID is the imp_uid of a notice, which is JSON or a form as the gateway's console has it.
+func noticeImpUID(r *request) (string, error) {
+	body, err := readBody(r)
+	if err != nil {
+		return "", err
+	}
+	var notice struct {
+		ImpUID string `json:"imp_uid"`
+	}
+	if trimmed := bytes.TrimSpace(body); len(trimmed) > 0 && trimmed[0] == '{' {
+		if err := decodeJSON(body, "", &notice); err != nil {
+			return "", err
+		}
+	} else {
+		form, _ := url.ParseQuery(string(body)) // what can be read of a broken form is enough
+		notice.ImpUID = form.Get("imp_uid")
+	}
+	if !validImpUID(notice.ImpUID) {
+		return "", badField("imp_uid", "결제 번호가 올바르지 않습니다")
+	}
+	return notice.ImpUID, nil
+}
+
+// ---- DELETE /api/orders/{id}
+
+// deleteOrder answers DELETE /api/orders/{id}: delete an unpaid order, cancel a paid one, or ask for its return.
+func (s *server) deleteOrder(r *request) (any, error) {
+	wanted, err := statusBody(r)
+	if err != nil {
+		return nil, err
+	}
+	id, ok := r.pathID()
+	if !ok {
+		return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+	}
+	// Each change names the status it changes from; when another change came first, the order is looked at anew.
+	for range 5 {
+		state, err := s.store.OrderState(r.Context(), id, r.caller)
+		if errors.Is(err, errNotFound) {
+			return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+		} else if err != nil {
+			return nil, err
+		}
+		text, err := s.deleteInState(r, state, wanted)
+		if !errors.Is(err, errStale) {
+			return message{text}, err
+		}
+	}
+	return nil, refuse(http.StatusConflict, "주문이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
+}
+
+// deleteInState does what DELETE with the wanted status (nil: none) means for an order in this state, and says so. errStale:
+// the order is in another state by now.
+func (s *server) deleteInState(r *request, state OrderState, wanted *int) (string, error) {
+	cancel := wanted == nil || *wanted == statusCancelled
+	switch {
+	case state.Status == statusUnpaid:
+		return s.deleteUnpaid(r, state.ID)
+	case !cancel && *wanted != statusReturning:
+		return "", refuse(http.StatusBadRequest, "진행 단계를 알 수 없습니다")
+	case state.Status == statusCancelled:
+		return "", refuse(http.StatusConflict, "이미 취소된 주문입니다")
+	case !cancel && state.Status == statusReturning:
+		return "", refuse(http.StatusConflict, "이미 반품을 요청한 주문입니다")
+	case !cancel && state.Cancelling:
+		return "", refuse(http.StatusConflict, messageCancelling)
+	case !cancel:
+		return "해당 주문의 반품 요청이 완료되었습니다", s.store.Step(r.Context(), r.by(), state.ID, state.Status, statusReturning, s.now())
+	case state.Status == statusReturning && !r.caller.Admin:
+		return "", refuse(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
+	case state.Status != statusPaid && state.Status != statusReturning:
+		return "", refuse(http.StatusConflict, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다")
+	default:
+		return "해당 주문의 결제 취소가 완료되었습니다", s.cancelPaid(r, state)
+	}
+}
+
+// deleteUnpaid ends an unpaid order, unless its money has arrived.
+func (s *server) deleteUnpaid(r *request, id string) (string, error) {
+	err := s.till.Delete(r.Context(), r.by(), id)
+	if !errors.Is(err, errStale) {
+		return "결제 오류로 임시 주문서를 삭제했습니다", err
+	}
+	if _, err := s.store.OrderState(r.Context(), id, r.caller); errors.Is(err, errNotFound) {
+		return "", errStale
+	}
+	return "", refuse(http.StatusConflict, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요")
+}
+
+// cancelPaid gives the money of a paid or returned order back.
+func (s *server) cancelPaid(r *request, state OrderState) error {
+	reason := reasonBuyerCancel
+	if r.caller.Admin {
+		reason = reasonShopCancel
+	}
+	var err error
+	if !state.Cancelling {
+		err = s.till.Cancel(r.Context(), r.by(), state.ID, state.Status, reason)
+	} else if err = s.till.CancelAgain(r.Context(), r.by(), state.ID); errors.Is(err, errStale) {
+		return s.whileCancelling(r, state)
+	}
+	if errors.Is(err, errRefundPending) {
+		refused := refusalOf(err)
+		if refused.status == http.StatusInternalServerError {
+			refused.status = http.StatusBadGateway // the gateway refused
+		}
+		refused.body = message{messageRefundPending}
+		return refused
+	}
+	return err
+}
+
+// whileCancelling answers a second cancel beside one that is under way, or that has just ended.
+func (s *server) whileCancelling(r *request, state OrderState) error {
+	now, err := s.store.OrderState(r.Context(), state.ID, r.caller)
+	if err == nil && now == state {
+		return refuse(http.StatusConflict, messageCancelling)
+	}
+	return errStale
+}
+
+// statusBody is the status in the body {"status": N}; nil when there is no body or no status in it.
+func statusBody(r *request) (*int, error) {
+	body, err := readBody(r)
+	if err != nil || len(bytes.TrimSpace(body)) == 0 {
+		return nil, err
+	}
+	var in struct {
+		Status json.RawMessage `json:"status"`
+	}
+	if err := decodeJSON(body, "", &in); err != nil || in.Status == nil {
+		return nil, err
+	}
+	var status *int
+	if err := decodeJSON(in.Status, "status", &status); err != nil || status == nil {
+		return nil, badField("status", "정수여야 합니다")
+	}
+	return status, nil
+}

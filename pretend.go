@@ -1,0 +1,701 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// pretendGateway is an Iamport in memory: its REST API as an http.Handler, the payment window and the console
+// as methods. No money moves. It serves local development and the tests, never a configured deployment.
+// It is safe for concurrent use.
+type pretendGateway struct {
+	key, secret string // the only keys it gives a token for
+	// notify stands for the webhook; set it before the first call. Nil: no notices.
+	notify func(impUID, merchantUID, status string)
+
+	now func() time.Time
+	mux http.ServeMux
+
+	mu           sync.Mutex
+	payments     []*pretendPayment // in the order their windows were opened
+	byImpUID     map[string]*pretendPayment
+	token        string
+	tokenExpires time.Time
+	counts       map[string]int
+	file         string // "": not kept
+
+	faultMu sync.Mutex // apart from mu, so that a fault function may use the other methods
+	fault   func(call, id string) fault
+	once    map[string][]fault
+}
+
+// pretendPayment is a payment as the gateway knows it. Amounts are in the currency's major unit.
+type pretendPayment struct {
+	ImpUID, MerchantUID, Status, Currency                 string
+	Amount, Cancelled                                     int64
+	Sandbox                                               bool
+	StartedAt, PaidAt, FailedAt, CancelledAt, LastChanged time.Time
+	Refunds                                               []pretendRefund
+}
+
+// pretendRefund is one refund, by the API or in the console.
+type pretendRefund struct {
+	ID, Reason string
+	Amount     int64
+	At         time.Time
+}
+
+// newPretendGateway makes one with no payments and keys of its own. Now nil: time.Now.
+func newPretendGateway(now func() time.Time) *pretendGateway {
+	if now == nil {
+		now = time.Now
+	}
+	g := &pretendGateway{
+		key: "pretend-key-" + rand.Text(), secret: "pretend-secret-" + rand.Text(), now: now,
+		byImpUID: map[string]*pretendPayment{}, counts: map[string]int{}, once: map[string][]fault{},
+	}
+	for pattern, handler := range map[string]http.HandlerFunc{
+		"POST /users/getToken":                        g.handler("token", g.answerToken),
+		"GET /payments/{id}":                          g.handler("payment", g.withToken(g.answerPayment)),
+		"GET /payments/find/{id}":                     g.handler("find", g.withToken(g.answerFind)),
+		"GET /payments/find/{id}/{payment_status}":    g.handler("find", g.withToken(g.answerFind)),
+		"GET /payments/findAll/{id}":                  g.handler("findAll", g.withToken(g.answerFindAll)),
+		"GET /payments/findAll/{id}/{payment_status}": g.handler("findAll", g.withToken(g.answerFindAll)),
+		"POST /payments/cancel":                       g.handler("cancel", g.withToken(g.answerCancel)),
+	} {
+		g.mux.HandleFunc(pattern, handler)
+	}
+	return g
+}
+
+// ServeHTTP serves the REST API.
+func (g *pretendGateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.mux.ServeHTTP(w, r) }
+
+// RoundTrip makes it the Transport of a client in the same process: no port that others could call. As at the
+// true gateway, work goes on when the caller goes away.
+func (g *pretendGateway) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer := &pretendResponse{header: http.Header{}}
+	dropped := make(chan bool, 1)
+	go func() {
+		defer func() {
+			switch problem := recover(); problem {
+			case nil, http.ErrAbortHandler:
+				dropped <- problem != nil
+			default:
+				panic(problem)
+			}
+		}()
+		g.ServeHTTP(answer, r.Clone(r.Context()))
+	}()
+	select {
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	case dropped := <-dropped:
+		if dropped {
+			return nil, io.EOF
+		}
+	}
+	return &http.Response{
+		StatusCode: answer.status, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Request: r,
+		Header: answer.header, Body: io.NopCloser(&answer.body), ContentLength: int64(answer.body.Len()),
+	}, nil
+}
+
+// pretendResponse keeps an answer for RoundTrip.
+type pretendResponse struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
+
+func (r *pretendResponse) Header() http.Header { return r.header }
+
+func (r *pretendResponse) WriteHeader(status int) { r.status = status }
+
+func (r *pretendResponse) Write(data []byte) (int, error) {
+	r.status = cmp.Or(r.status, http.StatusOK)
+	return r.body.Write(data)
+}
+
+// pay is a payment window that was opened and came to an end. Zero fields get defaults: a new imp_uid, status
+// "paid", currency "KRW", the times that belong to the status.
+func (g *pretendGateway) pay(p pretendPayment) (impUID string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := g.now()
+	p.ImpUID = cmp.Or(p.ImpUID, g.newImpUID())
+	p.Status = cmp.Or(p.Status, "paid")
+	p.Currency = cmp.Or(p.Currency, "KRW")
+	if p.StartedAt.IsZero() {
+		p.StartedAt = now
+	}
+	if p.Status == "paid" && p.PaidAt.IsZero() {
+		p.PaidAt = now
+	}
+	if p.Status == "failed" && p.FailedAt.IsZero() {
+		p.FailedAt = now
+	}
+	p.LastChanged = now
+	g.add(p)
+	g.save()
+	return p.ImpUID
+}
+
+// newImpUID is random, so that two gateways before one database don't give the same.
+func (g *pretendGateway) newImpUID() string {
+	for {
+		id := fmt.Sprintf("imp_%012d", mathrand.Int64N(1e12))
+		if g.byImpUID[id] == nil {
+			return id
+		}
+	}
+}
+
+func (g *pretendGateway) add(p pretendPayment) {
+	g.payments = append(g.payments, &p)
+	g.byImpUID[p.ImpUID] = &p
+}
+
+// set changes a payment behind everybody's back and reports whether there is one. The change must not call g.
+func (g *pretendGateway) set(impUID string, change func(*pretendPayment)) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.byImpUID[impUID]
+	if p == nil {
+		return false
+	}
+	change(p)
+	p.LastChanged = g.now()
+	g.save()
+	return true
+}
+
+// get answers a copy of one payment.
+func (g *pretendGateway) get(impUID string) (pretendPayment, bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.byImpUID[impUID]
+	if p == nil {
+		return pretendPayment{}, false
+	}
+	return p.clone(), true
+}
+
+// all answers copies of all payments, in the order their windows were opened.
+func (g *pretendGateway) all() []pretendPayment {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	all := make([]pretendPayment, 0, len(g.payments))
+	for _, p := range g.payments {
+		all = append(all, p.clone())
+	}
+	return all
+}
+
+func (p *pretendPayment) clone() pretendPayment {
+	c := *p
+	c.Refunds = slices.Clone(p.Refunds)
+	return c
+}
+
+// refundInConsole is a refund by hand in the gateway's console, of all that is left when amount is 0. It gives
+// notice.
+func (g *pretendGateway) refundInConsole(impUID string, amount int64) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.byImpUID[impUID]
+	if problem := g.refund(p, amount, "콘솔에서 취소"); problem != "" {
+		return errors.New(problem)
+	}
+	if g.notify != nil {
+		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
+	}
+	return nil
+}
+
+// What the gateway says when it refuses. The last two texts are not known of the true one.
+const (
+	pretendNotFound  = "존재하지 않는 결제정보입니다."
+	pretendNoTarget  = "취소할 결제건이 존재하지 않습니다."
+	pretendCancelled = "이미 전액취소된 주문입니다."
+	pretendTooMuch   = "취소 요청 금액이 취소 가능 금액보다 큽니다."
+	pretendChecksum  = "취소 가능 잔액(checksum)이 일치하지 않습니다."
+)
+
+// refund needs the lock, and answers what speaks against it, or "". A payment is "cancelled" after a partial
+// refund too.
+func (g *pretendGateway) refund(p *pretendPayment, amount int64, reason string) (problem string) {
+	switch {
+	case p == nil || p.Status != "paid" && p.Status != "cancelled":
+		return pretendNoTarget
+	case p.Cancelled >= p.Amount:
+		return pretendCancelled
+	case amount < 0 || amount > p.Amount-p.Cancelled:
+		return pretendTooMuch
+	}
+	amount = cmp.Or(amount, p.Amount-p.Cancelled)
+	p.Status, p.Cancelled = "cancelled", p.Cancelled+amount
+	p.CancelledAt, p.LastChanged = g.now(), g.now()
+	p.Refunds = append(p.Refunds, pretendRefund{rand.Text(), reason, amount, p.CancelledAt})
+	g.save()
+	return ""
+}
+
+// persist keeps the payments in a JSON file from now on, and first reads those it holds.
+func (g *pretendGateway) persist(path string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	data, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err == nil {
+		var kept []pretendPayment
+		if err := json.Unmarshal(data, &kept); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		for _, p := range kept {
+			g.add(p)
+		}
+	}
+	g.file = path
+	return g.write()
+}
+
+// save needs the lock. It has nobody to tell of a failure but the log.
+func (g *pretendGateway) save() {
+	if g.file == "" {
+		return
+	}
+	if err := g.write(); err != nil {
+		slog.Error("pretend payments not saved", "err", err)
+	}
+}
+
+// write replaces the file whole, so that a kill leaves the old or the new one. It is for its owner alone.
+func (g *pretendGateway) write() error {
+	data, err := json.MarshalIndent(g.payments, "", "\t")
+	if err != nil {
+		return err
+	}
+	draft, err := os.CreateTemp(filepath.Dir(g.file), filepath.Base(g.file)+".*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(draft.Name())
+	_, err = draft.Write(data)
+	if err := errors.Join(err, draft.Close()); err != nil {
+		return err
+	}
+	return os.Rename(draft.Name(), g.file)
+}
+
+// window is the payment window as a call, for local development: POST {"merchant_uid", "amount", "status":
+// "paid" (default), "failed" or "ready", "notify": also give notice of it} → {"imp_uid", "merchant_uid"}.
+func (g *pretendGateway) window(w http.ResponseWriter, r *http.Request) {
+	var request struct {
+		MerchantUID string `json:"merchant_uid"`
+		Amount      int64  `json:"amount"`
+		Status      string `json:"status"`
+		Notify      bool   `json:"notify"`
+	}
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&request); err != nil {
+		writePretendJSON(w, http.StatusBadRequest, map[string]string{"message": "요청 본문이 올바른 JSON이 아닙니다"})
+		return
+	}
+	p := pretendPayment{
+		MerchantUID: request.MerchantUID, Amount: request.Amount, Status: cmp.Or(request.Status, "paid"),
+	}
+	problem := ""
+	switch {
+	case p.MerchantUID == "" || len(p.MerchantUID) > 40:
+		problem = "merchant_uid는 1자 이상 40자 이하의 문자열이어야 합니다"
+	case p.Amount <= 0:
+		problem = "amount는 0보다 큰 정수여야 합니다"
+	case !slices.Contains([]string{"paid", "failed", "ready"}, p.Status):
+		problem = "status는 paid, failed, ready 중 하나여야 합니다"
+	}
+	if problem != "" {
+		writePretendJSON(w, http.StatusBadRequest, map[string]string{"message": problem})
+		return
+	}
+	p.ImpUID = g.pay(p)
+	if request.Notify && g.notify != nil {
+		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
+	}
+	writePretendJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
+}
+
+// pretendCall is a call of the REST API, read whole.
+type pretendCall struct {
+	*http.Request
+	id     string // imp_uid or merchant_uid; "" for a token
+	body   []byte
+	cancel pretendCancel
+}
+
+type pretendCancel struct {
+	ImpUID      string `json:"imp_uid"`
+	MerchantUID string `json:"merchant_uid"`
+	Amount      int64  `json:"amount"`   // 0: all that is left
+	Checksum    *int64 `json:"checksum"` // nil: not compared
+	Reason      string `json:"reason"`
+}
+
+// pretendAnswer is an HTTP status and the envelope.
+type pretendAnswer struct {
+	status   int
+	Code     int     `json:"code"`
+	Message  *string `json:"message"`
+	Response any     `json:"response"`
+}
+
+func pretendRefusal(status, code int, message string) pretendAnswer {
+	return pretendAnswer{status, code, &message, nil}
+}
+
+func pretendSuccess(response any) pretendAnswer {
+	return pretendAnswer{http.StatusOK, 0, nil, response}
+}
+
+// handler runs one call and its fault. Only the work itself holds the lock.
+func (g *pretendGateway) handler(name string, work func(pretendCall) pretendAnswer) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		call, err := readPretendCall(w, r, name)
+		if err != nil {
+			pretendRefusal(http.StatusBadRequest, -1, "잘못된 요청입니다.").write(w)
+			return
+		}
+		f := g.arrived(name, call.id)
+		if f.before != nil && f.before(w, r) {
+			return
+		}
+		g.mu.Lock()
+		answer := work(call)
+		g.mu.Unlock()
+		if f.after != nil && f.after(w, r) {
+			return
+		}
+		answer.write(w)
+	}
+}
+
+func readPretendCall(w http.ResponseWriter, r *http.Request, name string) (pretendCall, error) {
+	c := pretendCall{Request: r, id: r.PathValue("id")}
+	var err error
+	if c.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20)); err != nil {
+		return c, err
+	}
+	if name == "cancel" {
+		err = json.Unmarshal(c.body, &c.cancel)
+		c.id = cmp.Or(c.cancel.ImpUID, c.cancel.MerchantUID)
+	}
+	return c, err
+}
+
+// withToken lets in who shows the current token, bare or as Bearer.
+func (g *pretendGateway) withToken(work func(pretendCall) pretendAnswer) func(pretendCall) pretendAnswer {
+	return func(c pretendCall) pretendAnswer {
+		token := strings.TrimPrefix(c.Header.Get("Authorization"), "Bearer ")
+		if token == "" || token != g.token || !g.now().Before(g.tokenExpires) {
+			return pretendRefusal(http.StatusUnauthorized, -1, "Unauthorized")
+		}
+		return work(c)
+	}
+}
+
+// answerToken gives the same token until it expires. Asked in its last minute, it adds 5 minutes to its life.
+func (g *pretendGateway) answerToken(c pretendCall) pretendAnswer {
+	var keys struct {
+		Key    string `json:"imp_key"`
+		Secret string `json:"imp_secret"`
+	}
+	if json.Unmarshal(c.body, &keys) != nil || keys.Key != g.key || keys.Secret != g.secret {
+		return pretendRefusal(http.StatusUnauthorized, -1, "인증에 실패하였습니다. API키와 secret을 확인하세요.")
+	}
+	now := g.now()
+	switch left := g.tokenExpires.Sub(now); {
+	case left <= 0:
+		random := make([]byte, 20)
+		rand.Read(random) // never fails
+		g.token, g.tokenExpires = fmt.Sprintf("%x", random), now.Add(30*time.Minute)
+	case left <= time.Minute:
+		g.tokenExpires = g.tokenExpires.Add(5 * time.Minute)
+	}
+	return pretendSuccess(map[string]any{
+		"access_token": g.token, "now": now.Unix(), "expired_at": g.tokenExpires.Unix(),
+	})
+}
+
+func (g *pretendGateway) answerPayment(c pretendCall) pretendAnswer {
+	p := g.byImpUID[c.id]
+	if p == nil || p.Sandbox && c.URL.Query().Get("include_sandbox") != "true" {
+		return pretendRefusal(http.StatusNotFound, -1, pretendNotFound)
+	}
+	return pretendSuccess(p.object())
+}
+
+func (g *pretendGateway) answerFind(c pretendCall) pretendAnswer {
+	found, problem := g.find(c)
+	if problem != nil {
+		return *problem
+	}
+	return pretendSuccess(found[0].object())
+}
+
+func (g *pretendGateway) answerFindAll(c pretendCall) pretendAnswer {
+	found, problem := g.find(c)
+	if problem != nil {
+		return *problem
+	}
+	page, err1 := strconv.Atoi(cmp.Or(c.URL.Query().Get("page"), "1"))
+	limit, err2 := strconv.Atoi(cmp.Or(c.URL.Query().Get("limit"), "20"))
+	if err1 != nil || err2 != nil || limit < 1 || limit > 1000 || page < 1 || (page-1)*limit >= len(found) {
+		return pretendRefusal(http.StatusBadRequest, -1, "page 또는 limit이 올바르지 않습니다.")
+	}
+	next := page + 1
+	if page*limit >= len(found) {
+		next = 0
+	}
+	list := []any{}
+	for _, p := range found[(page-1)*limit : min(page*limit, len(found))] {
+		list = append(list, p.object())
+	}
+	return pretendSuccess(map[string]any{"total": len(found), "previous": page - 1, "next": next, "list": list})
+}
+
+// find answers at least one payment of a merchant_uid, sorted, or what is the problem.
+func (g *pretendGateway) find(c pretendCall) ([]*pretendPayment, *pretendAnswer) {
+	status := c.PathValue("payment_status")
+	if !slices.Contains([]string{"", "all", "ready", "paid", "cancelled", "failed"}, status) {
+		problem := pretendRefusal(http.StatusBadRequest, -1, "payment_status가 올바르지 않습니다.")
+		return nil, &problem
+	}
+	sorting := cmp.Or(c.URL.Query().Get("sorting"), "-started")
+	key, ok := map[string]func(*pretendPayment) time.Time{
+		"started": func(p *pretendPayment) time.Time { return p.StartedAt },
+		"paid":    func(p *pretendPayment) time.Time { return p.PaidAt },
+		"updated": func(p *pretendPayment) time.Time { return p.LastChanged },
+	}[strings.TrimPrefix(sorting, "-")]
+	if !ok {
+		problem := pretendRefusal(http.StatusBadRequest, -1, "sorting이 올바르지 않습니다.")
+		return nil, &problem
+	}
+	var found []*pretendPayment
+	for _, p := range g.payments {
+		if p.MerchantUID == c.id && (status == "" || status == "all" || status == p.Status) {
+			found = append(found, p)
+		}
+	}
+	if len(found) == 0 {
+		problem := pretendRefusal(http.StatusNotFound, -1, pretendNotFound)
+		return nil, &problem
+	}
+	slices.SortStableFunc(found, func(a, b *pretendPayment) int { return key(a).Compare(key(b)) })
+	if strings.HasPrefix(sorting, "-") {
+		slices.Reverse(found)
+	}
+	return found, nil
+}
+
+// answerCancel refuses with HTTP 200 and code 1. An imp_uid goes before a merchant_uid, even a wrong one.
+func (g *pretendGateway) answerCancel(c pretendCall) pretendAnswer {
+	if c.id == "" {
+		return pretendRefusal(http.StatusBadRequest, -1, "imp_uid 또는 merchant_uid가 필요합니다.")
+	}
+	p := g.byImpUID[c.cancel.ImpUID]
+	if c.cancel.ImpUID == "" {
+		for _, one := range g.payments {
+			if one.MerchantUID == c.cancel.MerchantUID {
+				p = one
+			}
+		}
+	}
+	checksum := c.cancel.Checksum
+	if p != nil && p.Cancelled < p.Amount && checksum != nil && *checksum != p.Amount-p.Cancelled {
+		return pretendRefusal(http.StatusOK, 1, pretendChecksum)
+	}
+	if problem := g.refund(p, c.cancel.Amount, c.cancel.Reason); problem != "" {
+		return pretendRefusal(http.StatusOK, 1, problem)
+	}
+	return pretendSuccess(p.object())
+}
+
+// object is a payment as the API shows it, fields that our client has to ignore included.
+func (p *pretendPayment) object() map[string]any {
+	history := []any{}
+	for _, r := range p.Refunds {
+		history = append(history, map[string]any{
+			"pg_tid": "pretend_tid", "amount": r.Amount, "cancelled_at": unixOrZero(r.At), "reason": r.Reason,
+			"cancellation_id": r.ID, "receipt_url": nil,
+		})
+	}
+	var cancelReason any
+	if len(p.Refunds) > 0 {
+		cancelReason = p.Refunds[len(p.Refunds)-1].Reason
+	}
+	return map[string]any{
+		"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID, "status": p.Status, "currency": p.Currency,
+		"amount": p.Amount, "cancel_amount": p.Cancelled, "sandbox": p.Sandbox,
+		"started_at": unixOrZero(p.StartedAt), "paid_at": unixOrZero(p.PaidAt),
+		"failed_at": unixOrZero(p.FailedAt), "cancelled_at": unixOrZero(p.CancelledAt),
+		"cancel_history": history, "cancel_reason": cancelReason, "fail_reason": nil,
+		"name": "Lumiere", "pay_method": "card", "channel": "pc", "pg_provider": "pretend",
+		"emb_pg_provider": nil, "pg_tid": "pretend_tid", "buyer_name": nil, "buyer_tel": nil,
+		"apply_num": nil, "card_name": nil, "card_quota": 0, "card_type": nil,
+		"vbank_num": nil, "vbank_date": 0, "custom_data": nil,
+		"escrow": false, "promotion": map[string]any{"id": nil, "discount": 0}, "receipt_url": nil,
+	}
+}
+
+func unixOrZero(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.Unix()
+}
+
+func (a pretendAnswer) write(w http.ResponseWriter) { writePretendJSON(w, a.status, a) }
+
+func writePretendJSON(w http.ResponseWriter, status int, v any) {
+	var body bytes.Buffer
+	encoder := json.NewEncoder(&body)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(v); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.WriteHeader(status)
+	w.Write(body.Bytes())
+}
+
+// fault is how a call goes wrong. The zero fault is none.
+type fault struct {
+	before faultHook // in place of the work when it answers; else the work follows
+	after  faultHook // when the work is done; in place of its answer when it answers
+}
+
+// faultHook runs without any lock, may block, and reports whether it has answered. It never returns when it
+// drops the connection. (net/http quietly repeats a GET whose used connection was dropped, but never a POST.)
+type faultHook func(w http.ResponseWriter, r *http.Request) (answered bool)
+
+// setFaults has f asked about every call that arrives, one at a time; nil: no faults. Id is the imp_uid or
+// merchant_uid the call is about, "" for a token. F must not block, but its fault's hooks may.
+func (g *pretendGateway) setFaults(f func(call, id string) fault) {
+	g.faultMu.Lock()
+	defer g.faultMu.Unlock()
+	g.fault = f
+}
+
+// faultOnce gives f to the next such call that has none yet, before the function of setFaults is asked.
+func (g *pretendGateway) faultOnce(call string, f fault) {
+	g.faultMu.Lock()
+	defer g.faultMu.Unlock()
+	g.once[call] = append(g.once[call], f)
+}
+
+// calls answers how many calls have arrived, whatever became of them: "token", "payment", "find", "findAll",
+// "cancel".
+func (g *pretendGateway) calls(call string) int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.counts[call]
+}
+
+func (g *pretendGateway) arrived(call, id string) fault {
+	g.mu.Lock()
+	g.counts[call]++
+	g.mu.Unlock()
+
+	g.faultMu.Lock()
+	defer g.faultMu.Unlock()
+	if waiting := g.once[call]; len(waiting) > 0 {
+		g.once[call] = waiting[1:]
+		return waiting[0]
+	}
+	if g.fault != nil {
+		return g.fault(call, id)
+	}
+	return fault{}
+}
+
+// dropConnection closes the connection in place of an answer.
+func dropConnection(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }
+
+// hangUntilGone keeps the caller waiting until it gives up.
+func hangUntilGone(_ http.ResponseWriter, r *http.Request) bool {
+	<-r.Context().Done()
+	panic(http.ErrAbortHandler)
+}
+
+// answer500 is what a proxy says of a gateway that is down.
+func answer500(w http.ResponseWriter, _ *http.Request) bool {
+	w.Header().Set("Content-Type", "text/html")
+	w.WriteHeader(http.StatusInternalServerError)
+	io.WriteString(w, "<html><body><h1>Internal Server Error</h1></body></html>")
+	return true
+}
+
+// answer401 turns a good token down.
+func answer401(w http.ResponseWriter, _ *http.Request) bool {
+	pretendRefusal(http.StatusUnauthorized, -1, "Unauthorized").write(w)
+	return true
+}
+
+// answerRefusal is HTTP 200 with a code that is not 0.
+func answerRefusal(code int, message string) faultHook {
+	return func(w http.ResponseWriter, _ *http.Request) bool {
+		pretendRefusal(http.StatusOK, code, message).write(w)
+		return true
+	}
+}
+
+// waitFor runs wait and goes on; the context is the call's own.
+func waitFor(wait func(context.Context)) faultHook {
+	return func(_ http.ResponseWriter, r *http.Request) bool {
+		wait(r.Context())
+		return false
+	}
+}
+
+// stopUntil goes on when released is closed, or hangs up when the caller gave up before.
+func stopUntil(released <-chan struct{}) faultHook {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		select {
+		case <-released:
+			return false
+		case <-r.Context().Done():
+			panic(http.ErrAbortHandler)
+		}
+	}
+}
+
+// inTurn runs hooks until one has answered.
+func inTurn(hooks ...faultHook) faultHook {
+	return func(w http.ResponseWriter, r *http.Request) bool {
+		for _, hook := range hooks {
+			if hook(w, r) {
+				return true
+			}
+		}
+		return false
+	}
+}

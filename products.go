@@ -1,0 +1,192 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+)
+
+// cartItem is a painting as cart-items answers it and import reads it.
+type cartItem struct {
+	Info struct {
+		Size   string `json:"size"`
+		Canvas int    `json:"canvas"`
+	} `json:"info"`
+	ID     string `json:"_id"`
+	Artist struct {
+		ID   string `json:"_id"`
+		Name string `json:"name"`
+	} `json:"artist"`
+	Title   string `json:"title"`
+	Image   string `json:"image"`
+	Price   int64  `json:"price"`
+	InStock bool   `json:"inStock"`
+}
+
+// cartItems answers GET /api/products/cart-items: the paintings asked for, in that order, sold ones too.
+func (s *server) cartItems(r *request) (any, error) {
+	ids, err := productIDs(r.URL.RawQuery)
+	if err != nil || len(ids) == 0 {
+		return []cartItem{}, err
+	}
+	paintings, err := s.store.Paintings(r.Context(), ids)
+	if err != nil {
+		return nil, err
+	}
+	items := make([]cartItem, 0, len(ids))
+	for _, id := range ids {
+		if p, ok := paintings[id]; ok {
+			items = append(items, p.cartItem(r.caller.ID))
+		}
+	}
+	return items, nil
+}
+
+// cartItem is the painting as caller sees it.
+func (p Painting) cartItem(caller string) (item cartItem) {
+	item.Info.Size, item.Info.Canvas = p.Size, p.Canvas
+	item.ID, item.Title, item.Image, item.Price = p.ID, p.Title, p.Image, p.Price
+	item.Artist.ID, item.Artist.Name = p.ArtistID, p.ArtistName
+	item.InStock = p.inStock(caller)
+	return item
+}
+
+// totalPriceAnswer is what total-price answers.
+type totalPriceAnswer struct {
+	ID         string `json:"_id"`
+	TotalPrice int64  `json:"totalPrice"`
+}
+
+// totalPrice answers GET /api/products/total-price: what an order of these paintings would cost, shipping included.
+func (s *server) totalPrice(r *request) (any, error) {
+	ids, err := productIDs(r.URL.RawQuery)
+	if err != nil {
+		return nil, err
+	}
+	if len(ids) == 0 {
+		return nil, badField("productId", "상품 아이디가 필요합니다")
+	}
+	paintings, err := s.store.Paintings(r.Context(), ids)
+	if err != nil {
+		return nil, err
+	}
+	total := s.config.shipping
+	for _, id := range ids {
+		p, ok := paintings[id]
+		if !ok {
+			return nil, refuse(http.StatusNotFound, "productId: 존재하지 않는 작품입니다: "+id)
+		}
+		total += p.Price
+	}
+	return totalPriceAnswer{"결제 예정 총 금액", total}, nil
+}
+
+// maxQueryIDs bounds the paintings of one question; a cart may hold more than an order.
+const maxQueryIDs = 500
+
+// productIDs are the productId values of a query in the order given, each once, in lower case. Clients spell an array
+// as productId=a&productId=b, productId[]=a&productId[]=b or productId[0]=a&productId[1]=b.
+func productIDs(query string) ([]string, error) {
+	var ids []string
+	for pair := range strings.SplitSeq(query, "&") {
+		key, value, _ := strings.Cut(pair, "=")
+		key, err := url.QueryUnescape(key)
+		if err != nil || !isProductID(key) {
+			continue
+		}
+		value, err = url.QueryUnescape(value)
+		id, ok := parseID(value)
+		if err != nil || !ok {
+			return nil, badField("productId", "상품 아이디가 올바르지 않습니다")
+		}
+		if !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+		if len(ids) > maxQueryIDs {
+			return nil, badField("productId", fmt.Sprintf("상품은 한 번에 %d개까지 조회할 수 있습니다", maxQueryIDs))
+		}
+	}
+	return ids, nil
+}
+
+// isProductID reports whether key is productId, alone or with an index in brackets.
+func isProductID(key string) bool {
+	index, ok := strings.CutPrefix(key, "productId")
+	return ok && (index == "" || (index[0] == '[' && index[len(index)-1] == ']'))
+}
+
+// importCatalogue loads or updates paintings from a JSON array in the shape that cart-items answers, all or nothing, and
+// returns how many. The error names the entry that is wrong.
+func importCatalogue(ctx context.Context, store *Store, file io.Reader) (int, error) {
+	text, err := io.ReadAll(file)
+	if err != nil {
+		return 0, err
+	}
+	var entries []json.RawMessage
+	if err := json.Unmarshal(bytes.TrimPrefix(text, []byte("\ufeff")), &entries); err != nil {
+		return 0, fmt.Errorf("the catalogue is not a JSON array: %w", err)
+	}
+	if entries == nil {
+		return 0, errors.New("the catalogue is null, not a JSON array")
+	}
+	paintings := make([]Painting, len(entries))
+	seen := make(map[string]int, len(entries))
+	for i, entry := range entries {
+		p, err := parsePainting(entry)
+		if err != nil {
+			return 0, fmt.Errorf("entry %d (_id %q): %w", i+1, p.ID, err)
+		}
+		if first, ok := seen[p.ID]; ok {
+			return 0, fmt.Errorf("entry %d (_id %q): the same _id as entry %d", i+1, p.ID, first)
+		}
+		seen[p.ID] = i + 1
+		paintings[i] = p
+	}
+	return len(paintings), store.ImportPaintings(ctx, paintings)
+}
+
+// maxPrice bounds a painting's price, in won, so that no sum of prices overflows or leaves what JavaScript counts exactly.
+const maxPrice = 100_000_000_000
+
+// parsePainting reads one entry of a catalogue.
+func parsePainting(entry []byte) (Painting, error) {
+	item := struct {
+		cartItem
+		InStock *bool `json:"inStock"` // a painting is never put on sale by an omission
+	}{}
+	err := json.Unmarshal(entry, &item)
+	p := Painting{ID: item.ID, ArtistName: item.Artist.Name, Title: item.Title, Image: item.Image, Size: item.Info.Size,
+		Canvas: item.Info.Canvas, Price: item.Price}
+	if err != nil {
+		return p, err
+	}
+	var ok bool
+	if p.ID, ok = parseID(item.ID); !ok {
+		return Painting{ID: item.ID}, errors.New("_id must be 24 hex digits")
+	}
+	if p.ArtistID, ok = parseID(item.Artist.ID); !ok {
+		return p, errors.New("artist._id must be 24 hex digits")
+	}
+	for field, text := range map[string]string{"artist.name": p.ArtistName, "title": p.Title, "image": p.Image, "info.size": p.Size} {
+		if strings.TrimSpace(text) == "" || badText(text) {
+			return p, fmt.Errorf("%s must be a text of 1 to %d characters", field, maxText)
+		}
+	}
+	switch {
+	case p.Price <= 0 || p.Price > maxPrice:
+		return p, fmt.Errorf("price must be whole won between 1 and %d", int64(maxPrice))
+	case p.Canvas <= 0 || p.Canvas > 1000:
+		return p, errors.New("info.canvas must be between 1 and 1000")
+	case item.InStock == nil:
+		return p, errors.New("inStock is missing")
+	}
+	p.ForSale = *item.InStock
+	return p, nil
+}

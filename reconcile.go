@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+)
+
+// reconcileMost is how many refunds, or looks, one replica has under way at once. They are leased together, so they
+// also run together.
+const reconcileMost = 8
+
+// tombstoneLooks is how long after its end the gateway is last asked about an unpaid order: a payment window may stay
+// open for long after the order is gone.
+const tombstoneLooks = 24 * time.Hour
+
+var byReconciler = Change{Who: "reconciler"}
+
+// Reconcile does what nobody waits for, each interval until ctx ends: it retries refunds, asks the gateway about unpaid
+// orders whose hold ends, and lets their paintings go. Every replica runs one; they never work on the same row.
+func (t *Till) Reconcile(ctx context.Context) {
+	t.lastRound.Store(t.now().UnixNano())
+	ticker := time.NewTicker(t.every)
+	defer ticker.Stop()
+	for {
+		if err := t.Round(ctx); err != nil && ctx.Err() == nil {
+			t.log.Error("reconcile", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+// Round does all that is due now. It ends early when the database fails or the gateway does not answer.
+func (t *Till) Round(ctx context.Context) error {
+	err := errors.Join(t.retryRefunds(ctx), t.lookAtOrders(ctx), t.store.FoldTally(ctx))
+	if err == nil {
+		t.lastRound.Store(t.now().UnixNano())
+	}
+	return err
+}
+
+// retryRefunds tries every refund that is due.
+func (t *Till) retryRefunds(ctx context.Context) error {
+	for ctx.Err() == nil {
+		now := t.now()
+		due, err := t.store.ClaimRefunds(ctx, reconcileMost, now, now.Add(refundLease))
+		if err != nil || len(due) == 0 {
+			return err
+		}
+		answered := together(due, func(row PaymentRow) bool {
+			return t.answered(t.Refund(ctx, byReconciler, row))
+		})
+		if !answered {
+			return nil // each failure is noted with its payment and comes back after its pause
+		}
+	}
+	return nil
+}
+
+// lookAtOrders asks the gateway about every order whose time has come.
+func (t *Till) lookAtOrders(ctx context.Context) error {
+	for ctx.Err() == nil {
+		now := t.now()
+		due, err := t.store.ClaimLooks(ctx, reconcileMost, now, now.Add(refundLease))
+		if err != nil || len(due) == 0 {
+			return err
+		}
+		var mu sync.Mutex
+		var failed error
+		answered := together(due, func(l Look) bool {
+			seen, err := t.lookAt(ctx, l)
+			mu.Lock()
+			failed = errors.Join(failed, err)
+			mu.Unlock()
+			return t.answered(seen)
+		})
+		if failed != nil || !answered {
+			return failed
+		}
+	}
+	return nil
+}
+
+// lookAt asks the gateway about one order, settles what it finds, and otherwise ends an unpaid order whose hold is
+// over. seen is the gateway's error, err the database's. While the gateway does not answer, the hold stays, up to
+// twice its length.
+func (t *Till) lookAt(ctx context.Context, l Look) (seen, err error) {
+	settled, seen := t.Look(ctx, byReconciler, l.ID)
+	now := t.now()
+	var gateway *GatewayError
+	switch {
+	case seen == nil && settled.State == "kept":
+		return nil, nil
+	case seen == nil && settled.State == "refunded":
+		return nil, t.store.SetLook(ctx, l.ID, now) // another payment may stand behind the one that went back
+	case errors.As(seen, &gateway) && (l.Ended || now.Before(l.CreatedAt.Add(2*t.hold))):
+		return seen, t.store.SetLook(ctx, l.ID, now.Add(t.every))
+	case errors.As(seen, &gateway):
+		return seen, t.end(ctx, l, now, now.Add(t.every))
+	case seen != nil && !errors.Is(seen, ErrNoPayment) && !errors.Is(seen, errNotOurs):
+		return nil, seen // the lease ends by itself
+	case !l.Ended && now.Before(l.HeldUntil):
+		return nil, t.store.SetLook(ctx, l.ID, l.HeldUntil)
+	case !l.Ended:
+		return nil, t.end(ctx, l, now, now.Add(t.hold))
+	case now.Before(l.UpdatedAt.Add(t.hold)):
+		return nil, t.store.SetLook(ctx, l.ID, l.UpdatedAt.Add(t.hold))
+	case now.Before(l.UpdatedAt.Add(tombstoneLooks)):
+		return nil, t.store.SetLook(ctx, l.ID, l.UpdatedAt.Add(tombstoneLooks))
+	default:
+		return nil, t.store.SetLook(ctx, l.ID, time.Time{})
+	}
+}
+
+// end lets an unpaid order's paintings go; that it was paid or deleted meanwhile is no error.
+func (t *Till) end(ctx context.Context, l Look, now, nextLook time.Time) error {
+	t.at("expiring", l.ID)
+	err := t.store.EndUnpaid(ctx, byReconciler, l.ID, "expired", now, nextLook)
+	if errors.Is(err, errStale) {
+		return nil
+	}
+	return err
+}
+
+// answered reports whether err is anything but the gateway's silence, and logs when that begins and ends.
+func (t *Till) answered(err error) bool {
+	var gateway *GatewayError
+	silent := errors.As(err, &gateway)
+	if t.trouble.Swap(silent) != silent {
+		if silent {
+			t.log.Error("the gateway does not answer; refunds and expiries wait", "error", err)
+		} else {
+			t.log.Info("the gateway answers again")
+		}
+	}
+	return !silent
+}
+
+// together runs do for all items at once and reports whether all answered.
+func together[T any](items []T, do func(T) bool) bool {
+	var wg sync.WaitGroup
+	all := make([]bool, len(items))
+	for i, item := range items {
+		wg.Go(func() { all[i] = do(item) })
+	}
+	wg.Wait()
+	for _, ok := range all {
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// behind reports whether the reconciler has not finished a round for ten intervals; before its first one it has from the
+// start of the program.
+func (t *Till) behind() bool {
+	return t.now().Sub(time.Unix(0, t.lastRound.Load())) > 10*t.every
+}

@@ -1,0 +1,227 @@
+-- The truth about paintings, orders and money.
+--
+-- Numbered, forward-only steps. Each is applied once, in order, under an advisory lock, by whichever replica starts
+-- first (migrate in store.go). A released step is never edited: a change is a new step, and one that the program of
+-- the step before can live with, since old replicas still run while the new one starts.
+
+-- step 1: paintings, orders, payments
+
+-- A painting is one of a kind and has one owner by construction: order_id points at the one order that holds or
+-- bought it, null means in stock. Nothing else in the database says who has it.
+CREATE TABLE products (
+	id          text COLLATE "C" NOT NULL CONSTRAINT products_pkey PRIMARY KEY,
+	artist_id   text COLLATE "C" NOT NULL,
+	artist_name text    NOT NULL,
+	title       text    NOT NULL,
+	image       text    NOT NULL,
+	size        text    NOT NULL, -- "163x131cm"
+	canvas      integer NOT NULL, -- 호
+	price       bigint  NOT NULL, -- won
+	for_sale    boolean NOT NULL, -- false: sold elsewhere, whatever order_id says
+	order_id    text COLLATE "C",
+	CONSTRAINT products_id_is_objectid CHECK (id ~ '^[0-9a-f]{24}$'),
+	CONSTRAINT products_artist_is_objectid CHECK (artist_id ~ '^[0-9a-f]{24}$'),
+	CONSTRAINT products_price_is_positive CHECK (price > 0),
+	CONSTRAINT products_canvas_is_positive CHECK (canvas > 0)
+) WITH (fillfactor = 80); -- order_id changes in place: no index on it, so that a hold is a HOT update
+
+-- An order is a document, written once and read whole; what changes about it are the columns before the documents.
+-- An unpaid order that ends stays as a tombstone (ended is not null): to clients it is gone, but money that arrives
+-- late for it is recognised.
+CREATE TABLE orders (
+	id               text COLLATE "C" NOT NULL CONSTRAINT orders_pkey PRIMARY KEY,
+	user_id          text COLLATE "C" NOT NULL,
+	number           text COLLATE "C" NOT NULL, -- result.id, the browser's
+	status           smallint NOT NULL,         -- -1 unpaid, 0 paid, 1 preparing, 2 shipping, 3 delivered, 4 return requested, 5 cancelled
+	ended            text,                      -- why an unpaid order is a tombstone
+	cancelling_since timestamptz,               -- its whole payment is on the way back
+	created_at       timestamptz NOT NULL,
+	updated_at       timestamptz NOT NULL,
+	paid_at          timestamptz,
+	held_until       timestamptz NOT NULL,      -- how long it may stay unpaid
+	next_look_at     timestamptz,               -- when to ask the gateway next whether money came; null: no need
+	shipping_price   bigint NOT NULL,           -- won
+	total_price      bigint NOT NULL,           -- won, shipping included
+	product_ids      text[] COLLATE "C" NOT NULL,
+	items            json NOT NULL,             -- snapshots of the paintings, as the page prints orderItems
+	delivery_info    json NOT NULL,
+	delivery_details json,
+	orderer_info     json NOT NULL,
+	CONSTRAINT orders_id_is_objectid CHECK (id ~ '^[0-9a-f]{24}$'),
+	CONSTRAINT orders_user_is_objectid CHECK (user_id ~ '^[0-9a-f]{24}$'),
+	CONSTRAINT orders_status_is_known CHECK (status BETWEEN -1 AND 5),
+	CONSTRAINT orders_only_unpaid_end CHECK (ended IS NULL OR (status = -1 AND ended IN ('deleted', 'replaced', 'expired'))),
+	CONSTRAINT orders_paid_have_a_time CHECK ((status = -1) = (paid_at IS NULL)),
+	CONSTRAINT orders_cancelling_are_paid CHECK (cancelling_since IS NULL OR status IN (0, 4)),
+	CONSTRAINT orders_have_paintings CHECK (cardinality(product_ids) BETWEEN 1 AND 50),
+	CONSTRAINT orders_money_is_whole CHECK (shipping_price >= 0 AND total_price > shipping_price)
+) WITH (fillfactor = 85);
+
+-- The number first, so that the desk can look one up without knowing the buyer.
+CREATE UNIQUE INDEX orders_number_is_unique_per_buyer ON orders (number, user_id) WHERE ended IS NULL;
+CREATE UNIQUE INDEX orders_one_unpaid_per_buyer ON orders (user_id) WHERE status = -1 AND ended IS NULL;
+CREATE INDEX orders_by_buyer ON orders (user_id, created_at DESC, id DESC) WHERE ended IS NULL;
+CREATE INDEX orders_to_look_at ON orders (next_look_at) WHERE next_look_at IS NOT NULL;
+
+ALTER TABLE products ADD CONSTRAINT products_order_exists FOREIGN KEY (order_id) REFERENCES orders (id);
+
+-- The ledger: every gateway payment that concerns one of our orders, from the moment we know of it.
+CREATE TABLE payments (
+	imp_uid         text COLLATE "C" NOT NULL CONSTRAINT payments_pkey PRIMARY KEY,
+	order_id        text COLLATE "C" NOT NULL CONSTRAINT payments_order_exists REFERENCES orders (id),
+	state           text   NOT NULL,
+	reason          text,             -- why the money goes back
+	currency        text   NOT NULL,
+	amount          bigint NOT NULL,  -- won, as first paid; 0 in another currency
+	refunded        bigint NOT NULL DEFAULT 0, -- won given back so far
+	paid_at         timestamptz,
+	created_at      timestamptz NOT NULL,
+	updated_at      timestamptz NOT NULL,
+	attempts        integer NOT NULL DEFAULT 0, -- of the refund
+	next_attempt_at timestamptz, -- of the refund, by the reconciler
+	leased_until    timestamptz, -- until then whoever tries the refund is alone
+	last_error      text,
+	CONSTRAINT payments_state_is_known CHECK (state IN ('kept', 'refunding', 'refunded')),
+	CONSTRAINT payments_refund_has_a_reason CHECK ((state = 'kept') = (reason IS NULL)),
+	CONSTRAINT payments_refunding_has_a_plan CHECK (state <> 'refunding' OR (next_attempt_at IS NOT NULL AND leased_until IS NOT NULL)),
+	CONSTRAINT payments_refund_is_bounded CHECK (refunded BETWEEN 0 AND amount),
+	CONSTRAINT payments_refunded_is_whole CHECK (state <> 'refunded' OR refunded = amount),
+	CONSTRAINT payments_kept_is_won CHECK (state <> 'kept' OR (currency = 'KRW' AND amount > refunded))
+) WITH (fillfactor = 85);
+
+CREATE UNIQUE INDEX payments_one_kept_per_order ON payments (order_id) WHERE state = 'kept';
+CREATE INDEX payments_by_order ON payments (order_id);
+CREATE INDEX payments_to_refund ON payments (next_attempt_at) WHERE state = 'refunding';
+
+-- Ended states stay ended, whoever asks: a status has only the successors named here.
+CREATE FUNCTION orders_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF NOT ((OLD.status = -1 AND NEW.status = 0)
+		OR (OLD.status IN (0, 1, 2) AND NEW.status = OLD.status + 1)
+		OR (OLD.status IN (0, 1, 2, 3) AND NEW.status = 4)
+		OR (OLD.status IN (0, 1, 2, 3, 4) AND NEW.status = 5)) THEN
+		RAISE EXCEPTION 'order % cannot go from % to %', OLD.id, OLD.status, NEW.status
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_status_may_follow';
+	END IF;
+	RETURN NEW;
+END $$;
+CREATE TRIGGER orders_guard BEFORE UPDATE OF status ON orders
+	FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status) EXECUTE FUNCTION orders_guard();
+
+-- Money that went back, or is on its way, is never kept again; what a payment is never changes.
+CREATE FUNCTION payments_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF (OLD.imp_uid, OLD.order_id, OLD.currency, OLD.amount) IS DISTINCT FROM (NEW.imp_uid, NEW.order_id, NEW.currency, NEW.amount)
+		OR NEW.refunded < OLD.refunded
+		OR (OLD.state, NEW.state) NOT IN (('kept', 'kept'), ('kept', 'refunding'), ('kept', 'refunded'),
+			('refunding', 'refunding'), ('refunding', 'refunded')) THEN
+		RAISE EXCEPTION 'payment % cannot go from % to %', OLD.imp_uid, OLD.state, NEW.state
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'payments_state_may_follow';
+	END IF;
+	RETURN NEW;
+END $$;
+CREATE TRIGGER payments_guard BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION payments_guard();
+
+-- Orders, payments and their history are the shop's books: nothing leaves them.
+CREATE FUNCTION books_keep_everything() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	RAISE EXCEPTION 'rows of % are kept for good', TG_TABLE_NAME
+		USING ERRCODE = 'restrict_violation', CONSTRAINT = TG_TABLE_NAME || '_are_kept';
+END $$;
+CREATE TRIGGER orders_are_kept BEFORE DELETE ON orders FOR EACH ROW EXECUTE FUNCTION books_keep_everything();
+CREATE TRIGGER payments_are_kept BEFORE DELETE ON payments FOR EACH ROW EXECUTE FUNCTION books_keep_everything();
+
+-- step 2: the order desk: history, and lists that stay flat
+
+-- Append-only: who did what to an order or its money, written by the database itself for whoever changes them.
+CREATE TABLE history (
+	id          bigint GENERATED ALWAYS AS IDENTITY CONSTRAINT history_pkey PRIMARY KEY,
+	order_id    text COLLATE "C" NOT NULL CONSTRAINT history_order_exists REFERENCES orders (id),
+	at          timestamptz NOT NULL,
+	who         text NOT NULL, -- buyer, administrator, gateway, reconciler; database: none of them said so
+	who_id      text,          -- the administrator's id
+	from_status smallint,
+	to_status   smallint,
+	why         text NOT NULL,
+	imp_uid     text,
+	amount      bigint,        -- won
+	request_id  text
+);
+CREATE INDEX history_by_order ON history (order_id, id);
+CREATE TRIGGER history_is_append_only BEFORE UPDATE OR DELETE ON history
+	FOR EACH ROW EXECUTE FUNCTION books_keep_everything();
+CREATE TRIGGER history_is_never_emptied BEFORE TRUNCATE ON history
+	FOR EACH STATEMENT EXECUTE FUNCTION books_keep_everything();
+
+-- How many orders there are in each paid status, as differences that the reconciler folds together: a page count
+-- that neither reads the orders nor makes two payments wait for one counter. The sum by status is always exact.
+CREATE TABLE order_tally (
+	status smallint NOT NULL,
+	n      bigint   NOT NULL
+);
+
+CREATE FUNCTION history_note(order_id text, at timestamptz, from_status smallint, to_status smallint, why text, imp_uid text, amount bigint)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+	change json := nullif(current_setting('lumiere.change', true), ''); -- {"who", "id", "request"}, the program's, for this transaction
+BEGIN
+	INSERT INTO history (order_id, at, who, who_id, from_status, to_status, why, imp_uid, amount, request_id)
+	VALUES (order_id, at, coalesce(change ->> 'who', 'database'), change ->> 'id', from_status, to_status, why, imp_uid, amount, change ->> 'request');
+END $$;
+
+CREATE FUNCTION orders_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF TG_OP = 'INSERT' THEN
+		PERFORM history_note(NEW.id, NEW.created_at, NULL::smallint, NEW.status, 'created', NULL, NULL);
+		IF NEW.status >= 0 THEN
+			INSERT INTO order_tally VALUES (NEW.status, 1);
+		END IF;
+		RETURN NULL;
+	END IF;
+	PERFORM history_note(NEW.id, CASE WHEN NEW.updated_at = OLD.updated_at THEN clock_timestamp() ELSE NEW.updated_at END,
+		OLD.status, NEW.status,
+		CASE
+			WHEN NEW.ended IS NOT NULL AND OLD.ended IS NULL THEN NEW.ended
+			WHEN NEW.status = OLD.status THEN 'cancel requested'
+			WHEN OLD.ended IS NOT NULL THEN 'revived'
+			ELSE (ARRAY['paid', 'preparing', 'shipping', 'delivered', 'return requested', 'cancelled'])[NEW.status + 1]
+		END, NULL, NULL);
+	IF NEW.status <> OLD.status THEN
+		INSERT INTO order_tally SELECT s, n FROM (VALUES (OLD.status, -1), (NEW.status, 1)) t (s, n) WHERE s >= 0;
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE TRIGGER orders_history_insert AFTER INSERT ON orders FOR EACH ROW EXECUTE FUNCTION orders_history();
+CREATE TRIGGER orders_history_update AFTER UPDATE OF status, ended, cancelling_since ON orders FOR EACH ROW
+	WHEN (OLD.status <> NEW.status OR OLD.ended IS DISTINCT FROM NEW.ended
+		OR (OLD.cancelling_since IS NULL AND NEW.cancelling_since IS NOT NULL))
+	EXECUTE FUNCTION orders_history();
+
+CREATE FUNCTION payments_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	PERFORM history_note(NEW.order_id, NEW.updated_at, NULL::smallint, NULL::smallint,
+		CASE
+			WHEN NEW.state = 'kept' AND NEW.refunded > 0 THEN 'partly refunded'
+			WHEN NEW.state = 'kept' THEN 'payment kept'
+			ELSE NEW.state || ': ' || NEW.reason
+		END,
+		NEW.imp_uid,
+		CASE WHEN NEW.state = 'kept' AND NEW.refunded > 0 THEN NEW.refunded ELSE NEW.amount END);
+	RETURN NULL;
+END $$;
+CREATE TRIGGER payments_history_insert AFTER INSERT ON payments FOR EACH ROW EXECUTE FUNCTION payments_history();
+CREATE TRIGGER payments_history_update AFTER UPDATE OF state, refunded ON payments FOR EACH ROW
+	WHEN (OLD.state <> NEW.state OR (NEW.state = 'kept' AND OLD.refunded <> NEW.refunded))
+	EXECUTE FUNCTION payments_history();
+
+-- The desk's lists: newest first, all that were paid or those of one status.
+CREATE INDEX orders_paid_by_age ON orders (created_at DESC, id DESC) WHERE status >= 0;
+CREATE INDEX orders_paid_by_status ON orders (status, created_at DESC, id DESC) WHERE status >= 0;
+
+-- What happened before there was a history.
+INSERT INTO history (order_id, at, who, to_status, why)
+	SELECT id, created_at, 'database', -1, 'created' FROM orders ORDER BY created_at, id;
+INSERT INTO history (order_id, at, who, from_status, to_status, why)
+	SELECT id, updated_at, 'database', -1, status, coalesce(ended, 'before history was kept') FROM orders
+	WHERE status <> -1 OR ended IS NOT NULL ORDER BY updated_at, id;
+INSERT INTO order_tally SELECT status, count(*) FROM orders WHERE status >= 0 GROUP BY status;

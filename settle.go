@@ -1,0 +1,258 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync/atomic"
+	"time"
+)
+
+// Till decides what becomes of money: a payment seen, by whatever road, ends as a paid order or as a refund.
+// Everything it does may be done again, in any order, at the same time and on several replicas.
+type Till struct {
+	store   *Store
+	gateway *Gateway
+	now     func() time.Time
+	log     *slog.Logger
+	every   time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
+	hold    time.Duration // how long an unpaid order keeps its paintings
+
+	// step, when set, is called between the steps of settling and refunding, so that tests can stop one road there.
+	step func(name, impUID string)
+
+	lastRound atomic.Int64 // when the reconciler last finished a round, Unix nanoseconds
+	trouble   atomic.Bool  // the gateway did not answer the reconciler's last call
+}
+
+// refundLease is how long whoever tries a refund is alone with it: longer than a cancel and two look-ups may take.
+const refundLease = 90 * time.Second
+
+// Why money goes back, as the ledger and the history say it.
+const (
+	reasonAmount       = "amount differs"
+	reasonSold         = "paintings gone"
+	reasonDuplicate    = "order paid already"
+	reasonCancelled    = "order cancelled"
+	reasonBuyerCancel  = "buyer cancelled"
+	reasonShopCancel   = "shop cancelled"
+	reasonAtTheGateway = "refunded at the gateway"
+)
+
+// cancelReasons are those that cancel the order with its payment.
+var cancelReasons = []string{reasonBuyerCancel, reasonShopCancel}
+
+// Settlement is what became of a payment.
+type Settlement struct {
+	OrderID string
+	State   string // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
+	Reason  string // why the money goes back
+}
+
+// errNotOurs says that a payment is for no order of ours: the gateway's account may serve other shops.
+var errNotOurs = errors.New("not a payment of ours")
+
+// errRefundPending says that a refund is booked but not done; it goes on by itself.
+var errRefundPending = errors.New("the refund is not done yet")
+
+// decide is the whole rule of what becomes of payment p given the books of its order. What the ledger already says of
+// the payment comes first: an answer of the gateway may be older than that.
+func decide(p Payment) func(Books) Entry {
+	return func(b Books) Entry {
+		known := b.payment(p.ImpUID)
+		gone := p.Status == "cancelled" && p.Cancelled >= p.Amount
+		money := p.Status == "paid" || p.Status == "cancelled" // cancelled with a remainder is a part refund
+
+		switch {
+		case known != nil && known.State == "refunded", !money:
+			return Entry{}
+		case gone && known != nil:
+			return Entry{State: "refunded", Reason: reasonAtTheGateway,
+				Cancel: known.State == "kept" || slices.Contains(cancelReasons, known.Reason)}
+		case gone:
+			return Entry{State: "refunded", Reason: reasonAtTheGateway}
+		case known != nil && p.Cancelled > known.Refunded:
+			return Entry{State: known.State, Reason: known.Reason}
+		case known != nil:
+			return Entry{}
+		case !p.Won() || p.Amount != b.Total || p.Cancelled != 0:
+			return Entry{State: "refunding", Reason: reasonAmount}
+		case b.Status == 5:
+			return Entry{State: "refunding", Reason: reasonCancelled}
+		case b.Status >= 0:
+			return Entry{State: "refunding", Reason: reasonDuplicate}
+		case !b.Ended:
+			return Entry{State: "kept", Pay: true}
+		case b.Revivable:
+			return Entry{State: "kept", Pay: true, Revive: true}
+		default:
+			return Entry{State: "refunding", Reason: reasonSold}
+		}
+	}
+}
+
+// Settle asks the gateway about payment impUID and does what has to be done with its money. Every road comes through
+// here: the browser, the gateway's notice, the reconciler, the shop. errNotOurs: it is for no order of ours.
+// ErrNoPayment, *GatewayError: the gateway's.
+func (t *Till) Settle(ctx context.Context, by Change, impUID string) (Settlement, error) {
+	p, err := t.gateway.Payment(ctx, impUID)
+	if err != nil {
+		return Settlement{}, err
+	}
+	t.at("looked up", impUID)
+	return t.settle(ctx, by, p)
+}
+
+// settle does what has to be done with payment p as the gateway has just described it. What it decides it finishes,
+// even when the caller goes away.
+func (t *Till) settle(ctx context.Context, by Change, p Payment) (Settlement, error) {
+	if !validID(p.MerchantUID) {
+		return Settlement{}, errNotOurs
+	}
+	now := t.now()
+	books, entry, err := t.store.Settle(context.WithoutCancel(ctx), by, p, now, now.Add(refundLease), decide(p))
+	if errors.Is(err, errNotFound) {
+		return Settlement{}, errNotOurs
+	} else if err != nil {
+		return Settlement{}, fmt.Errorf("settle payment %s: %w", p.ImpUID, err)
+	}
+	t.at("booked", p.ImpUID)
+	result := Settlement{OrderID: books.OrderID, State: entry.State, Reason: entry.Reason}
+	known := books.payment(p.ImpUID)
+	if known != nil && (entry.State == "" || entry.State == known.State) {
+		result.State, result.Reason = known.State, known.Reason
+	}
+	if entry.State != "" {
+		t.logMoney(by, books, p, known, entry)
+	}
+	if known == nil && entry.State == "refunding" {
+		row := PaymentRow{ImpUID: p.ImpUID, OrderID: books.OrderID, Reason: entry.Reason, Won: p.Won(), Amount: p.Amount, Refunded: p.Cancelled}
+		if err := t.cancel(ctx, by, row); err == nil {
+			result.State = "refunded"
+		}
+		// A refund that failed is booked and goes on by itself; what becomes of the payment is known.
+	}
+	return result, nil
+}
+
+// Refund carries out a booked and leased refund. The first attempt goes straight to the gateway; each further one looks
+// first, since the answer to the one before may have been lost. errRefundPending (with the cause) when it did not
+// succeed: the reconciler goes on with it.
+func (t *Till) Refund(ctx context.Context, by Change, row PaymentRow) error {
+	if row.Attempts > 1 {
+		p, err := t.gateway.Payment(ctx, row.ImpUID)
+		if err != nil {
+			return t.refundFailed(ctx, row, err)
+		}
+		t.at("looked up", row.ImpUID)
+		settled, err := t.settle(ctx, by, p)
+		if err != nil {
+			return t.refundFailed(ctx, row, err)
+		}
+		if settled.State == "refunded" {
+			return nil
+		}
+		row.Refunded = p.Cancelled
+	}
+	return t.cancel(ctx, by, row)
+}
+
+// cancel asks the gateway for the whole remainder and books its answer. After any other answer than a success the
+// payment is looked up, since the money may be back all the same.
+func (t *Till) cancel(ctx context.Context, by Change, row PaymentRow) error {
+	ctx = context.WithoutCancel(ctx)
+	t.at("cancelling", row.ImpUID)
+	p, cause := t.gateway.Cancel(ctx, CancelRequest{ImpUID: row.ImpUID, Remaining: row.Amount - row.Refunded, Won: row.Won, Reason: row.Reason})
+	t.at("cancelled", row.ImpUID)
+	if cause != nil {
+		var err error
+		if p, err = t.gateway.Payment(ctx, row.ImpUID); err != nil {
+			return t.refundFailed(ctx, row, cause)
+		}
+	}
+	settled, err := t.settle(ctx, by, p)
+	switch {
+	case err != nil:
+		return t.refundFailed(ctx, row, err)
+	case settled.State == "refunded":
+		return nil
+	case cause == nil:
+		cause = fmt.Errorf("the gateway took the cancel but says %q", p.Status)
+	}
+	return t.refundFailed(ctx, row, cause)
+}
+
+// refundFailed notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
+func (t *Till) refundFailed(ctx context.Context, row PaymentRow, cause error) error {
+	now := t.now()
+	pause := min(t.every<<min(row.Attempts, 16), time.Hour)
+	err := t.store.RefundFailed(context.WithoutCancel(ctx), row.ImpUID, cause.Error(), now, now.Add(pause))
+	t.log.Warn("refund failed", "order", row.OrderID, "imp_uid", row.ImpUID, "amount", row.Amount, "attempt", row.Attempts,
+		"again_in", pause, "cause", cause)
+	return fmt.Errorf("%w: %w", errRefundPending, errors.Join(cause, err))
+}
+
+// Cancel gives back the whole payment of a paid order and cancels it. errStale: it is not in from any more.
+// errRefundPending: booked, and going on by itself.
+func (t *Till) Cancel(ctx context.Context, by Change, id string, from int, reason string) error {
+	now := t.now()
+	row, err := t.store.BeginCancel(context.WithoutCancel(ctx), by, id, from, reason, now, now.Add(refundLease))
+	if err != nil {
+		return err
+	}
+	t.logMoney(by, Books{OrderID: id}, Payment{ImpUID: row.ImpUID, Amount: row.Amount}, &PaymentRow{State: "kept"}, Entry{State: "refunding", Reason: reason})
+	t.at("booked", row.ImpUID)
+	return t.Refund(ctx, by, row)
+}
+
+// CancelAgain goes on with the cancel of an order whose refund did not succeed at once. errStale: somebody is at it.
+func (t *Till) CancelAgain(ctx context.Context, by Change, id string) error {
+	now := t.now()
+	row, err := t.store.ClaimCancel(ctx, id, now, now.Add(refundLease))
+	if err != nil {
+		return err
+	}
+	return t.Refund(ctx, by, row)
+}
+
+// Look asks the gateway whether money came for an unpaid order or a tombstone, and settles it. ErrNoPayment: none.
+func (t *Till) Look(ctx context.Context, by Change, id string) (Settlement, error) {
+	p, err := t.gateway.PaidFor(ctx, id)
+	if err != nil {
+		return Settlement{}, err
+	}
+	t.at("looked up", p.ImpUID)
+	return t.settle(ctx, by, p)
+}
+
+// Delete ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
+// deleted. errStale: it is not unpaid any more.
+func (t *Till) Delete(ctx context.Context, by Change, id string) error {
+	settled, err := t.Look(ctx, by, id)
+	if err == nil && settled.State == "kept" {
+		return errStale
+	} else if err != nil && !errors.Is(err, ErrNoPayment) {
+		return err
+	}
+	t.at("deleting", id)
+	now := t.now()
+	return t.store.EndUnpaid(context.WithoutCancel(ctx), by, id, "deleted", now, now.Add(t.hold))
+}
+
+func (t *Till) at(step, impUID string) {
+	if t.step != nil {
+		t.step(step, impUID)
+	}
+}
+
+// logMoney writes the one line that every movement of money has.
+func (t *Till) logMoney(by Change, b Books, p Payment, known *PaymentRow, entry Entry) {
+	from := "unknown"
+	if known != nil {
+		from = known.State
+	}
+	t.log.Info("money", "order", b.OrderID, "imp_uid", p.ImpUID, "amount", p.Amount, "refunded", p.Cancelled,
+		"from", from, "to", entry.State, "reason", entry.Reason, "road", by.Who, "request", by.Request)
+}

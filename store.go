@@ -1,0 +1,928 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Store is every SQL statement of the service, as functions of plain types. Its calls give up after dbTimeout.
+//
+// Locks are always taken in one order: the buyer (an advisory lock, so that his orders change one at a time), the
+// order's row, the paintings by id. An administrator's step takes the order's row alone.
+type Store struct {
+	pool      *pgxpool.Pool
+	paintings *gather[string, Painting]
+	orders    *gather[orderKey, Order]
+	latest    *gather[string, Order]
+}
+
+// dbTimeout bounds one call to the database, waiting for a free connection included.
+const dbTimeout = 5 * time.Second
+
+var (
+	// errNotFound says that there is no such row, or that it is not the caller's.
+	errNotFound = errors.New("not found")
+	// errStale says that the guarded change found the row in another state than the one it was asked to change.
+	errStale = errors.New("the order is no longer in that state")
+)
+
+// openStore connects to the database at url. It does not wait for it: a database that is away is an error of each
+// call, until it is back. trace may be nil.
+func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, error) {
+	config, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		// The parser's error repeats the connection string, which may hold a password.
+		return nil, errors.New("DATABASE_URL is not a PostgreSQL connection string")
+	}
+	if !strings.Contains(url, "pool_max_conns") {
+		config.MaxConns = 16
+	}
+	if config.ConnConfig.ConnectTimeout == 0 {
+		config.ConnConfig.ConnectTimeout = 2 * time.Second
+	}
+	if config.ConnConfig.RuntimeParams["application_name"] == "" {
+		config.ConnConfig.RuntimeParams["application_name"] = "lumiere"
+	}
+	config.ConnConfig.Tracer = trace
+	config.MaxConnLifetime = 30 * time.Minute
+	config.MaxConnLifetimeJitter = 5 * time.Minute
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{pool: pool}
+	s.paintings = newGather(s.readPaintings)
+	s.orders = newGather(s.readOrders)
+	s.latest = newGather(s.readLatest)
+	return s, nil
+}
+
+// Close waits for running statements and closes every connection.
+func (s *Store) Close() { s.pool.Close() }
+
+// unavailable reports whether err means that the database can't be reached or can't work now, so that the same call
+// may succeed later: not reachable, shutting down, starting up, out of connections, a standby, or out of time.
+func unavailable(err error) bool {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		switch pg.Code {
+		case "25006", "40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P05":
+			return true
+		}
+		return strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "58")
+	}
+	var connect *pgconn.ConnectError
+	var network net.Error
+	return errors.As(err, &connect) || errors.As(err, &network) || errors.Is(err, context.DeadlineExceeded) ||
+		pgconn.SafeToRetry(err) || errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF)
+}
+
+// ---- schema
+
+//go:embed schema.sql
+var schemaSQL string
+
+// schemaStep finds the line that begins a numbered step of schema.sql.
+var schemaStep = regexp.MustCompile(`(?m)^-- step \d+:`)
+
+// schemaSteps are the steps of schema.sql in order; step N is the element N-1.
+func schemaSteps() []string {
+	starts := schemaStep.FindAllStringIndex(schemaSQL, -1)
+	steps := make([]string, len(starts))
+	for i, at := range starts {
+		end := len(schemaSQL)
+		if i+1 < len(starts) {
+			end = starts[i+1][0]
+		}
+		steps[i] = schemaSQL[at[0]:end]
+	}
+	return steps
+}
+
+// schemaVersion is the number of the newest step that the database has; 0 on an empty one.
+func (s *Store) schemaVersion(ctx context.Context) (version int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	err = s.pool.QueryRow(ctx, `SELECT coalesce(max(step), 0) FROM schema_steps`).Scan(&version)
+	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == "42P01" { // undefined_table
+		return 0, nil
+	}
+	return version, err
+}
+
+// migrate brings the database to the first upTo steps of schema.sql. Replicas that start together wait for the one
+// that came first. A database with more steps than that belongs to a newer program and is left as it is.
+func (s *Store) migrate(ctx context.Context, upTo int) error {
+	if version, err := s.schemaVersion(ctx); err != nil || version >= upTo {
+		return err
+	}
+	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+		var version int
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(4820561379)`); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `CREATE TABLE IF NOT EXISTS schema_steps (
+			step integer CONSTRAINT schema_steps_pkey PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
+			return err
+		}
+		if err := tx.QueryRow(ctx, `SELECT coalesce(max(step), 0) FROM schema_steps`).Scan(&version); err != nil {
+			return err
+		}
+		for i, step := range schemaSteps()[:upTo] {
+			if i+1 <= version {
+				continue
+			}
+			if _, err := tx.Conn().PgConn().Exec(ctx, step).ReadAll(); err != nil {
+				return fmt.Errorf("schema step %d: %w", i+1, err)
+			}
+			if _, err := tx.Exec(ctx, `INSERT INTO schema_steps (step) VALUES ($1)`, i+1); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// ---- gathering
+
+// gather lets calls that arrive together share one query: while a query runs, the next callers' keys collect, and the
+// moment it returns they go out as one. A lone caller waits for nothing, nothing is cached, and no answer is older
+// than its question, since a query never takes keys after it has started.
+type gather[K comparable, V any] struct {
+	query   func(context.Context, []K) (map[K]V, error)
+	mu      sync.Mutex
+	flying  bool
+	waiting []*flight[K, V]
+}
+
+// flight is one query under way or about to be, and its answer once done is closed.
+type flight[K comparable, V any] struct {
+	keys   []K
+	done   chan struct{}
+	answer map[K]V
+	err    error
+}
+
+// gatherMost bounds the keys of one query, so that no caller waits for a crowd's worth of rows.
+const gatherMost = 1000
+
+func newGather[K comparable, V any](query func(context.Context, []K) (map[K]V, error)) *gather[K, V] {
+	return &gather[K, V]{query: query}
+}
+
+// get answers the values of keys; an unknown key is missing from the map, which is shared and must not be changed.
+// A caller that goes away leaves the others' query alone.
+func (g *gather[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
+	g.mu.Lock()
+	var f *flight[K, V]
+	if n := len(g.waiting); n > 0 && len(g.waiting[n-1].keys)+len(keys) <= gatherMost {
+		f = g.waiting[n-1]
+	} else {
+		f = &flight[K, V]{done: make(chan struct{})}
+		g.waiting = append(g.waiting, f)
+	}
+	f.keys = append(f.keys, keys...)
+	if !g.flying {
+		g.flying = true
+		go g.fly()
+	}
+	g.mu.Unlock()
+	select {
+	case <-f.done:
+		return f.answer, f.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// fly sends out flights until none is waiting.
+func (g *gather[K, V]) fly() {
+	for {
+		g.mu.Lock()
+		if len(g.waiting) == 0 {
+			g.flying = false
+			g.mu.Unlock()
+			return
+		}
+		f := g.waiting[0]
+		g.waiting = g.waiting[1:]
+		g.mu.Unlock()
+		ctx, cancel := context.WithTimeout(context.Background(), dbTimeout)
+		f.answer, f.err = g.query(ctx, f.keys)
+		cancel()
+		close(f.done)
+	}
+}
+
+// ---- paintings
+
+// Painting is a row of the catalogue and who has it.
+type Painting struct {
+	ID, ArtistID, ArtistName, Title, Image, Size string
+	Canvas                                       int        // 호
+	Price                                        int64      // won
+	ForSale                                      bool       // false: sold elsewhere
+	Taken                                        bool       // an order holds or bought it
+	Holder                                       string     // the buyer whose unpaid order holds it; empty when bought or free
+	HeldUntil                                    *time.Time // when that hold ends
+}
+
+// inStock reports whether the painting is there for caller to buy; one that he holds himself is.
+func (p Painting) inStock(caller string) bool {
+	return p.ForSale && (!p.Taken || (p.Holder != "" && p.Holder == caller))
+}
+
+// Paintings are the paintings of ids that exist, by id.
+func (s *Store) Paintings(ctx context.Context, ids []string) (map[string]Painting, error) {
+	return s.paintings.get(ctx, ids...)
+}
+
+func (s *Store) readPaintings(ctx context.Context, ids []string) (map[string]Painting, error) {
+	rows, _ := s.pool.Query(ctx, `
+		SELECT p.id, p.artist_id, p.artist_name, p.title, p.image, p.size, p.canvas, p.price, p.for_sale,
+			p.order_id IS NOT NULL, coalesce(h.user_id, ''), h.held_until
+		FROM products p LEFT JOIN orders h ON h.id = p.order_id AND h.status = -1
+		WHERE p.id = ANY($1)`, ids)
+	found := make(map[string]Painting, len(ids))
+	var p Painting
+	_, err := pgx.ForEachRow(rows, []any{&p.ID, &p.ArtistID, &p.ArtistName, &p.Title, &p.Image, &p.Size, &p.Canvas, &p.Price,
+		&p.ForSale, &p.Taken, &p.Holder, &p.HeldUntil}, func() error {
+		found[p.ID] = p
+		return nil
+	})
+	return found, err
+}
+
+// AllPaintingIDs are the ids of the first paintings of the catalogue, at most so many.
+func (s *Store) AllPaintingIDs(ctx context.Context, most int) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `SELECT id FROM products ORDER BY id LIMIT $1`, most)
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+// ImportPaintings loads or updates the catalogue by id, all or nothing. Who has a painting is not the catalogue's
+// to say: an order keeps what it holds.
+func (s *Store) ImportPaintings(ctx context.Context, paintings []Painting) error {
+	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `CREATE TEMPORARY TABLE incoming ON COMMIT DROP AS
+			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM products WITH NO DATA`); err != nil {
+			return err
+		}
+		columns := []string{"id", "artist_id", "artist_name", "title", "image", "size", "canvas", "price", "for_sale"}
+		if _, err := tx.CopyFrom(ctx, pgx.Identifier{"incoming"}, columns, pgx.CopyFromSlice(len(paintings), func(i int) ([]any, error) {
+			p := &paintings[i]
+			return []any{p.ID, p.ArtistID, p.ArtistName, p.Title, p.Image, p.Size, int32(p.Canvas), p.Price, p.ForSale}, nil
+		})); err != nil {
+			return err
+		}
+		// In id order, as everybody locks paintings.
+		_, err := tx.Exec(ctx, `
+			INSERT INTO products (id, artist_id, artist_name, title, image, size, canvas, price, for_sale)
+			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM incoming ORDER BY id
+			ON CONFLICT (id) DO UPDATE SET artist_id = excluded.artist_id, artist_name = excluded.artist_name,
+				title = excluded.title, image = excluded.image, size = excluded.size, canvas = excluded.canvas,
+				price = excluded.price, for_sale = excluded.for_sale`)
+		return err
+	})
+}
+
+// ---- orders, read
+
+// Order is an order as it is shown. The documents are the JSON that is answered.
+type Order struct {
+	ID, UserID, Number        string
+	Status                    int
+	CreatedAt, UpdatedAt      time.Time
+	PaidAt                    *time.Time
+	ShippingPrice, Total      int64 // won
+	Items, DeliveryInfo       json.RawMessage
+	DeliveryDetails           json.RawMessage // nil when none was given
+	OrdererInfo               json.RawMessage
+	OrdererName, OrdererEmail string // of OrdererInfo, for the desk
+}
+
+// orderKey asks for an order as somebody: a buyer sees his own, an administrator everybody's.
+type orderKey struct {
+	id    string
+	buyer string
+	admin bool
+}
+
+// Order is the order id if caller may see it, else errNotFound.
+func (s *Store) Order(ctx context.Context, id string, caller Caller) (Order, error) {
+	key := orderKey{id, caller.ID, caller.Admin}
+	found, err := s.orders.get(ctx, key)
+	if err != nil {
+		return Order{}, err
+	}
+	order, ok := found[key]
+	if !ok {
+		return Order{}, errNotFound
+	}
+	return order, nil
+}
+
+func (s *Store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]Order, error) {
+	ids, buyers, admins := make([]string, len(keys)), make([]string, len(keys)), make([]bool, len(keys))
+	for i, k := range keys {
+		ids[i], buyers[i], admins[i] = k.id, k.buyer, k.admin
+	}
+	rows, _ := s.pool.Query(ctx, `
+		SELECT k.buyer, k.admin, o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
+			o.items, o.delivery_info, o.delivery_details, o.orderer_info
+		FROM unnest($1::text[], $2::text[], $3::boolean[]) AS k (id, buyer, admin)
+		JOIN orders o ON o.id = k.id AND (o.user_id = k.buyer OR k.admin)
+		WHERE o.ended IS NULL`, ids, buyers, admins)
+	found := make(map[orderKey]Order, len(keys))
+	var key orderKey
+	var o Order
+	_, err := pgx.ForEachRow(rows, []any{&key.buyer, &key.admin, &o.ID, &o.UserID, &o.Number, &o.Status, &o.UpdatedAt, &o.PaidAt,
+		&o.ShippingPrice, &o.Total, &o.Items, &o.DeliveryInfo, &o.DeliveryDetails, &o.OrdererInfo}, func() error {
+		key.id = o.ID
+		found[key] = o
+		return nil
+	})
+	return found, err
+}
+
+// LatestOrder is the buyer's newest order, its delivery and orderer alone; errNotFound when he has none.
+func (s *Store) LatestOrder(ctx context.Context, buyer string) (Order, error) {
+	found, err := s.latest.get(ctx, buyer)
+	if err != nil {
+		return Order{}, err
+	}
+	order, ok := found[buyer]
+	if !ok {
+		return Order{}, errNotFound
+	}
+	return order, nil
+}
+
+func (s *Store) readLatest(ctx context.Context, buyers []string) (map[string]Order, error) {
+	rows, _ := s.pool.Query(ctx, `
+		SELECT o.id, o.user_id, o.delivery_info, o.delivery_details, o.orderer_info
+		FROM unnest($1::text[]) AS k (buyer) CROSS JOIN LATERAL (
+			SELECT id, user_id, delivery_info, delivery_details, orderer_info FROM orders
+			WHERE user_id = k.buyer AND ended IS NULL ORDER BY created_at DESC, id DESC LIMIT 1) o`, buyers)
+	found := make(map[string]Order, len(buyers))
+	var o Order
+	_, err := pgx.ForEachRow(rows, []any{&o.ID, &o.UserID, &o.DeliveryInfo, &o.DeliveryDetails, &o.OrdererInfo}, func() error {
+		found[o.UserID] = o
+		return nil
+	})
+	return found, err
+}
+
+// ---- changes
+
+// Change says who changes something. The database writes it into the history of whatever the transaction changes.
+type Change struct {
+	Who     string `json:"who"`               // buyer, administrator, gateway, reconciler
+	ID      string `json:"id,omitempty"`      // the administrator's
+	Request string `json:"request,omitempty"` // the request's id
+}
+
+// setting is the change as the schema's triggers read it.
+func (c Change) setting() string {
+	text, err := json.Marshal(c)
+	if err != nil {
+		panic(err) // three strings
+	}
+	return string(text)
+}
+
+// transact sends the statements of batch as one transaction in one round trip, after the one that says who makes the
+// change. Without a BEGIN of their own the statements of a batch are one implicit transaction.
+func (s *Store) transact(ctx context.Context, batch *pgx.Batch) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	return s.pool.SendBatch(ctx, batch).Close()
+}
+
+const (
+	// announce says in the database who makes the change; $1 is Change.setting.
+	announce = `SELECT set_config('lumiere.change', $1, true)`
+	// lockBuyer announces likewise and then makes the buyer's ($2) changes go one at a time.
+	lockBuyer = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended($2, 0))`
+	// lockBuyerOf is lockBuyer for the buyer of the order $2.
+	lockBuyerOf = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
+)
+
+// NewOrder is an order about to be made. Prices are the client's, to be compared with the catalogue's.
+type NewOrder struct {
+	ID, UserID, Number   string
+	ProductIDs           []string // distinct
+	Prices               []int64  // won, of ProductIDs
+	ShippingPrice, Total int64    // won
+	DeliveryInfo         string   // JSON
+	DeliveryDetails      *string  // JSON
+	OrdererInfo          string   // JSON
+	CreatedAt, HeldUntil time.Time
+}
+
+// Asked is what the database knew of a painting that an order asked for.
+type Asked struct {
+	ID, Title string
+	Known     bool  // there is such a painting
+	Free      bool  // it could be held for this buyer
+	Price     int64 // won
+}
+
+// Created is what became of a new order.
+type Created struct {
+	OrderID   string   // the order made, or the one that has this number already; empty: none, and Asked tells why
+	Twin      bool     // OrderID has this number already
+	TwinItems []string // its paintings
+	Asked     []Asked
+}
+
+// CreateOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. It is one
+// round trip: under the buyer's lock, one statement locks the free ones of the paintings in id order, and makes the
+// order if that is all of them and every price is the catalogue's. A painting that is already taken is not locked,
+// so that losers neither wait nor write.
+func (s *Store) CreateOrder(ctx context.Context, by Change, o NewOrder) (created Created, err error) {
+	batch := &pgx.Batch{}
+	batch.Queue(lockBuyer, by.setting(), o.UserID)
+	batch.Queue(`
+		WITH asked AS MATERIALIZED (
+			SELECT a.n, a.id, a.price AS price_asked, p.price, p.title, p.image, p.artist_name AS artist,
+				p.size || '(' || p.canvas || '호)' AS size
+			FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS a (id, price, n) LEFT JOIN products p ON p.id = a.id
+		), unpaid AS MATERIALIZED (
+			SELECT id, product_ids FROM orders WHERE user_id = $4::text AND status = -1 AND ended IS NULL
+		), locked AS MATERIALIZED (
+			SELECT p.id, p.for_sale FROM products p
+			WHERE p.id = ANY($1::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
+				AND ((p.order_id IS NULL AND p.for_sale) OR p.order_id = (SELECT id FROM unpaid))
+			ORDER BY p.id FOR NO KEY UPDATE
+		), twin AS (
+			SELECT id, product_ids FROM orders WHERE number = $5::text AND user_id = $4 AND ended IS NULL
+		), won AS (
+			SELECT sum(price) AS price FROM asked
+			HAVING NOT EXISTS (SELECT FROM twin) AND bool_and(price = price_asked AND id IN (SELECT id FROM locked WHERE for_sale))
+				AND sum(price) + $6::bigint = $7::bigint
+		), replaced AS (
+			UPDATE orders SET ended = 'replaced', updated_at = $8::timestamptz, next_look_at = $8
+			WHERE id = (SELECT id FROM unpaid) AND status = -1 AND ended IS NULL AND EXISTS (SELECT FROM won)
+			RETURNING id, product_ids
+		), made AS (
+			INSERT INTO orders (id, user_id, number, status, created_at, updated_at, held_until, next_look_at, shipping_price,
+				total_price, product_ids, items, delivery_info, delivery_details, orderer_info)
+			SELECT $3::text, $4, $5, -1, $8, $8, $9::timestamptz, $9, $6, $7, $1,
+				(SELECT array_to_json(array_agg(i)) FROM (SELECT image, title, artist, size, price, id AS product FROM asked ORDER BY n) i),
+				$10::text::json, $11::text::json, $12::text::json
+			FROM won, (SELECT count(*) FROM replaced) AS after_replaced
+			RETURNING id
+		), moved AS (
+			UPDATE products SET order_id = CASE WHEN products.id = ANY($1) THEN made.id END FROM made
+			WHERE products.id = ANY($1::text[] || coalesce((SELECT product_ids FROM replaced), '{}'))
+		)
+		SELECT a.id, coalesce(a.title, ''), a.price IS NOT NULL, a.id IN (SELECT id FROM locked WHERE for_sale), coalesce(a.price, 0),
+			coalesce((SELECT id FROM made), ''), coalesce((SELECT id FROM twin), ''), (SELECT product_ids FROM twin)
+		FROM asked a ORDER BY a.n`,
+		o.ProductIDs, o.Prices, o.ID, o.UserID, o.Number, o.ShippingPrice, o.Total, o.CreatedAt, o.HeldUntil,
+		o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo,
+	).Query(func(rows pgx.Rows) error {
+		var a Asked
+		var made, twin string
+		_, err := pgx.ForEachRow(rows, []any{&a.ID, &a.Title, &a.Known, &a.Free, &a.Price, &made, &twin, &created.TwinItems}, func() error {
+			created.OrderID, created.Twin = made+twin, twin != ""
+			created.Asked = append(created.Asked, a)
+			return nil
+		})
+		return err
+	})
+	if err := s.transact(ctx, batch); err != nil {
+		return Created{}, err
+	}
+	return created, nil
+}
+
+// freePaintings is the end of a statement whose CTE o has ended orders (id, product_ids): it gives back what they
+// hold, locked in id order.
+const freePaintings = `, theirs AS (
+		SELECT p.id FROM products p JOIN o ON p.id = ANY(o.product_ids) AND p.order_id = o.id ORDER BY p.id FOR NO KEY UPDATE OF p
+	), freed AS (
+		UPDATE products SET order_id = NULL FROM theirs WHERE products.id = theirs.id
+	)
+	SELECT id FROM o`
+
+// EndUnpaid makes a tombstone of an unpaid order and frees its paintings; why is deleted or expired. The gateway is
+// asked about it again at nextLook. errStale: it is not unpaid any more.
+func (s *Store) EndUnpaid(ctx context.Context, by Change, id, why string, now, nextLook time.Time) error {
+	batch := &pgx.Batch{}
+	batch.Queue(lockBuyerOf, by.setting(), id)
+	batch.Queue(`WITH o AS (
+		UPDATE orders SET ended = $2, updated_at = $3, next_look_at = $4 WHERE id = $1 AND status = -1 AND ended IS NULL
+		RETURNING id, product_ids)`+freePaintings, id, why, now, nextLook).QueryRow(exactlyOne)
+	return s.transact(ctx, batch)
+}
+
+// exactlyOne turns the absence of a guarded change's row into errStale.
+func exactlyOne(row pgx.Row) error {
+	var id string
+	if err := row.Scan(&id); errors.Is(err, pgx.ErrNoRows) {
+		return errStale
+	} else {
+		return err
+	}
+}
+
+// Step moves an order from one status to another, unless its money is on the way back. errStale: it is not in from,
+// or being cancelled.
+func (s *Store) Step(ctx context.Context, by Change, id string, from, to int, now time.Time) error {
+	batch := &pgx.Batch{}
+	batch.Queue(announce, by.setting())
+	batch.Queue(`UPDATE orders SET status = $3, updated_at = $4
+		WHERE id = $1 AND status = $2 AND ended IS NULL AND cancelling_since IS NULL RETURNING id`, id, from, to, now).QueryRow(exactlyOne)
+	return s.transact(ctx, batch)
+}
+
+// OrderState is where an order stands, for whoever wants to change it.
+type OrderState struct {
+	ID         string
+	Status     int
+	Cancelling bool
+}
+
+// OrderState is the state of order id if caller may see it, else errNotFound.
+func (s *Store) OrderState(ctx context.Context, id string, caller Caller) (OrderState, error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	state := OrderState{ID: id}
+	err := s.pool.QueryRow(ctx, `SELECT status, cancelling_since IS NOT NULL FROM orders
+		WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS NULL`, id, caller.ID, caller.Admin).Scan(&state.Status, &state.Cancelling)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return state, errNotFound
+	}
+	return state, err
+}
+
+// ---- money
+
+// PaymentRow is a row of the ledger.
+type PaymentRow struct {
+	ImpUID, OrderID string
+	State           string // kept, refunding, refunded
+	Reason          string // of the refund
+	Won             bool   // in won
+	Amount          int64  // won; 0 when in another currency
+	Refunded        int64  // won
+	Attempts        int    // of the refund
+}
+
+const paymentColumns = `imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts`
+
+func scanPayment(row pgx.CollectableRow) (p PaymentRow, err error) {
+	err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.Won, &p.Amount, &p.Refunded, &p.Attempts)
+	return p, err
+}
+
+// Books is what settling needs to know about an order, read under its locks.
+type Books struct {
+	OrderID   string
+	Status    int
+	Ended     bool
+	Total     int64 // won
+	Payments  []PaymentRow
+	Revivable bool // a tombstone whose paintings are all free, or held only by the same buyer's unpaid order
+}
+
+// payment is the ledger's row of impUID, nil when there is none.
+func (b Books) payment(impUID string) *PaymentRow {
+	if i := slices.IndexFunc(b.Payments, func(p PaymentRow) bool { return p.ImpUID == impUID }); i >= 0 {
+		return &b.Payments[i]
+	}
+	return nil
+}
+
+// Entry is what settling writes: what becomes of a payment, and of its order with it.
+type Entry struct {
+	State  string // kept, refunding, refunded; empty: nothing is written
+	Reason string // why the money goes back
+	Pay    bool   // the order is paid with it
+	Revive bool   // before that the order, a tombstone, takes its paintings again
+	Cancel bool   // the order is cancelled with it and its paintings are free
+}
+
+// Settle reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
+// that: two round trips, one transaction, and nothing asked of anybody else in between. A refund that is decided is
+// leased to the caller until lease. errNotFound: the order is not ours.
+func (s *Store) Settle(ctx context.Context, by Change, p Payment, now, lease time.Time, decide func(Books) Entry) (books Books, entry Entry, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	conn, err := s.pool.Acquire(ctx)
+	if err != nil {
+		return books, entry, err
+	}
+	// A connection that is released inside a transaction is closed, which rolls it back.
+	defer conn.Release()
+
+	id := p.MerchantUID
+	read := &pgx.Batch{}
+	read.Queue(`BEGIN`)
+	read.Queue(lockBuyerOf, by.setting(), id)
+	read.Queue(`SELECT id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $1 FOR NO KEY UPDATE`, id).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&books.OrderID, &books.Status, &books.Ended, &books.Total)
+	})
+	read.Queue(`SELECT `+paymentColumns+` FROM payments WHERE order_id = $1`, id).Query(func(rows pgx.Rows) (err error) {
+		books.Payments, err = pgx.CollectRows(rows, scanPayment)
+		return err
+	})
+	// Only a tombstone has to ask whether its paintings are still to be had.
+	read.Queue(`
+		WITH o AS (SELECT user_id, number, product_ids FROM orders WHERE id = $1 AND ended IS NOT NULL),
+		unpaid AS (SELECT u.id, u.product_ids FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
+		locked AS (
+			SELECT p.id, p.for_sale AND (p.order_id IS NULL OR p.order_id = (SELECT id FROM unpaid)) AS free
+			FROM products p WHERE p.id = ANY((SELECT product_ids FROM o)::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
+			ORDER BY p.id FOR NO KEY UPDATE)
+		SELECT coalesce(bool_and(l.free), false) AND NOT EXISTS (
+				SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND x.status >= 0)
+		FROM o JOIN locked l ON l.id = ANY(o.product_ids)`, id).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&books.Revivable)
+	})
+	if err := conn.SendBatch(ctx, read).Close(); errors.Is(err, pgx.ErrNoRows) {
+		_, err = conn.Exec(ctx, `ROLLBACK`)
+		return books, entry, errors.Join(errNotFound, err)
+	} else if err != nil {
+		return books, entry, err
+	}
+
+	entry = decide(books)
+	write := &pgx.Batch{}
+	if entry.State != "" {
+		queueEntry(write, p, entry, books, now, lease)
+	}
+	write.Queue(`COMMIT`)
+	return books, entry, conn.SendBatch(ctx, write).Close()
+}
+
+// queueEntry writes what was decided about payment p. Each statement names the state it changes from; under the locks
+// that the decision was made under, that is the state it finds.
+func queueEntry(batch *pgx.Batch, p Payment, entry Entry, books Books, now, lease time.Time) {
+	id := books.OrderID
+	if entry.Revive {
+		// What the buyer's unpaid order holds of it, the revived one takes; the rest is free with the unpaid one's end.
+		batch.Queue(`WITH o AS (
+			UPDATE orders u SET ended = 'replaced', updated_at = $2, next_look_at = $2 FROM orders o
+			WHERE o.id = $1 AND u.user_id = o.user_id AND u.status = -1 AND u.ended IS NULL
+				AND (u.number = o.number OR u.product_ids && o.product_ids)
+			RETURNING u.id, u.product_ids)`+freePaintings, id, now)
+		batch.Queue(`UPDATE products p SET order_id = o.id FROM orders o WHERE o.id = $1 AND p.id = ANY(o.product_ids)`, id)
+	}
+	if entry.Pay {
+		batch.Queue(`UPDATE orders SET status = 0, ended = NULL, paid_at = $2, updated_at = $2, next_look_at = NULL
+			WHERE id = $1 AND status = -1`, id, now)
+	}
+	var paidAt *time.Time
+	if !p.PaidAt.IsZero() {
+		paidAt = &p.PaidAt
+	}
+	refunded := min(p.Cancelled, p.Amount)
+	batch.Queue(`
+		INSERT INTO payments (imp_uid, order_id, state, reason, currency, amount, refunded, paid_at, created_at, updated_at, attempts, next_attempt_at, leased_until)
+		VALUES ($1, $2, $3, nullif($4, ''), $5, $6, $7, $8, $9, $9, 1, $10, $10)
+		ON CONFLICT (imp_uid) DO UPDATE SET state = excluded.state, reason = coalesce(payments.reason, excluded.reason),
+			refunded = CASE excluded.state WHEN 'refunded' THEN payments.amount ELSE greatest(payments.refunded, excluded.refunded) END,
+			updated_at = excluded.updated_at,
+			last_error = CASE WHEN excluded.state = 'refunded' THEN NULL ELSE payments.last_error END`,
+		p.ImpUID, id, entry.State, entry.Reason, p.Currency, p.Amount, refunded, paidAt, now, lease)
+	if entry.Cancel {
+		batch.Queue(`WITH o AS (
+			UPDATE orders SET status = 5, cancelling_since = NULL, updated_at = $2 WHERE id = $1 AND status BETWEEN 0 AND 4
+			RETURNING id, product_ids)`+freePaintings, id, now)
+	}
+}
+
+// BeginCancel books the refund of a paid order's whole payment before the gateway is asked, leased to the caller until
+// lease. errStale: the order is not in from, or is being cancelled already.
+func (s *Store) BeginCancel(ctx context.Context, by Change, id string, from int, reason string, now, lease time.Time) (PaymentRow, error) {
+	var payment PaymentRow
+	batch := &pgx.Batch{}
+	batch.Queue(announce, by.setting())
+	batch.Queue(`
+		WITH o AS (
+			UPDATE orders SET cancelling_since = $3, updated_at = $3 FROM payments k
+			WHERE orders.id = $1 AND orders.status = $2 AND orders.cancelling_since IS NULL AND k.order_id = orders.id AND k.state = 'kept'
+			RETURNING orders.id)
+		UPDATE payments SET state = 'refunding', reason = $4, updated_at = $3, attempts = 1, next_attempt_at = $5, leased_until = $5
+		FROM o WHERE payments.order_id = o.id AND payments.state = 'kept'
+		RETURNING `+paymentColumns, id, from, now, reason, lease).Query(func(rows pgx.Rows) (err error) {
+		payment, err = pgx.CollectExactlyOneRow(rows, scanPayment)
+		return err
+	})
+	if err := s.transact(ctx, batch); errors.Is(err, pgx.ErrNoRows) {
+		return payment, errStale
+	} else {
+		return payment, err
+	}
+}
+
+// ClaimCancel takes the refund of an order that is being cancelled, for a caller who asks once more. errStale:
+// somebody is at it, or it is done.
+func (s *Store) ClaimCancel(ctx context.Context, id string, now, lease time.Time) (PaymentRow, error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		UPDATE payments SET attempts = attempts + 1, next_attempt_at = $3, leased_until = $3
+		WHERE order_id = $1 AND state = 'refunding' AND reason = ANY($4) AND leased_until <= $2
+		RETURNING `+paymentColumns, id, now, lease, cancelReasons)
+	payment, err := pgx.CollectExactlyOneRow(rows, scanPayment)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return payment, errStale
+	}
+	return payment, err
+}
+
+// ClaimRefunds takes up to most refunds that are due and nobody is at, for the caller alone until lease.
+func (s *Store) ClaimRefunds(ctx context.Context, most int, now, lease time.Time) ([]PaymentRow, error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		UPDATE payments SET attempts = attempts + 1, next_attempt_at = $3, leased_until = $3
+		WHERE imp_uid = ANY(ARRAY(
+			SELECT imp_uid FROM payments WHERE state = 'refunding' AND next_attempt_at <= $2 AND leased_until <= $2
+			ORDER BY next_attempt_at LIMIT $1 FOR UPDATE SKIP LOCKED))
+		RETURNING `+paymentColumns, most, now, lease)
+	return pgx.CollectRows(rows, scanPayment)
+}
+
+// RefundFailed notes why a refund did not succeed and when the reconciler tries it again.
+func (s *Store) RefundFailed(ctx context.Context, impUID, why string, now, again time.Time) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	_, err := s.pool.Exec(ctx, `UPDATE payments SET last_error = $2, updated_at = $3, next_attempt_at = $4, leased_until = $3
+		WHERE imp_uid = $1 AND state = 'refunding'`, impUID, why, now, again)
+	return err
+}
+
+// Look is an order about which the gateway is to be asked.
+type Look struct {
+	ID                              string
+	Status                          int
+	Ended                           bool
+	CreatedAt, UpdatedAt, HeldUntil time.Time
+}
+
+// ClaimLooks takes up to most orders whose time has come to ask the gateway about them, for the caller alone until
+// lease.
+func (s *Store) ClaimLooks(ctx context.Context, most int, now, lease time.Time) ([]Look, error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		UPDATE orders SET next_look_at = $3
+		WHERE id = ANY(ARRAY(
+			SELECT id FROM orders WHERE next_look_at <= $2 ORDER BY next_look_at LIMIT $1 FOR UPDATE SKIP LOCKED))
+		RETURNING id, status, ended IS NOT NULL, created_at, updated_at, held_until`, most, now, lease)
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (l Look, err error) {
+		err = row.Scan(&l.ID, &l.Status, &l.Ended, &l.CreatedAt, &l.UpdatedAt, &l.HeldUntil)
+		return l, err
+	})
+}
+
+// SetLook says when the gateway is to be asked about an unpaid order or a tombstone next; a zero time is never.
+func (s *Store) SetLook(ctx context.Context, id string, next time.Time) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	var at *time.Time
+	if !next.IsZero() {
+		at = &next
+	}
+	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND status = -1`, id, at)
+	return err
+}
+
+// FoldTally adds the differences of order_tally together once there are many.
+func (s *Store) FoldTally(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	_, err := s.pool.Exec(ctx, `
+		WITH old AS (DELETE FROM order_tally WHERE (SELECT count(*) FROM order_tally) > 100 RETURNING status, n)
+		INSERT INTO order_tally SELECT status, sum(n) FROM old GROUP BY status`)
+	return err
+}
+
+// ---- the desk
+
+// orderColumns are those of an Order in a list.
+const orderColumns = `o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
+	o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.orderer_info ->> 'name', o.orderer_info ->> 'email'`
+
+func scanOrder(row pgx.CollectableRow) (o Order, err error) {
+	err = row.Scan(&o.ID, &o.UserID, &o.Number, &o.Status, &o.UpdatedAt, &o.PaidAt, &o.ShippingPrice, &o.Total,
+		&o.Items, &o.DeliveryInfo, &o.DeliveryDetails, &o.OrdererInfo, &o.OrdererName, &o.OrdererEmail)
+	return o, err
+}
+
+// OrdersOf is a page of the buyer's orders, newest first, and how many he has in each status.
+func (s *Store) OrdersOf(ctx context.Context, buyer string, offset, limit int) (orders []Order, count map[int]int, err error) {
+	batch := &pgx.Batch{}
+	batch.Queue(`SELECT status, count(*) FROM orders WHERE user_id = $1 AND ended IS NULL GROUP BY status`, buyer).Query(func(rows pgx.Rows) error {
+		count, err = collectCounts(rows)
+		return err
+	})
+	batch.Queue(`SELECT `+orderColumns+` FROM orders o WHERE user_id = $1 AND ended IS NULL
+		ORDER BY created_at DESC, id DESC LIMIT $3 OFFSET $2`, buyer, offset, limit).Query(func(rows pgx.Rows) (err error) {
+		orders, err = pgx.CollectRows(rows, scanOrder)
+		return err
+	})
+	return orders, count, s.transact(ctx, batch)
+}
+
+// collectCounts reads rows of a status and a number.
+func collectCounts(rows pgx.Rows) (map[int]int, error) {
+	count := map[int]int{}
+	var status, n int
+	_, err := pgx.ForEachRow(rows, []any{&status, &n}, func() error {
+		count[status] = n
+		return nil
+	})
+	return count, err
+}
+
+// OrderFilter narrows the desk's list.
+type OrderFilter struct {
+	Status *int   // nil: every order that was paid
+	Number string // the order number; empty: any
+}
+
+// OrdersForDesk is a page of all buyers' orders, newest first, and how many there are on all pages. Only the paid
+// ones, unless the filter asks for unpaid. A page past the end reads nothing; a far one walks the index up to it.
+func (s *Store) OrdersForDesk(ctx context.Context, filter OrderFilter, offset, limit int) (orders []Order, count int, err error) {
+	where, counted, args := deskQuery(filter)
+	args = append(args, offset, limit)
+	counted = `SELECT coalesce((` + counted + `), 0)::bigint`
+	batch := &pgx.Batch{}
+	batch.Queue(counted, args[:len(args)-2]...).QueryRow(func(row pgx.Row) error { return row.Scan(&count) })
+	batch.Queue(fmt.Sprintf(`SELECT %s FROM orders o WHERE %s ORDER BY created_at DESC, id DESC
+		OFFSET $%d::bigint LIMIT CASE WHEN $%d < (%s) THEN $%d::bigint ELSE 0 END`,
+		orderColumns, where, len(args)-1, len(args)-1, counted, len(args)), args...).Query(func(rows pgx.Rows) (err error) {
+		orders, err = pgx.CollectRows(rows, scanOrder)
+		return err
+	})
+	return orders, count, s.transact(ctx, batch)
+}
+
+// deskQuery is the condition of a filter and the statement that counts what meets it. The paid ones are counted by
+// their tally, the unpaid ones (as many as there are holds) and those of one number one by one.
+func deskQuery(filter OrderFilter) (where, counted string, args []any) {
+	switch {
+	case filter.Number != "" && filter.Status != nil:
+		where, args = `number = $1 AND ended IS NULL AND status = $2`, []any{filter.Number, *filter.Status}
+	case filter.Number != "":
+		where, args = `number = $1 AND ended IS NULL AND status >= 0`, []any{filter.Number}
+	case filter.Status == nil:
+		return `status >= 0`, `SELECT sum(n) FROM order_tally`, nil
+	case *filter.Status == statusUnpaid:
+		where = `status = -1 AND ended IS NULL`
+	default:
+		return `status = $1 AND status >= 0`, `SELECT sum(n) FROM order_tally WHERE status = $1`, []any{*filter.Status}
+	}
+	return where, `SELECT count(*) FROM orders WHERE ` + where, args
+}
+
+// HistoryEntry is a row of an order's history.
+type HistoryEntry struct {
+	At        time.Time
+	Who       string
+	WhoID     string // an administrator's
+	From, To  *int   // nil where the row is about money
+	Why       string
+	ImpUID    string
+	Amount    *int64 // won
+	RequestID string
+}
+
+// History is what happened to order id, oldest first, if caller may see it, else errNotFound.
+func (s *Store) History(ctx context.Context, id string, caller Caller) ([]HistoryEntry, error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		SELECT h.at, h.who, coalesce(h.who_id, ''), h.from_status, h.to_status, h.why, coalesce(h.imp_uid, ''), h.amount, coalesce(h.request_id, '')
+		FROM orders o JOIN history h ON h.order_id = o.id
+		WHERE o.id = $1 AND (o.user_id = $2 OR $3) AND o.ended IS NULL ORDER BY h.id`, id, caller.ID, caller.Admin)
+	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e HistoryEntry, err error) {
+		err = row.Scan(&e.At, &e.Who, &e.WhoID, &e.From, &e.To, &e.Why, &e.ImpUID, &e.Amount, &e.RequestID)
+		return e, err
+	})
+	if err == nil && len(entries) == 0 {
+		err = errNotFound // an order's making is its first entry
+	}
+	return entries, err
+}
