@@ -272,6 +272,7 @@ func TestGatewayTokenLifeIgnoresClockSkew(t *testing.T) {
 	for _, skew := range []time.Duration{-time.Hour, time.Hour} {
 		g := newGatewayTest(t, false)
 		ours := newTestClock()
+		ours.advance(skew)
 		g.now = ours.Now
 		for _, wait := range []time.Duration{0, 29 * time.Minute, time.Minute} {
 			ours.advance(wait)
