@@ -300,14 +300,14 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	stopReconciling()
 	select {
 	case <-reconciling:
-	case <-time.After(drainTime / 2): // what it left is leased, and goes on elsewhere
+	case <-time.After(2 * time.Second): // what it left is leased, and goes on elsewhere
 	}
 	log.Info("stopped")
 	return err
 }
 
 // drainTime is how long requests under way may take to finish once the service is asked to stop.
-const drainTime = 8 * time.Second
+const drainTime = 7 * time.Second
 
 // httpServer has every limit set. Writing may take as long as a forged payment's look-up, refund and second look-up.
 func httpServer(handler http.Handler) *http.Server {
