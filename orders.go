@@ -546,7 +546,7 @@ func statusBody(r *request) (*int, error) {
 	var in struct {
 		Status json.RawMessage `json:"status"`
 	}
-	if err := decodeJSON(body, "", &in); err != nil || in.Status == nil {
+	if err := decodeObject(body, &in); err != nil || in.Status == nil {
 		return nil, err
 	}
 	var status *int

@@ -328,6 +328,11 @@ func decodeBody(r *request, value any) error {
 	if err != nil {
 		return err
 	}
+	return decodeObject(body, value)
+}
+
+// decodeObject is decodeJSON for a whole body, which null is not.
+func decodeObject(body []byte, value any) error {
 	if string(bytes.TrimSpace(body)) == "null" {
 		return refuse(http.StatusBadRequest, "요청 본문은 JSON 객체여야 합니다")
 	}
