@@ -1,0 +1,288 @@
+package main
+
+import (
+	"errors"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// Money by every road: the browser's report, the gateway's notice, the reconciler, a deletion; and every way in which the
+// gateway can fail beside them.
+
+// notice tells the service of a payment as the gateway does.
+func (s *shop) notice(impUID string) answer {
+	s.t.Helper()
+	return s.call("", "POST", "/api/payments/webhook", map[string]string{"imp_uid": impUID, "merchant_uid": "hint", "status": "paid"})
+}
+
+// row is the ledger's row of a payment: state and reason.
+func (s *shop) row(impUID string) string {
+	return queryText(s.t, s.config.databaseURL, `SELECT coalesce((SELECT state || coalesce(': ' || reason, '') FROM payments WHERE imp_uid = '`+impUID+`'), 'none')`)
+}
+
+// later moves the clock on and has the reconciler do what is due.
+func (s *shop) later(d time.Duration) {
+	s.t.Helper()
+	s.clock.advance(d)
+	check(s.t, s.till.Round(s.t.Context()))
+}
+
+// back is how much of a payment the gateway has given back.
+func (s *shop) back(impUID string) int64 {
+	p, _ := s.double.get(impUID)
+	return p.Cancelled
+}
+
+func TestWebhook(t *testing.T) {
+	s := newShop(t)
+	order := s.order(buyerA, s.painting(99000))
+	impUID := s.charge(order, 109000)
+	ready := s.double.pay(pretendPayment{MerchantUID: order, Amount: 109000, Status: "ready"})
+	foreign := s.charge("another-shop-1", 109000)
+	for _, row := range []struct {
+		body   string
+		status int
+	}{
+		{`{"imp_uid":"imp_unknown"}`, 200}, {`{"imp_uid":"` + ready + `"}`, 200}, {`{"imp_uid":"` + foreign + `"}`, 200},
+		{``, 400}, {`{}`, 400}, {`{"imp_uid":5}`, 400}, {`{"imp_uid":"../token"}`, 400}, {`[]`, 400}, {`imp_uid=%zz`, 400},
+		{"imp_uid=" + impUID + "&merchant_uid=x&status=paid", 200}, {`{"imp_uid":"` + impUID + `","status":"paid"}`, 200},
+	} {
+		s.want(s.call("", "POST", "/api/payments/webhook", row.body), row.status, "")
+	}
+	if s.statusOf(order) != statusPaid || s.row(impUID) != "kept" || s.row(ready) != "none" || s.row(foreign) != "none" || s.back(foreign) != 0 {
+		t.Fatalf("status %d, %s, %s, %s", s.statusOf(order), s.row(impUID), s.row(ready), s.row(foreign))
+	}
+	s.double.faultOnce("payment", fault{before: answer500})
+	if a := s.notice(impUID); a.status < 500 {
+		t.Fatalf("a silent gateway: %d", a.status)
+	}
+}
+
+func TestConsoleRefund(t *testing.T) {
+	s := newShop(t)
+	order, impUID, painting := s.orderAt(statusShipping)
+	check(t, s.double.refundInConsole(impUID, 9000))
+	s.want(s.notice(impUID), 200, "")
+	if s.statusOf(order) != statusShipping || s.row(impUID) != "kept" || queryText(t, s.config.databaseURL, `SELECT refunded FROM payments`) != "9000" {
+		t.Fatalf("part refund: status %d, %s", s.statusOf(order), s.row(impUID))
+	}
+	check(t, s.double.refundInConsole(impUID, 0))
+	s.want(s.notice(impUID), 200, "")
+	s.want(s.notice(impUID), 200, "")
+	if s.statusOf(order) != statusCancelled || s.row(impUID) != "refunded: "+reasonAtTheGateway || !s.inStock("", painting) {
+		t.Fatalf("whole refund: status %d, %s", s.statusOf(order), s.row(impUID))
+	}
+}
+
+func TestCancelThroughTrouble(t *testing.T) {
+	for name, row := range map[string]struct {
+		faults []fault // of the cancels, in turn
+		status int     // of the first DELETE
+		calls  int     // cancels in all
+	}{
+		"answered":                {nil, 200, 1},
+		"answer lost":             {[]fault{{after: dropConnection}}, 200, 1},
+		"500 after the work":      {[]fault{{after: answer500}}, 200, 1},
+		"refused":                 {[]fault{{before: answerRefusal(-1, "결제취소에 실패하였습니다")}}, 502, 2},
+		"dropped before the work": {[]fault{{before: dropConnection}}, 503, 2},
+		"500 before the work":     {[]fault{{before: answer500}}, 503, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newShop(t)
+			order, impUID, painting := s.paid(buyerA)
+			for _, f := range row.faults {
+				s.double.faultOnce("cancel", f)
+			}
+			a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
+			if a.status != row.status && (row.status < 500 || a.status < 500) {
+				t.Fatalf("answered %d %s", a.status, a.body)
+			}
+			if a.status != 200 {
+				if s.statusOf(order) != statusPaid || s.inStock("", painting) || s.row(impUID) != "refunding: "+reasonBuyerCancel {
+					t.Fatalf("status %d, %s", s.statusOf(order), s.row(impUID))
+				}
+				s.want(s.call(desk, "PATCH", "/api/orders/"+order, `{"status":1}`), 400, "") // its money is on the way back
+				s.later(time.Minute)
+			}
+			if s.statusOf(order) != statusCancelled || !s.inStock("", painting) || s.back(impUID) != 109000 || s.double.calls("cancel") != row.calls {
+				t.Fatalf("status %d, %s, %d won back in %d calls", s.statusOf(order), s.row(impUID), s.back(impUID), s.double.calls("cancel"))
+			}
+		})
+	}
+}
+
+func TestRefundGoesOnAfterTheProcessDied(t *testing.T) {
+	s := newShop(t)
+	order, impUID, _ := s.paid(buyerA)
+	row, err := s.store.BeginCancel(t.Context(), Change{Who: "buyer"}, order, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
+	check(t, err)
+	if row.ImpUID != impUID {
+		t.Fatal(row)
+	}
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 409, messageCancelling)
+	s.later(time.Second) // somebody may still be at it
+	if s.back(impUID) != 0 {
+		t.Fatal("the lease was not kept")
+	}
+	s.later(refundLease)
+	if s.back(impUID) != 109000 || s.statusOf(order) != statusCancelled {
+		t.Fatalf("status %d, %d won back", s.statusOf(order), s.back(impUID))
+	}
+}
+
+func TestRefundPausesGrow(t *testing.T) {
+	s := newShop(t)
+	order, impUID, _ := s.paid(buyerA)
+	s.double.setFaults(func(call, _ string) fault {
+		if call == "cancel" {
+			return fault{before: answerRefusal(-1, "거절")}
+		}
+		return fault{}
+	})
+	s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
+	var pauses []string
+	for range 4 {
+		pauses = append(pauses, queryText(t, s.config.databaseURL, `SELECT extract(epoch FROM next_attempt_at - updated_at)::int FROM payments`))
+		s.later(time.Hour)
+	}
+	if got := strings.Join(pauses, " "); got != "20 40 80 160" {
+		t.Errorf("pauses %s", got)
+	}
+	if e := queryText(t, s.config.databaseURL, `SELECT last_error FROM payments`); !strings.Contains(e, "거절") {
+		t.Errorf("last error %q", e)
+	}
+	s.double.setFaults(nil)
+	s.later(time.Hour)
+	if s.back(impUID) != 109000 || s.statusOf(order) != statusCancelled {
+		t.Errorf("status %d, %d won back", s.statusOf(order), s.back(impUID))
+	}
+}
+
+func TestLateMoney(t *testing.T) {
+	for name, row := range map[string]struct {
+		end    func(s *shop, order, painting string) // how the order ends before its money is reported
+		status int
+		kept   bool
+	}{
+		"deleted, free":    {func(s *shop, o, _ string) { s.want(s.call(buyerA, "DELETE", "/api/orders/"+o, nil), 200, "") }, 200, true},
+		"expired, free":    {func(s *shop, _, _ string) { s.later(time.Hour) }, 200, true},
+		"replaced, own":    {func(s *shop, _, p string) { s.order(buyerA, p) }, 200, true},
+		"expired, held":    {func(s *shop, _, p string) { s.later(time.Hour); s.order(buyerB, p) }, 409, false},
+		"sold elsewhere":   {func(s *shop, _, p string) { s.later(time.Hour); s.sell(p) }, 409, false},
+		"replaced and own": {func(s *shop, _, p string) { s.order(buyerA, s.painting(99000)) }, 200, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newShop(t)
+			painting := s.painting(99000)
+			order := s.order(buyerA, painting)
+			row.end(s, order, painting)
+			s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 404, "")
+			impUID := s.charge(order, 109000)
+			s.want(s.report(impUID), row.status, "")
+			s.want(s.report(impUID), row.status, "")
+			if row.kept && (s.statusOf(order) != statusPaid || s.row(impUID) != "kept" || s.back(impUID) != 0) {
+				t.Errorf("not revived: %s", s.row(impUID))
+			}
+			if !row.kept && (s.row(impUID) != "refunded: "+reasonSold || s.back(impUID) != 109000) {
+				t.Errorf("not given back: %s", s.row(impUID))
+			}
+			s.wantOneOwner()
+		})
+	}
+}
+
+// sell takes a painting out of the catalogue's stock, as the shop does that sells it elsewhere.
+func (s *shop) sell(painting string) {
+	execSQL(s.t, s.config.databaseURL, `UPDATE products SET for_sale = false WHERE id = '`+painting+`'`)
+}
+
+func TestDeletionAgainstPayment(t *testing.T) {
+	s := newShop(t)
+	order := s.order(buyerA, s.painting(99000))
+	s.double.faultOnce("find", fault{before: answer500})
+	if a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil); a.status < 500 {
+		t.Fatalf("a silent gateway: %d %s", a.status, a.body)
+	}
+	impUID := s.charge(order, 109000)
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 409, "")
+	if s.statusOf(order) != statusPaid || s.row(impUID) != "kept" {
+		t.Fatalf("status %d, %s", s.statusOf(order), s.row(impUID))
+	}
+}
+
+func TestHoldEnds(t *testing.T) {
+	s := newShop(t)
+	unpaid, paid := s.painting(99000), s.painting(99000)
+	first, second := s.order(buyerA, unpaid), s.order(buyerB, paid)
+	impUID := s.charge(second, 109000) // its browser was closed, and no notice came
+	s.later(29 * time.Minute)
+	if s.inStock("", unpaid) {
+		t.Fatal("the hold ended early")
+	}
+	s.later(time.Minute)
+	s.want(s.call(buyerA, "GET", "/api/orders/"+first, nil), 404, "")
+	if !s.inStock("", unpaid) || s.statusOf(second) != statusPaid || s.row(impUID) != "kept" {
+		t.Fatalf("in stock %v, status %d, %s", s.inStock("", unpaid), s.statusOf(second), s.row(impUID))
+	}
+	s.wantOneOwner()
+}
+
+func TestHoldWaitsForTheGateway(t *testing.T) {
+	s := newShop(t)
+	painting := s.painting(99000)
+	order := s.order(buyerA, painting)
+	s.double.setFaults(func(string, string) fault {
+		return fault{before: func(w http.ResponseWriter, r *http.Request) bool { return answer500(w, r) }}
+	})
+	s.later(59 * time.Minute)
+	s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 200, "")
+	s.later(time.Minute)
+	s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 404, "")
+	if !s.inStock("", painting) {
+		t.Fatal("held for longer than twice ORDER_HOLD")
+	}
+	impUID := s.charge(order, 109000)
+	s.double.setFaults(nil)
+	s.later(time.Minute) // the tombstone is asked about once the gateway answers
+	if s.statusOf(order) != statusPaid || s.row(impUID) != "kept" {
+		t.Fatalf("late money was not found: %s", s.row(impUID))
+	}
+}
+
+func TestSchemaDefendsItself(t *testing.T) {
+	s := newShop(t)
+	order, impUID, _ := s.paid(buyerA)
+	for _, row := range []struct{ sql, constraint string }{
+		{`INSERT INTO payments (imp_uid, order_id, state, currency, amount, created_at, updated_at) VALUES ('imp_x', '` + order + `', 'kept', 'KRW', 1, now(), now())`, "payments_one_kept_per_order"},
+		{`UPDATE payments SET refunded = amount + 1`, "payments_kept_is_won"},
+		{`UPDATE payments SET amount = 1`, "payments_state_may_follow"},
+		{`DELETE FROM payments WHERE imp_uid = '` + impUID + `'`, "payments_are_kept"},
+		{`UPDATE orders SET status = 3`, "orders_status_may_follow"},
+		{`UPDATE orders SET status = -1, paid_at = NULL`, "orders_status_may_follow"},
+		{`UPDATE orders SET ended = 'deleted'`, "orders_only_unpaid_end"},
+		{`DELETE FROM orders`, "orders_are_kept"},
+		{`UPDATE history SET why = 'nothing'`, "history_are_kept"},
+		{`DELETE FROM history`, "history_are_kept"},
+		{`TRUNCATE history`, "history_are_kept"},
+		{`TRUNCATE orders CASCADE`, "history_are_kept"},
+		{`UPDATE products SET order_id = '000000000000000000000000'`, "products_order_exists"},
+	} {
+		_, err := s.store.pool.Exec(t.Context(), row.sql)
+		if err == nil || constraintOf(err) != row.constraint {
+			t.Errorf("%s: %v (constraint %q)", row.sql, err, constraintOf(err))
+		}
+	}
+}
+
+// constraintOf names the constraint that a statement ran into.
+func constraintOf(err error) string {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		return pg.ConstraintName
+	}
+	return ""
+}
