@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -69,7 +70,7 @@ func decide(p Payment) func(Books) Entry {
 		case known != nil && known.State == "refunded", !money:
 			return Entry{}
 		case gone && known != nil:
-			return Entry{State: "refunded", Reason: reasonAtTheGateway,
+			return Entry{State: "refunded", Reason: cmp.Or(known.Reason, reasonAtTheGateway),
 				Cancel: known.State == "kept" || slices.Contains(cancelReasons, known.Reason)}
 		case gone:
 			return Entry{State: "refunded", Reason: reasonAtTheGateway}
