@@ -231,6 +231,55 @@ func TestHoldEnds(t *testing.T) {
 	s.wantOneOwner()
 }
 
+// A notice may be lost of anything that happens to an order: the reconciler looks at each once more.
+func TestPaidOrdersAreLookedAtOnceMore(t *testing.T) {
+	s := newShop(t)
+	order, kept, painting := s.paid(buyerA)
+	refunded, _, freed := s.paid(buyerB)
+	second := s.charge(order, 109000)
+	check(t, s.double.refundInConsole(queryText(t, s.config.databaseURL, `SELECT imp_uid FROM payments WHERE order_id = '`+refunded+`'`), 0))
+	s.later(29 * time.Minute)
+	if s.row(second) != "none" || s.statusOf(refunded) != statusPaid {
+		t.Fatal("looked at early")
+	}
+	s.later(time.Minute)
+	if s.row(second) != "refunded: "+reasonDuplicate || s.back(second) != 109000 || s.row(kept) != "kept" || s.inStock("", painting) {
+		t.Errorf("a second payment: %s, the first %s", s.row(second), s.row(kept))
+	}
+	if s.statusOf(refunded) != statusCancelled || !s.inStock("", freed) {
+		t.Errorf("refunded in the console: status %d", s.statusOf(refunded))
+	}
+	third := s.charge(order, 109000)
+	s.later(30 * time.Minute) // not yet
+	s.later(23 * time.Hour)
+	if s.back(third) != 109000 || s.statusOf(order) != statusPaid {
+		t.Errorf("a third payment: %s", s.row(third))
+	}
+	s.later(time.Hour)
+	if n := queryText(t, s.config.databaseURL, `SELECT count(*) FROM orders WHERE next_look_at IS NOT NULL`); n != "0" {
+		t.Errorf("%s orders are looked at for ever", n)
+	}
+}
+
+// A right payment behind a wrong one, both unreported: the newest is not the only one.
+func TestOlderPaymentBehindAWrongOne(t *testing.T) {
+	s := newShop(t)
+	order := s.order(buyerA, s.painting(99000))
+	right := s.charge(order, 109000)
+	s.clock.advance(time.Second)
+	wrong := s.charge(order, 1000)
+	s.double.setFaults(func(call, id string) fault {
+		if call == "cancel" {
+			return fault{before: answerRefusal(-1, "거절")} // the wrong one stays paid at the gateway
+		}
+		return fault{}
+	})
+	s.later(30 * time.Minute)
+	if s.statusOf(order) != statusPaid || s.row(right) != "kept" || s.row(wrong) != "refunding: "+reasonAmount {
+		t.Errorf("right %s, wrong %s", s.row(right), s.row(wrong))
+	}
+}
+
 func TestHoldWaitsForTheGateway(t *testing.T) {
 	s := newShop(t)
 	painting := s.painting(99000)

@@ -208,32 +208,39 @@ func (g *Gateway) paidFor(ctx context.Context, merchantUID string) (Payment, err
 	}
 	if p.Sandbox && !g.sandbox {
 		// There is no filter here: a newer payment of a test channel must not hide an older true one.
-		all, err := g.allPaidFor(ctx, merchantUID)
+		all, err := g.listFor(ctx, merchantUID, "paid")
 		if err != nil {
 			return Payment{}, err
+		}
+		if len(all) == 0 {
+			return Payment{}, ErrNoPayment
 		}
 		p = all[len(all)-1]
 	}
 	return p, nil
 }
 
-// AllPaidFor lists the payments of merchantUID that are paid and not refunded, not even in part, the first
-// begun first. None is an empty list, not an error.
-func (g *Gateway) AllPaidFor(ctx context.Context, merchantUID string) ([]Payment, error) {
+// PaymentsFor lists every payment of merchantUID with which money has moved: first those that are paid, then those
+// given back, in part or whole; of each the first begun first. None is an empty list, not an error. Windows that were
+// opened and not paid are left out: a buyer may open any number.
+func (g *Gateway) PaymentsFor(ctx context.Context, merchantUID string) (all []Payment, err error) {
 	ctx, end := g.begin(ctx, "findAll", g.lookUpLimit)
-	all, err := g.allPaidFor(ctx, merchantUID)
-	end(err)
-	if errors.Is(err, ErrNoPayment) {
-		return nil, nil
+	defer func() { end(err) }()
+	for _, status := range []string{"paid", "cancelled"} {
+		some, err := g.listFor(ctx, merchantUID, status)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, some...)
 	}
-	return all, err
+	return all, nil
 }
 
-// allPaidFor answers at least one payment, or an error. It asks for the oldest first, so that a payment
-// made meanwhile does not move the pages.
-func (g *Gateway) allPaidFor(ctx context.Context, merchantUID string) ([]Payment, error) {
+// listFor lists the payments of merchantUID in a status. It asks for the oldest first, so that a payment made
+// meanwhile does not move the pages.
+func (g *Gateway) listFor(ctx context.Context, merchantUID, status string) ([]Payment, error) {
 	var all []Payment
-	path := "/payments/findAll/" + url.PathEscape(merchantUID) + "/paid?sorting=started&limit=100&page="
+	path := "/payments/findAll/" + url.PathEscape(merchantUID) + "/" + status + "?sorting=started&limit=100&page="
 	for page := 1; page != 0; {
 		response, err := g.lookUp(ctx, "findAll", path+strconv.Itoa(page))
 		if errors.Is(err, ErrNoPayment) {
@@ -262,9 +269,6 @@ func (g *Gateway) allPaidFor(ctx context.Context, merchantUID string) ([]Payment
 			return nil, badGateway("findAll", errors.New("the pages do not come to an end"))
 		}
 		page = found.Next
-	}
-	if len(all) == 0 {
-		return nil, ErrNoPayment
 	}
 	return all, nil
 }

@@ -87,8 +87,8 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 	if p, err := g.PaidFor(t.Context(), "order-1"); p != want || err != nil {
 		t.Errorf("PaidFor = %+v, %v, want %+v", p, err, want)
 	}
-	if all, err := g.AllPaidFor(t.Context(), "order-1"); !reflect.DeepEqual(all, []Payment{want}) || err != nil {
-		t.Errorf("AllPaidFor = %+v, %v, want %+v alone", all, err, want)
+	if all, err := g.PaymentsFor(t.Context(), "order-1"); !reflect.DeepEqual(all, []Payment{want}) || err != nil {
+		t.Errorf("PaymentsFor = %+v, %v, want %+v alone", all, err, want)
 	}
 	for _, impUID := range []string{"imp_none", "", "a/../b", strings.Repeat("x", 65), "imp_1?x=y"} {
 		if p, err := g.Payment(t.Context(), impUID); !errors.Is(err, ErrNoPayment) {
@@ -98,14 +98,17 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 	if p, err := g.PaidFor(t.Context(), "order-2"); !errors.Is(err, ErrNoPayment) {
 		t.Errorf("PaidFor = %+v, %v, want ErrNoPayment", p, err)
 	}
-	if all, err := g.AllPaidFor(t.Context(), "order-2"); len(all) != 0 || err != nil {
-		t.Errorf("AllPaidFor = %+v, %v, want none", all, err)
+	if all, err := g.PaymentsFor(t.Context(), "order-2"); len(all) != 0 || err != nil {
+		t.Errorf("PaymentsFor = %+v, %v, want none", all, err)
 	}
 
 	want.Status, want.Cancelled = "cancelled", 5900
 	request := CancelRequest{ImpUID: first, Remaining: 5900, Won: true, Reason: `위조 "결제" <&>`}
 	if p, err := g.Cancel(t.Context(), request); p != want || err != nil {
 		t.Errorf("Cancel = %+v, %v, want %+v", p, err, want)
+	}
+	if all, err := g.PaymentsFor(t.Context(), "order-1"); !reflect.DeepEqual(all, []Payment{want}) || err != nil {
+		t.Errorf("PaymentsFor = %+v, %v, want %+v", all, err, want)
 	}
 	if p, _ := g.double.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.Reason {
 		t.Errorf("refunds at the gateway: %+v", p.Refunds)
@@ -114,7 +117,7 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 		t.Errorf("%d payment calls, want 2: what is no imp_uid is not asked for", n)
 	}
 	wantOutcomes := []string{
-		"token ok", "payment ok", "find ok", "findAll ok", "payment none", "find none", "findAll none", "cancel ok",
+		"token ok", "payment ok", "find ok", "findAll ok", "payment none", "find none", "findAll ok", "cancel ok",
 	}
 	if outcomes := g.nextOutcomes(len(wantOutcomes)); !reflect.DeepEqual(outcomes, wantOutcomes) {
 		t.Errorf("observed %q, want %q", outcomes, wantOutcomes)
@@ -206,9 +209,9 @@ func TestGatewaySandbox(t *testing.T) {
 			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, ErrNoPayment) {
 				t.Errorf("PaidFor = %+v, %v", p, err)
 			}
-			all, err := g.AllPaidFor(t.Context(), "test")
+			all, err := g.PaymentsFor(t.Context(), "test")
 			if err != nil || sandbox != (len(all) == 1) {
-				t.Errorf("AllPaidFor = %+v, %v", all, err)
+				t.Errorf("PaymentsFor = %+v, %v", all, err)
 			}
 			want, wantAll := real, 1
 			if sandbox {
@@ -217,8 +220,8 @@ func TestGatewaySandbox(t *testing.T) {
 			if p, err = g.PaidFor(t.Context(), "mixed"); p.ImpUID != want || err != nil {
 				t.Errorf("PaidFor(mixed) = %+v, %v, want %s", p, err, want)
 			}
-			if all, err = g.AllPaidFor(t.Context(), "mixed"); len(all) != wantAll || err != nil {
-				t.Errorf("AllPaidFor(mixed) = %+v, %v, want %d", all, err, wantAll)
+			if all, err = g.PaymentsFor(t.Context(), "mixed"); len(all) != wantAll || err != nil {
+				t.Errorf("PaymentsFor(mixed) = %+v, %v, want %d", all, err, wantAll)
 			}
 		})
 	}
@@ -229,7 +232,7 @@ func TestGatewayReadsAllPages(t *testing.T) {
 	for i := range 100 * maxPages {
 		g.double.pay(pretendPayment{MerchantUID: "order", Amount: int64(i)})
 	}
-	all, err := g.AllPaidFor(t.Context(), "order")
+	all, err := g.PaymentsFor(t.Context(), "order")
 	if err != nil || len(all) != 100*maxPages {
 		t.Fatalf("%d payments, %v, want all", len(all), err)
 	}
@@ -239,7 +242,7 @@ func TestGatewayReadsAllPages(t *testing.T) {
 		}
 	}
 	g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
-	_, err = g.AllPaidFor(t.Context(), "order")
+	_, err = g.PaymentsFor(t.Context(), "order")
 	g.wantFailure(t, err, 502, "findAll")
 }
 
@@ -417,7 +420,7 @@ func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) 
 		case "find":
 			_, err = g.PaidFor(t.Context(), "order")
 		case "findAll":
-			_, err = g.AllPaidFor(t.Context(), "order")
+			_, err = g.PaymentsFor(t.Context(), "order")
 		case "cancel":
 			_, err = g.Cancel(t.Context(), CancelRequest{id, 5900, true, ""})
 		}
@@ -708,7 +711,7 @@ func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 		g.double.set(id, func(p *pretendPayment) { p.ImpUID = "not an imp_uid" })
 	})}
 	g.double.faultOnce("findAll", bend)
-	_, err := g.AllPaidFor(t.Context(), "order")
+	_, err := g.PaymentsFor(t.Context(), "order")
 	g.wantFailure(t, err, 502, "findAll")
 
 	other := newAnswerTest(t, func(w http.ResponseWriter, r *http.Request) {

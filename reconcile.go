@@ -11,14 +11,14 @@ import (
 // also run together.
 const reconcileMost = 8
 
-// tombstoneLooks is how long after its end the gateway is last asked about an unpaid order: a payment window may stay
-// open for long after the order is gone.
-const tombstoneLooks = 24 * time.Hour
+// lastLook is how long after its last change the gateway is last asked about an order: a payment window may stay open
+// for long after the order is gone or paid.
+const lastLook = 24 * time.Hour
 
 var byReconciler = Change{Who: "reconciler"}
 
-// Reconcile does what nobody waits for, each interval until ctx ends: it retries refunds, asks the gateway about unpaid
-// orders whose hold ends, and lets their paintings go. Every replica runs one; they never work on the same row.
+// Reconcile does what nobody waits for, each interval until ctx ends: it retries refunds, asks the gateway about orders
+// whose time has come, and lets the paintings of unpaid ones go. Every replica runs one; they never work on the same row.
 func (t *Till) Reconcile(ctx context.Context) {
 	t.lastRound.Store(t.now().UnixNano())
 	ticker := time.NewTicker(t.every)
@@ -86,34 +86,37 @@ func (t *Till) lookAtOrders(ctx context.Context) error {
 	return nil
 }
 
-// lookAt asks the gateway about one order, settles what it finds, and otherwise ends an unpaid order whose hold is
-// over. seen is the gateway's error, err the database's. While the gateway does not answer, the hold stays, up to
-// twice its length.
+// lookAt asks the gateway about one order and settles what it finds. An unpaid order whose hold is over ends then; one
+// that is paid or has ended is looked at twice more, since a notice may be lost, and late money is late. seen is the
+// gateway's error, err the database's. While the gateway does not answer, the hold stays, up to twice its length.
 func (t *Till) lookAt(ctx context.Context, l Look) (seen, err error) {
-	settled, seen := t.Look(ctx, byReconciler, l.ID)
+	unpaid := l.Status == statusUnpaid && !l.Ended
+	look := t.Recheck
+	if unpaid {
+		look = t.Look
+	}
+	settled, seen := look(ctx, byReconciler, l.ID)
 	now := t.now()
 	var gateway *GatewayError
 	switch {
-	case seen == nil && settled.State == "kept":
-		return nil, nil
-	case seen == nil && settled.State == "refunded":
-		return nil, t.store.SetLook(ctx, l.ID, now) // another payment may stand behind the one that went back
-	case errors.As(seen, &gateway) && (l.Ended || now.Before(l.CreatedAt.Add(2*t.hold))):
-		return seen, t.store.SetLook(ctx, l.ID, now.Add(t.every))
-	case errors.As(seen, &gateway):
+	case errors.As(seen, &gateway) && unpaid && !now.Before(l.CreatedAt.Add(2*t.hold)):
 		return seen, t.end(ctx, l, now, now.Add(t.every))
-	case seen != nil && !errors.Is(seen, ErrNoPayment) && !errors.Is(seen, errNotOurs):
+	case errors.As(seen, &gateway):
+		return seen, t.store.SetLook(ctx, l, now.Add(t.every))
+	case seen != nil && !errors.Is(seen, ErrNoPayment):
 		return nil, seen // the lease ends by itself
-	case !l.Ended && now.Before(l.HeldUntil):
-		return nil, t.store.SetLook(ctx, l.ID, l.HeldUntil)
-	case !l.Ended:
+	case unpaid && settled.State == "kept":
+		return nil, nil // it is paid, and looked at once more when the lease ends
+	case unpaid && now.Before(l.HeldUntil):
+		return nil, t.store.SetLook(ctx, l, l.HeldUntil)
+	case unpaid:
 		return nil, t.end(ctx, l, now, now.Add(t.hold))
 	case now.Before(l.UpdatedAt.Add(t.hold)):
-		return nil, t.store.SetLook(ctx, l.ID, l.UpdatedAt.Add(t.hold))
-	case now.Before(l.UpdatedAt.Add(tombstoneLooks)):
-		return nil, t.store.SetLook(ctx, l.ID, l.UpdatedAt.Add(tombstoneLooks))
+		return nil, t.store.SetLook(ctx, l, l.UpdatedAt.Add(t.hold))
+	case now.Before(l.UpdatedAt.Add(lastLook)):
+		return nil, t.store.SetLook(ctx, l, l.UpdatedAt.Add(lastLook))
 	default:
-		return nil, t.store.SetLook(ctx, l.ID, time.Time{})
+		return nil, t.store.SetLook(ctx, l, time.Time{})
 	}
 }
 

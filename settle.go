@@ -218,14 +218,36 @@ func (t *Till) CancelAgain(ctx context.Context, by Change, id string) error {
 	return t.Refund(ctx, by, row)
 }
 
-// Look asks the gateway whether money came for an unpaid order or a tombstone, and settles it. ErrNoPayment: none.
+// Look asks the gateway whether money came for an unpaid order, and settles it. ErrNoPayment: none.
 func (t *Till) Look(ctx context.Context, by Change, id string) (Settlement, error) {
 	p, err := t.gateway.PaidFor(ctx, id)
 	if err != nil {
 		return Settlement{}, err
 	}
 	t.at("looked up", p.ImpUID)
-	return t.settle(ctx, by, p)
+	settled, err := t.settle(ctx, by, p)
+	if err != nil || settled.State == "kept" {
+		return settled, err
+	}
+	return t.Recheck(ctx, by, id) // an older payment may stand behind the one that pays nothing
+}
+
+// Recheck settles every payment that the gateway has for an order, whatever notice of it was lost. The settlement is
+// that of the payment which the order keeps; the zero one when it keeps none.
+func (t *Till) Recheck(ctx context.Context, by Change, id string) (kept Settlement, err error) {
+	payments, err := t.gateway.PaymentsFor(ctx, id)
+	if err != nil {
+		return kept, err
+	}
+	for _, p := range payments {
+		t.at("looked up", p.ImpUID)
+		settled, problem := t.settle(ctx, by, p)
+		err = errors.Join(err, problem)
+		if settled.State == "kept" {
+			kept = settled
+		}
+	}
+	return kept, err
 }
 
 // Delete ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not

@@ -687,8 +687,8 @@ func queueEntry(batch *pgx.Batch, p Payment, entry Entry, books Books, now, leas
 		batch.Queue(`UPDATE products p SET order_id = o.id FROM orders o WHERE o.id = $1 AND p.id = ANY(o.product_ids)`, id)
 	}
 	if entry.Pay {
-		batch.Queue(`UPDATE orders SET status = 0, ended = NULL, paid_at = $2, updated_at = $2, next_look_at = NULL
-			WHERE id = $1 AND status = -1`, id, now)
+		batch.Queue(`UPDATE orders SET status = 0, ended = NULL, paid_at = $2, updated_at = $2, next_look_at = coalesce(next_look_at, $3)
+			WHERE id = $1 AND status = -1`, id, now, lease)
 	}
 	var paidAt *time.Time
 	if !p.PaidAt.IsZero() {
@@ -796,15 +796,16 @@ func (s *Store) ClaimLooks(ctx context.Context, most int, now, lease time.Time) 
 	})
 }
 
-// SetLook says when the gateway is to be asked about an unpaid order or a tombstone next; a zero time is never.
-func (s *Store) SetLook(ctx context.Context, id string, next time.Time) error {
+// SetLook says when the gateway is to be asked about an order next; a zero time is never. An order that has changed
+// since the look was claimed keeps the time of its lease.
+func (s *Store) SetLook(ctx context.Context, l Look, next time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	var at *time.Time
 	if !next.IsZero() {
 		at = &next
 	}
-	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND status = -1`, id, at)
+	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $3 WHERE id = $1 AND updated_at = $2`, l.ID, l.UpdatedAt, at)
 	return err
 }
 
