@@ -35,7 +35,7 @@ type shop struct {
 	clock  *testClock
 	double *pretendGateway
 	logged *bytes.Buffer // what it logged; read it when nothing runs
-	url    string
+	url    string        // empty: without a network
 }
 
 const testSecret = "test-secret-test-secret-test-secret-test"
@@ -50,30 +50,47 @@ const (
 // newShop opens a shop. change, when given, changes its configuration first.
 func newShop(t testing.TB, change ...func(*config)) *shop {
 	t.Helper()
-	clock := newTestClock()
-	double := newPretendGateway(clock.Now)
-	gatewayServer := httptest.NewServer(double)
-	t.Cleanup(gatewayServer.Close)
+	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
+	s.double = newPretendGateway(s.clock.Now)
+	gateway := httptest.NewServer(s.double)
+	t.Cleanup(gateway.Close)
+	s.open(gateway.URL, nil, change...)
+	service := httptest.NewServer(s)
+	t.Cleanup(service.Close)
+	s.url = service.URL
+	return s
+}
+
+// newDirectShop opens a shop without a network, for tests of many calls: they go straight to ServeHTTP, and the gateway's
+// client straight to its double.
+func newDirectShop(t testing.TB) *shop {
+	t.Helper()
+	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
+	s.double = newPretendGateway(s.clock.Now)
+	s.open("http://gateway.invalid", s.double)
+	return s
+}
+
+// open builds the server of a shop around its clock and its gateway.
+func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...func(*config)) {
+	s.t.Helper()
 	c := config{
-		databaseURL: newTestDatabase(t), jwtSecret: []byte(testSecret), iamportURL: gatewayServer.URL, iamportKey: double.key,
-		iamportSecret: double.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
+		databaseURL: newTestDatabase(s.t), jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.double.key,
+		iamportSecret: s.double.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
 		origins: []string{"https://lumiere.example"},
 	}
 	for _, f := range change {
 		f(&c)
 	}
 	store, err := openStore(context.Background(), c.databaseURL, nil)
-	check(t, err)
-	t.Cleanup(store.Close)
-	check(t, store.migrate(context.Background(), len(schemaSteps())))
-	logged := &bytes.Buffer{}
-	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox, Now: clock.Now})
-	t.Cleanup(gateway.client.CloseIdleConnections)
-	s := newServer(c, store, gateway, slog.New(slog.NewJSONHandler(logged, nil)), clock.Now)
-	s.till.lastRound.Store(clock.Now().UnixNano())
-	service := httptest.NewServer(s)
-	t.Cleanup(service.Close)
-	return &shop{s, t, clock, double, logged, service.URL}
+	check(s.t, err)
+	s.t.Cleanup(store.Close)
+	check(s.t, store.migrate(context.Background(), len(schemaSteps())))
+	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
+		Now: s.clock.Now, Transport: transport})
+	s.t.Cleanup(gateway.client.CloseIdleConnections)
+	s.server = newServer(c, store, gateway, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
+	s.till.lastRound.Store(s.clock.Now().UnixNano())
 }
 
 // token is a good token of user's.
@@ -105,7 +122,7 @@ func (a answer) message() string {
 	return m.Message
 }
 
-// call makes a request through real HTTP as user ("": nobody). body is sent as it is when it is a string, as JSON otherwise.
+// call makes a request as user ("": nobody). body is sent as it is when it is a string, as JSON otherwise.
 func (s *shop) call(user, method, path string, body any) answer {
 	s.t.Helper()
 	return s.callWith(s.as(user), method, path, body)
@@ -130,12 +147,25 @@ func (s *shop) callWith(authorization, method, path string, body any) answer {
 		request.Header.Set("Authorization", authorization)
 	}
 	request.Header.Set("Content-Type", "application/json")
-	response, err := http.DefaultClient.Do(request)
+	response, err := s.send(request)
 	check(s.t, err)
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
 	check(s.t, err)
 	return answer{response.StatusCode, response.Header, strings.TrimSuffix(string(text), "\n")}
+}
+
+// send makes a request over the network, if there is one.
+func (s *shop) send(request *http.Request) (*http.Response, error) {
+	if s.url != "" {
+		return http.DefaultClient.Do(request)
+	}
+	if request.Body == nil {
+		request.Body = http.NoBody
+	}
+	recorder := httptest.NewRecorder()
+	s.ServeHTTP(recorder, request)
+	return recorder.Result(), nil
 }
 
 // want fails the test unless a call answered this status and, when text is not empty, this message.
