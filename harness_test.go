@@ -35,7 +35,8 @@ type shop struct {
 	clock  *testClock
 	double *pretendGateway
 	logged *bytes.Buffer // what it logged; read it when nothing runs
-	url    string        // empty: without a network
+	trips  *tripCounter
+	url    string // empty: without a network
 }
 
 const testSecret = "test-secret-test-secret-test-secret-test"
@@ -82,7 +83,8 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	for _, f := range change {
 		f(&c)
 	}
-	store, err := openStore(context.Background(), c.databaseURL, nil)
+	s.trips = &tripCounter{}
+	store, err := openStore(context.Background(), c.databaseURL, s.trips)
 	check(s.t, err)
 	s.t.Cleanup(store.Close)
 	check(s.t, store.migrate(context.Background(), len(schemaSteps())))
