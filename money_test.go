@@ -178,16 +178,16 @@ func TestLateMoney(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newShop(t)
 			painting := s.painting(99000)
-			order := s.order(buyerA, painting)
+			order := s.order(buyerA, painting, s.painting(99000)) // the other one stays free
 			row.end(s, order, painting)
 			s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 404, "")
-			impUID := s.charge(order, 109000)
+			impUID := s.charge(order, 208000)
 			s.want(s.report(impUID), row.status, "")
 			s.want(s.report(impUID), row.status, "")
 			if row.kept && (s.statusOf(order) != statusPaid || s.row(impUID) != "kept" || s.back(impUID) != 0) {
 				t.Errorf("not revived: %s", s.row(impUID))
 			}
-			if !row.kept && (s.row(impUID) != "refunded: "+reasonSold || s.back(impUID) != 109000) {
+			if !row.kept && (s.row(impUID) != "refunded: "+reasonSold || s.back(impUID) != 208000) {
 				t.Errorf("not given back: %s", s.row(impUID))
 			}
 			s.wantOneOwner()

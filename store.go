@@ -649,7 +649,7 @@ func (s *Store) Settle(ctx context.Context, by Change, p Payment, now, lease tim
 		WITH o AS (SELECT user_id, number, product_ids FROM orders WHERE id = $1 AND ended IS NOT NULL),
 		unpaid AS (SELECT u.id, u.product_ids FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
 		locked AS (
-			SELECT p.id, p.for_sale AND (p.order_id IS NULL OR p.order_id = (SELECT id FROM unpaid)) AS free
+			SELECT p.id, p.for_sale AND (p.order_id IS NULL OR p.order_id IS NOT DISTINCT FROM (SELECT id FROM unpaid)) AS free
 			FROM products p WHERE p.id = ANY((SELECT product_ids FROM o)::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
 			ORDER BY p.id FOR NO KEY UPDATE)
 		SELECT coalesce(bool_and(l.free), false) AND NOT EXISTS (
