@@ -88,10 +88,8 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	check(s.t, err)
 	s.t.Cleanup(store.Close)
 	check(s.t, store.migrate(context.Background(), len(schemaSteps())))
-	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
-		Now: s.clock.Now, Transport: transport})
-	s.t.Cleanup(gateway.client.CloseIdleConnections)
-	s.server = newServer(c, store, gateway, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
+	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
+	s.t.Cleanup(s.till.gateway.client.CloseIdleConnections)
 	s.till.lastRound.Store(s.clock.Now().UnixNano())
 }
 

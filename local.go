@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -75,7 +76,7 @@ func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err erro
 	if err != nil {
 		return nil, err
 	}
-	h.http = httpServer(h.gateway)
+	h.http = httpServer(h.gateway, slog.Default())
 	go h.http.Serve(listener)
 	c.databaseURL, c.iamportURL = h.server.URL, "http://"+listener.Addr().String()
 	c.iamportKey, c.iamportSecret = h.gateway.key, h.gateway.secret

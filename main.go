@@ -234,12 +234,14 @@ func (s *server) routes() []route {
 	}
 }
 
-// newServer builds the service around a store and a gateway, for main and the tests alike.
-func newServer(c config, store *Store, gateway *Gateway, log *slog.Logger, now func() time.Time) *server {
+// newServer builds the service around a store and the way to the gateway (nil: the network), for main and the tests alike.
+func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
 	s := &server{
 		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
-		till: &Till{store: store, gateway: gateway, now: now, log: log, every: c.reconcile, hold: c.hold},
 	}
+	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
+		Now: now, Transport: toGateway, Observe: s.observeGateway})
+	s.till = &Till{store: store, gateway: gateway, now: now, log: log, every: c.reconcile, hold: c.hold}
 	for _, rt := range s.routes() {
 		s.add(rt)
 	}
@@ -281,8 +283,7 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	if err := store.migrate(ctx, len(schemaSteps())); err != nil {
 		return fmt.Errorf("database: %w", err)
 	}
-	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox})
-	s := newServer(c, store, gateway, log, time.Now)
+	s := newServer(c, store, nil, log, time.Now)
 	if house != nil {
 		if err := house.furnish(ctx, s, listener.Addr().String(), out); err != nil {
 			return err
@@ -296,7 +297,7 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 		defer close(reconciling)
 		s.till.Reconcile(reconcileCtx)
 	}()
-	err = serveHTTP(ctx, httpServer(s), listener)
+	err = serveHTTP(ctx, httpServer(s, log), listener)
 	stopReconciling()
 	select {
 	case <-reconciling:
@@ -310,11 +311,11 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 const drainTime = 7 * time.Second
 
 // httpServer has every limit set. Writing may take as long as a forged payment's look-up, refund and second look-up.
-func httpServer(handler http.Handler) *http.Server {
+func httpServer(handler http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute,
 		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 256 << 10,
-		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 }
 
@@ -342,48 +343,6 @@ func newLog(c config, to io.Writer) *slog.Logger {
 		return slog.New(slog.NewTextHandler(to, options))
 	}
 	return slog.New(slog.NewJSONHandler(to, options))
-}
-
-// ---- health
-
-// health is what readyz answers: a word on each thing that the service stands on.
-type health struct {
-	Database   string `json:"database"`
-	Reconciler string `json:"reconciler"`
-	Gateway    string `json:"gateway"`
-}
-
-// healthz answers as long as the process can: it fails only by not answering, and then the process should be restarted.
-func (s *server) healthz(*request) (any, error) {
-	return struct {
-		Status string `json:"status"`
-	}{"ok"}, nil
-}
-
-// readyz answers 200 when orders can be taken: the database answers a statement within a second, its schema is not
-// older than the program, and the reconciler gets through its rounds. A silent gateway is only said: carts and orders
-// go on without it.
-func (s *server) readyz(r *request) (any, error) {
-	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
-	defer cancel()
-	state := health{Database: "ok", Reconciler: "ok", Gateway: "ok"}
-	version, err := s.store.schemaVersion(ctx)
-	switch {
-	case err != nil:
-		state.Database = "not answering"
-	case version < len(schemaSteps()):
-		state.Database = "schema older than the program"
-	}
-	if s.till.behind() {
-		state.Reconciler = "has not finished a round for ten intervals"
-	}
-	if s.till.trouble.Load() {
-		state.Gateway = "not answering"
-	}
-	if state.Database != "ok" || state.Reconciler != "ok" {
-		return nil, &refusal{status: http.StatusServiceUnavailable, body: state, retryAfter: time.Second, cause: err}
-	}
-	return state, nil
 }
 
 // about answers / in a configured deployment.

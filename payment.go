@@ -80,9 +80,9 @@ type GatewayConfig struct {
 	Now              func() time.Time  // nil: time.Now
 	Transport        http.RoundTripper // nil: a transport of its own with sane limits
 	// Observe is told of every call when it ends, except one whose caller went away. Call is as in
-	// GatewayError, outcome "ok", "none", "refused", "broken", "unreachable" or "timeout"; took includes
-	// all waiting.
-	Observe func(call, outcome string, took time.Duration) // nil: nobody
+	// GatewayError, outcome "ok", "none", "refused", "broken", "unreachable" or "timeout", err the one that
+	// its caller gets; took includes all waiting.
+	Observe func(call, outcome string, err error, took time.Duration) // nil: nobody
 }
 
 // Gateway is a client of Iamport's (PortOne V1) REST API. It is safe for concurrent use and meant to be shared:
@@ -91,7 +91,7 @@ type Gateway struct {
 	url, key, secret string
 	sandbox          bool
 	now              func() time.Time
-	observe          func(call, outcome string, took time.Duration)
+	observe          func(call, outcome string, err error, took time.Duration)
 	client           *http.Client
 
 	lookUpLimit, cancelLimit time.Duration // each for a whole call, its waiting and its token included
@@ -126,7 +126,7 @@ func NewGateway(c GatewayConfig) *Gateway {
 		g.now = time.Now
 	}
 	if g.observe == nil {
-		g.observe = func(string, string, time.Duration) {}
+		g.observe = func(string, string, error, time.Duration) {}
 	}
 	if c.Transport == nil {
 		c.Transport = newGatewayTransport()
@@ -316,7 +316,7 @@ func (g *Gateway) begin(
 	return ctx, func(err error) {
 		cancel()
 		if outcome := gatewayOutcome(err); outcome != "" {
-			g.observe(call, outcome, g.now().Sub(start))
+			g.observe(call, outcome, err, g.now().Sub(start))
 		}
 	}
 }

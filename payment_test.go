@@ -43,7 +43,7 @@ func newGatewayTestInMemory(sandbox bool) *gatewayTest {
 	outcomes := make(chan string, 1000)
 	gateway := NewGateway(GatewayConfig{
 		Key: double.key, Secret: double.secret, Sandbox: sandbox, Now: clock.Now, Transport: double,
-		Observe: func(call, outcome string, _ time.Duration) { outcomes <- call + " " + outcome },
+		Observe: func(call, outcome string, _ error, _ time.Duration) { outcomes <- call + " " + outcome },
 	})
 	return &gatewayTest{gateway, double, clock, outcomes}
 }

@@ -35,7 +35,8 @@ func (t *Till) Reconcile(ctx context.Context) {
 	}
 }
 
-// Round does all that is due now. It ends early when the database fails or the gateway does not answer.
+// Round does what is due now. It ends early when the database fails or the gateway does not answer, and leaves to the next
+// round what refunds or looks do not get to within an interval: a backlog must not look like a reconciler that is stuck.
 func (t *Till) Round(ctx context.Context) error {
 	err := errors.Join(t.retryRefunds(ctx), t.lookAtOrders(ctx), t.store.FoldTally(ctx))
 	if err == nil {
@@ -46,16 +47,16 @@ func (t *Till) Round(ctx context.Context) error {
 
 // retryRefunds tries every refund that is due.
 func (t *Till) retryRefunds(ctx context.Context) error {
-	for ctx.Err() == nil {
+	for until := t.now().Add(t.every); ctx.Err() == nil && t.now().Before(until); {
 		now := t.now()
 		due, err := t.store.ClaimRefunds(ctx, reconcileMost, now, now.Add(refundLease))
 		if err != nil || len(due) == 0 {
 			return err
 		}
-		answered := together(due, func(row PaymentRow) bool {
-			return t.answered(t.Refund(ctx, byReconciler, row))
+		allAnswered := together(due, func(row PaymentRow) bool {
+			return answered(t.Refund(ctx, byReconciler, row))
 		})
-		if !answered {
+		if !allAnswered {
 			return nil // each failure is noted with its payment and comes back after its pause
 		}
 	}
@@ -64,7 +65,7 @@ func (t *Till) retryRefunds(ctx context.Context) error {
 
 // lookAtOrders asks the gateway about every order whose time has come.
 func (t *Till) lookAtOrders(ctx context.Context) error {
-	for ctx.Err() == nil {
+	for until := t.now().Add(t.every); ctx.Err() == nil && t.now().Before(until); {
 		now := t.now()
 		due, err := t.store.ClaimLooks(ctx, reconcileMost, now, now.Add(refundLease))
 		if err != nil || len(due) == 0 {
@@ -72,14 +73,14 @@ func (t *Till) lookAtOrders(ctx context.Context) error {
 		}
 		var mu sync.Mutex
 		var failed error
-		answered := together(due, func(l Look) bool {
+		allAnswered := together(due, func(l Look) bool {
 			seen, err := t.lookAt(ctx, l)
 			mu.Lock()
 			failed = errors.Join(failed, err)
 			mu.Unlock()
-			return t.answered(seen)
+			return answered(seen)
 		})
-		if failed != nil || !answered {
+		if failed != nil || !allAnswered {
 			return failed
 		}
 	}
@@ -130,18 +131,10 @@ func (t *Till) end(ctx context.Context, l Look, now, nextLook time.Time) error {
 	return err
 }
 
-// answered reports whether err is anything but the gateway's silence, and logs when that begins and ends.
-func (t *Till) answered(err error) bool {
+// answered reports whether err is anything but the gateway's silence.
+func answered(err error) bool {
 	var gateway *GatewayError
-	silent := errors.As(err, &gateway)
-	if t.trouble.Swap(silent) != silent {
-		if silent {
-			t.log.Error("the gateway does not answer; refunds and expiries wait", "error", err)
-		} else {
-			t.log.Info("the gateway answers again")
-		}
-	}
-	return !silent
+	return !errors.As(err, &gateway)
 }
 
 // together runs do for all items at once and reports whether all answered.
@@ -161,7 +154,7 @@ func together[T any](items []T, do func(T) bool) bool {
 }
 
 // behind reports whether the reconciler has not finished a round for ten intervals; before its first one it has from the
-// start of the program.
+// start of the program. However short they are, a refund may take its time.
 func (t *Till) behind() bool {
-	return t.now().Sub(time.Unix(0, t.lastRound.Load())) > 10*t.every
+	return t.now().Sub(time.Unix(0, t.lastRound.Load())) > max(10*t.every, refundLease)
 }

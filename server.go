@@ -29,6 +29,7 @@ type server struct {
 	random func() string // 16 hex digits nobody can guess
 	log    *slog.Logger
 	mux    *http.ServeMux
+	outage outage // of the gateway
 }
 
 // request is an *http.Request with what the shell around the handlers knows of it.

@@ -25,7 +25,6 @@ type Till struct {
 	step func(name, impUID string)
 
 	lastRound atomic.Int64 // when the reconciler last finished a round, Unix nanoseconds
-	trouble   atomic.Bool  // the gateway did not answer the reconciler's last call
 }
 
 // refundLease is how long whoever tries a refund is alone with it: longer than a cancel and two look-ups may take.

@@ -115,21 +115,6 @@ func TestDatabaseGoneAndBack(t *testing.T) {
 	s.order(buyerA, painting)
 }
 
-func TestReadiness(t *testing.T) {
-	s := newShop(t)
-	s.want(s.call("", "GET", "/readyz", nil), 200, "")
-	s.till.trouble.Store(true)
-	if a := s.want(s.call("", "GET", "/readyz", nil), 200, ""); !strings.Contains(a.body, `"gateway":"not answering"`) {
-		t.Errorf("answered %s", a.body)
-	}
-	s.clock.advance(11 * s.config.reconcile)
-	s.want(s.call("", "GET", "/readyz", nil), 503, "")
-	check(t, s.till.Round(t.Context()))
-	s.want(s.call("", "GET", "/readyz", nil), 200, "")
-	execSQL(t, s.config.databaseURL, `DELETE FROM schema_steps WHERE step = 2`)
-	s.want(s.call("", "GET", "/readyz", nil), 503, "")
-}
-
 func TestConfiguration(t *testing.T) {
 	whole := map[string]string{"DATABASE_URL": "postgres://db", "JWT_SECRET": testSecret, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "hidden-value"}
 	for _, row := range []struct {
