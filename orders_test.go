@@ -491,6 +491,8 @@ func TestPayRefusals(t *testing.T) {
 		{"one won", pretendPayment{Amount: 1}, false, 400, forged, 1},
 		{"too much", pretendPayment{Amount: 109001}, false, 400, forged, 109001},
 		{"dollars", pretendPayment{Amount: 109000, Currency: "USD"}, false, 400, forged, 109000},
+		{"dollars, partly back", pretendPayment{Amount: 80, Currency: "USD", Status: "cancelled", Cancelled: 1}, false, 400, forged, 80},
+		{"won, partly back", pretendPayment{Amount: 109000, Status: "cancelled", Cancelled: 1}, false, 400, forged, 109000},
 		{"ready", pretendPayment{Amount: 109000, Status: "ready"}, false, 400, "", 0},
 		{"failed", pretendPayment{Amount: 109000, Status: "failed"}, false, 400, "", 0},
 		{"failed, other amount", pretendPayment{Amount: 1, Status: "failed"}, false, 400, "", 0},

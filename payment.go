@@ -26,6 +26,7 @@ type Payment struct {
 	Currency            string    // "KRW"
 	Amount              int64     // whole won, as first paid; 0 when Currency is not KRW: not ours to book
 	Cancelled           int64     // whole won given back so far; 0 when Currency is not KRW
+	Gone                bool      // it was paid and nothing is left of it, in whatever currency: all was given back
 	Sandbox             bool      // made through a test channel: no money moved
 	PaidAt              time.Time // UTC; zero when never paid
 }
@@ -541,34 +542,33 @@ func decodePayment(response []byte) (Payment, error) {
 	if object.PaidAt > 0 {
 		p.PaidAt = time.Unix(object.PaidAt, 0).UTC()
 	}
+	amount, ok1 := exactNumber(object.Amount)
+	cancelled, ok2 := exactNumber(object.CancelAmount)
+	if !ok1 || !ok2 {
+		return Payment{}, errors.New("an amount is not a number")
+	}
+	p.Gone = p.Status == "cancelled" && cancelled.Cmp(amount) >= 0
 	if p.Won() {
-		var err error
-		if p.Amount, err = wholeWon(object.Amount); err != nil {
-			return Payment{}, err
+		if !wholeWon(amount) || !wholeWon(cancelled) {
+			return Payment{}, errors.New("an amount is not of whole won")
 		}
-		if p.Cancelled, err = wholeWon(object.CancelAmount); err != nil {
-			return Payment{}, err
-		}
+		p.Amount, p.Cancelled = amount.Num().Int64(), cancelled.Num().Int64()
 	}
 	return p, nil
 }
 
-var errNotWon = errors.New("an amount is not a number of whole won")
+// numberPattern bounds what exact arithmetic has to work on: 1e999999999 is a JSON number too.
+var numberPattern = regexp.MustCompile(`^\d{1,18}(\.\d{1,18})?([eE][+-]?\d{1,2})?$`)
 
-// wonPattern bounds what exact arithmetic has to work on: 1e999999999 is a JSON number too.
-var wonPattern = regexp.MustCompile(`^\d{1,18}(\.\d{1,18})?([eE][+-]?\d{1,2})?$`)
-
-// wholeWon reads a JSON number of any spelling (5900, 5900.0, 5.9e3) that is exactly whole and not negative.
-func wholeWon(number json.RawMessage) (int64, error) {
-	if !wonPattern.Match(number) {
-		return 0, errNotWon
+// exactNumber reads a JSON number of any spelling (5900, 5900.0, 5.9e3) that is not negative.
+func exactNumber(number json.RawMessage) (*big.Rat, bool) {
+	if !numberPattern.Match(number) {
+		return nil, false
 	}
-	won, ok := new(big.Rat).SetString(string(number))
-	if !ok || !won.IsInt() || !won.Num().IsInt64() {
-		return 0, errNotWon
-	}
-	return won.Num().Int64(), nil
+	return new(big.Rat).SetString(string(number))
 }
+
+func wholeWon(amount *big.Rat) bool { return amount.IsInt() && amount.Num().IsInt64() }
 
 // decodeAnswer is json.Unmarshal with errors that show nothing of the content.
 func decodeAnswer(data []byte, v any) error {

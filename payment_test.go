@@ -102,7 +102,7 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 		t.Errorf("PaymentsFor = %+v, %v, want none", all, err)
 	}
 
-	want.Status, want.Cancelled = "cancelled", 5900
+	want.Status, want.Cancelled, want.Gone = "cancelled", 5900, true
 	request := CancelRequest{ImpUID: first, Remaining: 5900, Won: true, Reason: `위조 "결제" <&>`}
 	if p, err := g.Cancel(t.Context(), request); p != want || err != nil {
 		t.Errorf("Cancel = %+v, %v, want %+v", p, err, want)
@@ -173,8 +173,12 @@ func TestGatewayCancelRefused(t *testing.T) {
 func TestGatewayCancelsForeignPaymentWithoutChecksum(t *testing.T) {
 	g := newGatewayTest(t, false)
 	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
+	check(t, g.double.refundInConsole(impUID, 20))
+	if p, err := g.Payment(t.Context(), impUID); err != nil || p.Status != "cancelled" || p.Gone {
+		t.Errorf("with a remainder: %+v, %v", p, err)
+	}
 	p, err := g.Cancel(t.Context(), CancelRequest{ImpUID: impUID})
-	if err != nil || p.Status != "cancelled" || p.Won() || p.Amount != 0 || p.Cancelled != 0 {
+	if err != nil || !p.Gone || p.Won() || p.Amount != 0 || p.Cancelled != 0 {
 		t.Errorf("Cancel = %+v, %v", p, err)
 	}
 }

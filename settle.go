@@ -62,16 +62,15 @@ var errRefundPending = errors.New("the refund is not done yet")
 func decide(p Payment) func(Books) Entry {
 	return func(b Books) Entry {
 		known := b.payment(p.ImpUID)
-		gone := p.Status == "cancelled" && p.Cancelled >= p.Amount
 		money := p.Status == "paid" || p.Status == "cancelled" // cancelled with a remainder is a part refund
 
 		switch {
 		case known != nil && known.State == "refunded", !money:
 			return Entry{}
-		case gone && known != nil:
+		case p.Gone && known != nil:
 			return Entry{State: "refunded", Reason: cmp.Or(known.Reason, reasonAtTheGateway),
 				Cancel: known.State == "kept" || slices.Contains(cancelReasons, known.Reason)}
-		case gone:
+		case p.Gone:
 			return Entry{State: "refunded", Reason: reasonAtTheGateway}
 		case known != nil && p.Cancelled > known.Refunded:
 			return Entry{State: known.State, Reason: known.Reason}
