@@ -51,6 +51,7 @@ func (s *server) readyz(r *request) (any, error) {
 // observeGateway is told of every call to the gateway (GatewayConfig.Observe).
 func (s *server) observeGateway(call, outcome string, err error, took time.Duration) {
 	s.log.Debug("gateway", "call", call, "outcome", outcome, "ms", float64(took.Microseconds())/1000)
+	s.metrics.gatewayCall(call, outcome, took)
 	s.outage.observe(s.log, s.now(), err)
 }
 

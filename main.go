@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -108,6 +109,7 @@ type config struct {
 	iamportURL                string
 	sandbox                   bool // accept payments of test channels
 	port                      int
+	metricsAddress            string        // host:port of the figures; empty: nowhere
 	origins                   []string      // allowed by CORS
 	shipping                  int64         // won for an order
 	hold                      time.Duration // how long an unpaid order keeps its paintings
@@ -162,6 +164,11 @@ func readConfig(getenv func(string) string, command string) (config, error) {
 	}
 	if c.shipping, err = strconv.ParseInt(or("SHIPPING_PRICE", "10000"), 10, 64); err != nil || c.shipping < 0 || c.shipping > maxPrice {
 		problem("SHIPPING_PRICE must be whole won, 0 or more")
+	}
+	if c.metricsAddress = or("METRICS_ADDR", ""); c.metricsAddress != "" {
+		if _, _, err := net.SplitHostPort(c.metricsAddress); err != nil {
+			problem("METRICS_ADDR must be host:port, such as 127.0.0.1:9100")
+		}
 	}
 	duration := func(name, byDefault string) time.Duration {
 		d, err := time.ParseDuration(or(name, byDefault))
@@ -238,6 +245,7 @@ func (s *server) routes() []route {
 func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
 	s := &server{
 		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
+		metrics: newMetrics(),
 	}
 	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
 		Now: now, Transport: toGateway, Observe: s.observeGateway})
@@ -275,6 +283,13 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 		return err
 	}
 	defer listener.Close()
+	var metricsListener net.Listener
+	if c.metricsAddress != "" {
+		if metricsListener, err = net.Listen("tcp", c.metricsAddress); err != nil {
+			return err
+		}
+		defer metricsListener.Close()
+	}
 	store, err := openStore(ctx, c.databaseURL, nil)
 	if err != nil {
 		return err
@@ -289,19 +304,32 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 			return err
 		}
 	}
+	if metricsListener != nil {
+		log.Info("serving metrics", "address", metricsListener.Addr().String())
+	}
 	log.Info("serving", "address", listener.Addr().String(), "version", version())
 
-	reconciling := make(chan struct{})
-	reconcileCtx, stopReconciling := context.WithCancel(ctx)
-	go func() {
-		defer close(reconciling)
-		s.till.Reconcile(reconcileCtx)
-	}()
+	besides, stop := context.WithCancel(ctx)
+	defer stop()
+	var beside sync.WaitGroup
+	beside.Go(func() { s.till.Reconcile(besides) })
+	if metricsListener != nil {
+		beside.Go(func() {
+			if err := serveHTTP(besides, httpServer(s.metricsHandler(), log), metricsListener); err != nil {
+				log.Error("metrics", "error", err)
+			}
+		})
+	}
 	err = serveHTTP(ctx, httpServer(s, log), listener)
-	stopReconciling()
+	stop()
+	ended := make(chan struct{})
+	go func() {
+		beside.Wait()
+		close(ended)
+	}()
 	select {
-	case <-reconciling:
-	case <-time.After(2 * time.Second): // what it left is leased, and goes on elsewhere
+	case <-ended:
+	case <-time.After(2 * time.Second): // what the reconciler left is leased, and goes on elsewhere
 	}
 	log.Info("stopped")
 	return err

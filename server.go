@@ -29,7 +29,9 @@ type server struct {
 	random func() string // 16 hex digits nobody can guess
 	log    *slog.Logger
 	mux    *http.ServeMux
-	outage outage // of the gateway
+
+	metrics *metrics
+	outage  outage // of the gateway
 }
 
 // request is an *http.Request with what the shell around the handlers knows of it.
@@ -122,6 +124,7 @@ func refusalOf(err error) *refusal {
 
 // add puts a route on the mux.
 func (s *server) add(rt route) {
+	traffic := s.metrics.route(rt.pattern)
 	s.mux.HandleFunc(rt.pattern, func(w http.ResponseWriter, hr *http.Request) {
 		start := s.now()
 		r := &request{Request: hr, id: s.requestID(hr)}
@@ -140,7 +143,9 @@ func (s *server) add(rt route) {
 			}
 		}
 		writeJSON(w, status, body)
-		s.logRequest(r, rt.pattern, status, s.now().Sub(start), cause)
+		took := s.now().Sub(start)
+		traffic.count(status, took)
+		s.logRequest(r, rt.pattern, status, took, cause)
 	})
 }
 
@@ -203,6 +208,7 @@ func (s *server) noSuchCall(w http.ResponseWriter, r *http.Request) {
 		text = "이 주소에서 지원하지 않는 요청 방식입니다"
 	}
 	writeJSON(w, seen.status, message{text})
+	s.metrics.noRoute.count(seen.status, 0)
 	s.logRequest(&request{Request: r, id: s.requestID(r)}, "none", seen.status, 0, nil)
 }
 

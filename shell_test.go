@@ -134,6 +134,8 @@ func TestConfiguration(t *testing.T) {
 		{"CORS_ORIGINS=*", "", "CORS_ORIGINS"},
 		{"IAMPORT_URL=gateway", "", "IAMPORT_URL"},
 		{"LOG_LEVEL=loud", "", "LOG_LEVEL"},
+		{"METRICS_ADDR=9100", "", "METRICS_ADDR"},
+		{"METRICS_ADDR=:9100", "", ""},
 	} {
 		name, value, _ := strings.Cut(row.set, "=")
 		c, err := readConfig(func(asked string) string {

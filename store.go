@@ -819,6 +819,36 @@ func (s *Store) FoldTally(ctx context.Context) error {
 	return err
 }
 
+// Money is what stands open, for the figures.
+type Money struct {
+	Holds         int           // unpaid orders that hold paintings
+	Refunds       int           // payments whose refund is booked and not done
+	OldestRefund  time.Duration // since the oldest of those was booked
+	OldestUnknown time.Duration // since the oldest hold ended of which the gateway has not said whether money came
+	Orders        [6]int        // paid orders by status, from 0
+}
+
+// Money reads, in one statement, no more rows than there are holds, refunds that wait, and differences in order_tally.
+func (s *Store) Money(ctx context.Context, now time.Time) (m Money, err error) {
+	var refund, unknown float64 // seconds
+	var orders []int
+	err = s.pool.QueryRow(ctx, `
+		SELECT h.n, h.oldest, r.n, r.oldest, ARRAY(
+			SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
+		FROM (
+			SELECT count(*) AS n, coalesce(greatest(extract(epoch FROM $1::timestamptz - min(held_until)), 0), 0)::float8 AS oldest
+			FROM orders WHERE status = -1 AND ended IS NULL) h, (
+			SELECT count(*) AS n, coalesce(extract(epoch FROM $1::timestamptz - min(
+				CASE WHEN p.reason = ANY($2) THEN o.cancelling_since ELSE p.created_at END)), 0)::float8 AS oldest
+			FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`,
+		now, cancelReasons).Scan(&m.Holds, &unknown, &m.Refunds, &refund, &orders)
+	m.OldestUnknown, m.OldestRefund = seconds(unknown), seconds(refund)
+	copy(m.Orders[:], orders)
+	return m, err
+}
+
+func seconds(n float64) time.Duration { return time.Duration(n * float64(time.Second)) }
+
 // ---- the desk
 
 // orderColumns are those of an Order in a list.

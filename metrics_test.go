@@ -1,0 +1,286 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// scrape is the figures as Prometheus gets them, checked by a strict parser and, where it is installed, by promtool.
+func (s *shop) scrape() figures {
+	s.t.Helper()
+	recorder := httptest.NewRecorder()
+	s.metricsHandler().ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
+	if recorder.Code != 200 || recorder.Header().Get("Content-Type") != "text/plain; version=0.0.4; charset=utf-8" {
+		s.t.Fatalf("answered %d %v", recorder.Code, recorder.Header())
+	}
+	text := recorder.Body.String()
+	if promtool, err := exec.LookPath("promtool"); err == nil {
+		check := exec.CommandContext(s.t.Context(), promtool, "check", "metrics")
+		check.Stdin = strings.NewReader(text)
+		if problems, err := check.CombinedOutput(); err != nil || len(bytes.TrimSpace(problems)) > 0 {
+			s.t.Errorf("promtool: %v\n%s", err, problems)
+		}
+	}
+	f, err := parseFigures(text)
+	if err != nil {
+		s.t.Fatalf("%v\n%s", err, text)
+	}
+	return f
+}
+
+// figures are the samples of an exposition by series, as they are written: name{label="value"}.
+type figures map[string]float64
+
+// want compares some of the figures.
+func (f figures) want(t *testing.T, want figures) {
+	t.Helper()
+	for _, series := range slices.Sorted(maps.Keys(want)) {
+		if got, ok := f[series]; !ok || got != want[series] {
+			t.Errorf("%s is %v (%v), want %v", series, got, ok, want[series])
+		}
+	}
+}
+
+var (
+	commentLine = regexp.MustCompile(`^# (HELP|TYPE) ([a-z_]+) (.+)$`)
+	sampleLine  = regexp.MustCompile(`^([a-z_]+)(\{([a-z]+="(?:[^"\\\n]|\\["\\n])*",?)+\})? ([-+0-9.e]+)$`)
+	bucketEnd   = regexp.MustCompile(`,le="([^"]+)"\}$`)
+)
+
+// parseFigures reads the text format and refuses whatever its specification does not allow, and what is not customary.
+func parseFigures(text string) (figures, error) {
+	f := figures{}
+	var family, kind string
+	seen := map[string]bool{}
+	if !strings.HasSuffix(text, "\n") {
+		return nil, fmt.Errorf("the last line has no end")
+	}
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if c := commentLine.FindStringSubmatch(line); c != nil {
+			switch {
+			case c[1] == "HELP" && seen[c[2]]:
+				return nil, fmt.Errorf("the family %s comes twice", c[2])
+			case c[1] == "HELP":
+				family, kind, seen[c[2]] = c[2], "", true
+			case c[2] != family || kind != "":
+				return nil, fmt.Errorf("TYPE without its HELP: %s", line)
+			case !slices.Contains([]string{"counter", "gauge", "histogram"}, c[3]) || (c[3] == "counter") != strings.HasSuffix(family, "_total"):
+				return nil, fmt.Errorf("wrong type: %s", line)
+			default:
+				kind = c[3]
+			}
+			continue
+		}
+		s := sampleLine.FindStringSubmatch(line)
+		if s == nil {
+			return nil, fmt.Errorf("malformed: %s", line)
+		}
+		name := s[1]
+		if kind == "histogram" {
+			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+				name = strings.TrimSuffix(name, suffix)
+			}
+		}
+		value, err := strconv.ParseFloat(s[4], 64)
+		series := strings.TrimSuffix(line, " "+s[4])
+		_, again := f[series]
+		switch {
+		case err != nil || again || kind == "" || name != family:
+			return nil, fmt.Errorf("misplaced or repeated: %s", line)
+		case kind != "gauge" && value < 0:
+			return nil, fmt.Errorf("less than nothing was counted: %s", line)
+		}
+		f[series] = value
+	}
+	return f, f.checkHistograms()
+}
+
+// checkHistograms checks that buckets grow up to the count.
+func (f figures) checkHistograms() error {
+	type bucket struct{ end, n float64 }
+	histograms := map[string][]bucket{} // by the series of the count
+	for series, n := range f {
+		if le := bucketEnd.FindStringSubmatch(series); le != nil {
+			end, err := strconv.ParseFloat(le[1], 64)
+			if err != nil {
+				return fmt.Errorf("%s: %w", series, err)
+			}
+			of := strings.Replace(strings.TrimSuffix(series, le[0])+"}", "_bucket{", "_count{", 1)
+			histograms[of] = append(histograms[of], bucket{end, n})
+		}
+	}
+	for of, buckets := range histograms {
+		slices.SortFunc(buckets, func(a, b bucket) int { return int(1e6 * (min(a.end, 1e6) - min(b.end, 1e6))) })
+		for i := range buckets[1:] {
+			if buckets[i].n > buckets[i+1].n {
+				return fmt.Errorf("%s: the buckets do not grow: %v", of, buckets)
+			}
+		}
+		if last := buckets[len(buckets)-1]; last.end < 1e300 || last.n != f[of] {
+			return fmt.Errorf("%s: %v counted, the last bucket is %v", of, f[of], last)
+		}
+	}
+	return nil
+}
+
+func TestStrictParser(t *testing.T) {
+	const head = "# HELP x y\n# TYPE x gauge\n"
+	for _, text := range []string{
+		"", "x 1\n", head + "x 1", head + "x 1\nx 1\n", head + "y 1\n", head + "x one\n", head + "x{A=\"b\"} 1\n", head + "x{a=\"\\q\"} 1\n",
+		head + "x{a=b} 1\n", head + head, "# HELP x y\n# TYPE x counter\nx 1\n", "# HELP x_total y\n# TYPE x_total counter\nx_total -1\n",
+		"# TYPE x gauge\nx 1\n", "# HELP x y\n# TYPE x histogram\nx_bucket{a=\"b\",le=\"1\"} 2\nx_bucket{a=\"b\",le=\"+Inf\"} 1\nx_count{a=\"b\"} 1\n",
+	} {
+		if f, err := parseFigures(text); err == nil {
+			t.Errorf("%q is %v", text, f)
+		}
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	s := newShop(t)
+	s.scrape() // nothing has happened yet
+	s.paid(buyerA)
+	_, refused, _ := s.paid(buyerA)
+	s.orderAt(statusShipping)
+	s.order(buyerB, s.painting(99000))
+	s.report("imp_unknown")
+	s.call("", "GET", "/api/nothing", nil)
+
+	// A refund that the gateway refuses, and an unpaid order of which it says nothing.
+	s.double.setFaults(func(call, id string) fault {
+		if call == "cancel" {
+			return fault{before: answerRefusal(-1, "거절")}
+		}
+		return fault{}
+	})
+	s.clock.advance(20 * time.Minute)
+	s.call(buyerA, "DELETE", "/api/orders/"+queryText(t, s.config.databaseURL, `SELECT order_id FROM payments WHERE imp_uid = '`+refused+`'`), nil)
+	s.clock.advance(10*time.Minute + 42*time.Second)
+
+	s.scrape().want(t, figures{
+		`lumiere_http_requests_total{route="POST /api/orders",status="201"}`:                      4,
+		`lumiere_http_requests_total{route="PATCH /api/orders/pay",status="200"}`:                 3,
+		`lumiere_http_requests_total{route="PATCH /api/orders/pay",status="404"}`:                 1,
+		`lumiere_http_requests_total{route="DELETE /api/orders/{id}",status="502"}`:               1,
+		`lumiere_http_requests_total{route="none",status="404"}`:                                  1,
+		`lumiere_http_request_duration_seconds_count{route="PATCH /api/orders/pay"}`:              4,
+		`lumiere_http_request_duration_seconds_bucket{route="PATCH /api/orders/pay",le="0.0005"}`: 4, // by a clock that stands
+		`lumiere_gateway_calls_total{call="payment",outcome="ok"}`:                                4,
+		`lumiere_gateway_calls_total{call="payment",outcome="none"}`:                              1,
+		`lumiere_gateway_calls_total{call="cancel",outcome="refused"}`:                            1,
+		`lumiere_gateway_call_duration_seconds_count{call="cancel"}`:                              1,
+		`lumiere_database_up`:                                      1,
+		`lumiere_database_connections_most`:                        16,
+		`lumiere_gateway_silent`:                                   0,
+		`lumiere_reconciler_round_age_seconds`:                     1842,
+		`lumiere_holds`:                                            1,
+		`lumiere_refunds_waiting`:                                  1,
+		`lumiere_oldest_unsettled_payment_seconds{kind="refund"}`:  642,
+		`lumiere_oldest_unsettled_payment_seconds{kind="unknown"}`: 42,
+		`lumiere_orders{status="paid"}`:                            2,
+		`lumiere_orders{status="shipping"}`:                        1,
+		`lumiere_orders{status="cancelled"}`:                       0,
+	})
+	s.double.setFaults(nil)
+	check(t, s.till.Round(t.Context()))
+	s.scrape().want(t, figures{
+		`lumiere_reconciler_round_age_seconds`: 0, `lumiere_holds`: 0, `lumiere_refunds_waiting`: 0,
+		`lumiere_oldest_unsettled_payment_seconds{kind="refund"}`: 0, `lumiere_oldest_unsettled_payment_seconds{kind="unknown"}`: 0,
+		`lumiere_orders{status="paid"}`: 1, `lumiere_orders{status="cancelled"}`: 1,
+	})
+}
+
+func TestMetricsWithoutADatabase(t *testing.T) {
+	server := runPostgres(t, postgresConfig{Dir: postgresDir(t), Settings: unsafeSettings})
+	s := newShop(t, func(c *config) { c.databaseURL = server.URL })
+	s.call("", "GET", "/healthz", nil)
+	check(t, server.Crash())
+	f := s.scrape()
+	f.want(t, figures{`lumiere_database_up`: 0, `lumiere_http_requests_total{route="GET /healthz",status="200"}`: 1})
+	if _, ok := f["lumiere_holds"]; ok {
+		t.Error("holds are said without being known")
+	}
+}
+
+// Every way in which a call can end has its place.
+func TestTrafficBuckets(t *testing.T) {
+	m := newMetrics()
+	for _, call := range gatewayCalls {
+		for _, outcome := range gatewayOutcomes {
+			m.gatewayCall(call, outcome, time.Millisecond)
+		}
+	}
+	for took, bucket := range map[time.Duration]int{0: 0, time.Millisecond: 1, time.Millisecond + 1: 2, time.Minute: len(tookBounds) - 1, time.Hour: len(tookBounds)} {
+		one := newTraffic(1)
+		one.count(0, took)
+		if one.took[bucket].Load() != 1 || one.nanoseconds.Load() != int64(took) {
+			t.Errorf("%v is not in bucket %d", took, bucket)
+		}
+	}
+}
+
+func TestCountingAllocatesNothing(t *testing.T) {
+	one := newTraffic(600)
+	if n := testing.AllocsPerRun(100, func() { one.count(200, time.Second) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// The figures and profiles have an address of their own, and end with the service.
+func TestMetricsAddress(t *testing.T) {
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	environment := map[string]string{"DATABASE_URL": newTestDatabase(t), "JWT_SECRET": testSecret, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "secret",
+		"IAMPORT_URL": "http://127.0.0.1:9", "METRICS_ADDR": "127.0.0.1:0", "PORT": "0"}
+	logged, errOut := io.Pipe()
+	ended := make(chan error, 1)
+	go func() {
+		ended <- run(ctx, nil, func(name string) string { return environment[name] }, nil, io.Discard, errOut)
+		errOut.Close()
+	}()
+	var metrics, service struct{ Msg, Address string }
+	lines := json.NewDecoder(logged)
+	check(t, lines.Decode(&metrics))
+	check(t, lines.Decode(&service))
+	if metrics.Msg != "serving metrics" || service.Msg != "serving" {
+		t.Fatal(metrics, service)
+	}
+	go io.Copy(io.Discard, io.MultiReader(lines.Buffered(), logged))
+	address, public := metrics.Address, strings.Replace(service.Address, "[::]", "127.0.0.1", 1)
+	response, err := http.Get("http://" + address + "/metrics")
+	check(t, err)
+	text, err := io.ReadAll(response.Body)
+	check(t, err)
+	response.Body.Close()
+	if _, err := parseFigures(string(text)); err != nil {
+		t.Error(err)
+	}
+	for url, status := range map[string]int{address + "/debug/pprof/goroutine?debug=1": 200, public + "/metrics": 404, public + "/debug/pprof/": 404, address + "/api/orders": 404} {
+		response, err := http.Get("http://" + url)
+		check(t, err)
+		response.Body.Close()
+		if response.StatusCode != status {
+			t.Errorf("%s: %d", url, response.StatusCode)
+		}
+	}
+	http.DefaultClient.CloseIdleConnections()
+	stop()
+	check(t, <-ended)
+	if _, err := http.Get("http://" + address + "/metrics"); err == nil {
+		t.Error("the figures are served after the end")
+	}
+}
