@@ -16,6 +16,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // scrape is the figures as Prometheus gets them, checked by a strict parser and, where it is installed, by promtool.
@@ -213,6 +215,30 @@ func TestMetricsWithoutADatabase(t *testing.T) {
 	f.want(t, figures{`lumiere_database_up`: 0, `lumiere_http_requests_total{route="GET /healthz",status="200"}`: 1})
 	if _, ok := f["lumiere_holds"]; ok {
 		t.Error("holds are said without being known")
+	}
+}
+
+func TestMoneyReadsNoWholeTable(t *testing.T) {
+	s := newShop(t)
+	execSQL(t, s.config.databaseURL, `
+		INSERT INTO orders (id, user_id, number, status, created_at, updated_at, paid_at, held_until, shipping_price, total_price, product_ids,
+			items, delivery_info, orderer_info)
+		SELECT lpad(i::text, 24, '0'), lpad(i::text, 24, '0'), i, CASE WHEN i % 500 = 0 THEN -1 ELSE 3 END, now(), now(),
+			CASE WHEN i % 500 = 0 THEN NULL ELSE now() END, now(), 0, 1, ARRAY['61a4debe4f5f6aa036bfec5f'], '[]', '{}', '{}' FROM generate_series(1, 2000) i;
+		INSERT INTO payments (imp_uid, order_id, state, reason, currency, amount, created_at, updated_at, next_attempt_at, leased_until)
+		SELECT id, id, CASE WHEN n % 500 = 1 THEN 'refunding' ELSE 'kept' END, CASE WHEN n % 500 = 1 THEN 'amount differs' END, 'KRW', 1, now(), now(), now(), now()
+		FROM (SELECT id, row_number() OVER () AS n FROM orders WHERE status = 3) o;
+		ANALYZE orders; ANALYZE payments`)
+	rows, err := s.store.pool.Query(t.Context(), "EXPLAIN "+moneyQuery, s.now(), cancelReasons)
+	check(t, err)
+	plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	check(t, err)
+	if text := strings.Join(plan, "\n"); strings.Contains(text, "Seq Scan on orders") || strings.Contains(text, "Seq Scan on payments") {
+		t.Error(text)
+	}
+	m, err := s.store.Money(t.Context(), s.now())
+	if err != nil || m.Holds != 4 || m.Refunds != 4 || m.Orders[statusDelivered] != 1996 {
+		t.Errorf("%+v, %v", m, err)
 	}
 }
 

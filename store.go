@@ -828,20 +828,22 @@ type Money struct {
 	Orders        [6]int        // paid orders by status, from 0
 }
 
-// Money reads, in one statement, no more rows than there are holds, refunds that wait, and differences in order_tally.
+// moneyQuery reads no more rows than there are holds, refunds that wait, and differences in order_tally.
+const moneyQuery = `
+	SELECT h.n, h.oldest, r.n, r.oldest, ARRAY(
+		SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
+	FROM (
+		SELECT count(*) AS n, coalesce(greatest(extract(epoch FROM $1::timestamptz - min(held_until)), 0), 0)::float8 AS oldest
+		FROM orders WHERE status = -1 AND ended IS NULL) h, (
+		SELECT count(*) AS n, coalesce(extract(epoch FROM $1::timestamptz - min(
+			CASE WHEN p.reason = ANY($2::text[]) THEN o.cancelling_since ELSE p.created_at END)), 0)::float8 AS oldest
+		FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`
+
+// Money is what stands open at now.
 func (s *Store) Money(ctx context.Context, now time.Time) (m Money, err error) {
 	var refund, unknown float64 // seconds
 	var orders []int
-	err = s.pool.QueryRow(ctx, `
-		SELECT h.n, h.oldest, r.n, r.oldest, ARRAY(
-			SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
-		FROM (
-			SELECT count(*) AS n, coalesce(greatest(extract(epoch FROM $1::timestamptz - min(held_until)), 0), 0)::float8 AS oldest
-			FROM orders WHERE status = -1 AND ended IS NULL) h, (
-			SELECT count(*) AS n, coalesce(extract(epoch FROM $1::timestamptz - min(
-				CASE WHEN p.reason = ANY($2) THEN o.cancelling_since ELSE p.created_at END)), 0)::float8 AS oldest
-			FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`,
-		now, cancelReasons).Scan(&m.Holds, &unknown, &m.Refunds, &refund, &orders)
+	err = s.pool.QueryRow(ctx, moneyQuery, now, cancelReasons).Scan(&m.Holds, &unknown, &m.Refunds, &refund, &orders)
 	m.OldestUnknown, m.OldestRefund = seconds(unknown), seconds(refund)
 	copy(m.Orders[:], orders)
 	return m, err
