@@ -83,6 +83,35 @@ func TestTrips(t *testing.T) {
 	}
 }
 
+// Planning some of the statements takes longer than executing them. PostgreSQL keeps the plan of a prepared statement once
+// it has planned it five times, unless a plan for the arguments at hand always looks cheaper: so no estimate may hang on them.
+func TestPlansAreKept(t *testing.T) {
+	s := newShop(t)
+	const rounds = 10 // one call at a time needs one connection, so that all is prepared there
+	for range rounds {
+		order, _, painting := s.paid(buyerA)
+		for _, path := range []string{"/api/products/cart-items?productId=" + painting, "/api/orders/" + order, "/api/orders/latest",
+			"/api/orders/mine", "/api/orders/" + order + "/history"} {
+			s.want(s.call(buyerA, "GET", path, nil), 200, "")
+		}
+		for _, query := range []string{"", "?status=0", "?number=" + newNumber()} {
+			s.want(s.call(desk, "GET", "/api/orders"+query, nil), 200, "")
+		}
+		s.want(s.call(desk, "PATCH", "/api/orders/"+order, map[string]int{"status": 1}), 200, "")
+		s.want(s.call(desk, "PATCH", "/api/orders/"+order, map[string]int{"status": 4}), 200, "")
+		s.want(s.call(desk, "DELETE", "/api/orders/"+order, nil), 200, "")
+		s.want(s.call(buyerA, "DELETE", "/api/orders/"+s.order(buyerA, painting), nil), 200, "")
+	}
+	rows, _ := s.store.pool.Query(t.Context(), `
+		SELECT custom_plans || ' of ' || generic_plans + custom_plans || ': ' || statement FROM pg_prepared_statements
+		WHERE custom_plans > 5 AND generic_plans + custom_plans >= $1`, rounds)
+	replanned, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	check(t, err)
+	for _, statement := range replanned {
+		t.Errorf("planned anew %s", statement)
+	}
+}
+
 // wire is a client's connection that costs next to nothing, so that what is measured is the service.
 type wire struct {
 	conn   net.Conn

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -23,6 +24,9 @@ import (
 //
 // Locks are always taken in one order: the buyer (an advisory lock, so that his orders change one at a time), the
 // order's row, the paintings by id. An administrator's step takes the order's row alone.
+//
+// Where a statement says (SELECT $1), the planner is not to know how many keys or rows are asked for: then its plan is the
+// same for any number, and PostgreSQL keeps it instead of planning at each call.
 type Store struct {
 	pool      *pgxpool.Pool
 	paintings *gather[string, Painting]
@@ -172,6 +176,7 @@ type gather[K comparable, V any] struct {
 // flight is one query under way or about to be, and its answer once done is closed.
 type flight[K comparable, V any] struct {
 	keys   []K
+	until  time.Time // it gives up then, and with it whoever waits, however long the flights before it took
 	done   chan struct{}
 	answer map[K]V
 	err    error
@@ -185,14 +190,15 @@ func newGather[K comparable, V any](query func(context.Context, []K) (map[K]V, e
 }
 
 // get answers the values of keys; an unknown key is missing from the map, which is shared and must not be changed.
-// A caller that goes away leaves the others' query alone.
+// A caller that goes away leaves the others' query alone. An error is everybody's who shares the query, so keys must be
+// checked before: none may be one that the database refuses.
 func (g *gather[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
 	g.mu.Lock()
 	var f *flight[K, V]
 	if n := len(g.waiting); n > 0 && len(g.waiting[n-1].keys)+len(keys) <= gatherMost {
 		f = g.waiting[n-1]
 	} else {
-		f = &flight[K, V]{done: make(chan struct{})}
+		f = &flight[K, V]{until: time.Now().Add(dbTimeout), done: make(chan struct{})}
 		g.waiting = append(g.waiting, f)
 	}
 	f.keys = append(f.keys, keys...)
@@ -221,11 +227,21 @@ func (g *gather[K, V]) fly() {
 		f := g.waiting[0]
 		g.waiting = g.waiting[1:]
 		g.mu.Unlock()
-		ctx, cancel := context.WithTimeout(context.Background(), dbTimeout)
-		f.answer, f.err = g.query(ctx, f.keys)
-		cancel()
-		close(f.done)
+		g.ask(f)
 	}
+}
+
+// ask sends one flight's query and lets go of whoever waits for it, whatever happens.
+func (g *gather[K, V]) ask(f *flight[K, V]) {
+	defer close(f.done)
+	defer func() {
+		if p := recover(); p != nil {
+			f.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	ctx, cancel := context.WithDeadline(context.Background(), f.until)
+	defer cancel()
+	f.answer, f.err = g.query(ctx, f.keys)
 }
 
 // ---- paintings
@@ -256,7 +272,7 @@ func (s *Store) readPaintings(ctx context.Context, ids []string) (map[string]Pai
 		SELECT p.id, p.artist_id, p.artist_name, p.title, p.image, p.size, p.canvas, p.price, p.for_sale,
 			p.order_id IS NOT NULL, coalesce(h.user_id, ''), h.held_until
 		FROM products p LEFT JOIN orders h ON h.id = p.order_id AND h.status = -1
-		WHERE p.id = ANY($1)`, ids)
+		WHERE p.id = ANY ((SELECT $1::text[])::text[])`, ids)
 	found := make(map[string]Painting, len(ids))
 	var p Painting
 	_, err := pgx.ForEachRow(rows, []any{&p.ID, &p.ArtistID, &p.ArtistName, &p.Title, &p.Image, &p.Size, &p.Canvas, &p.Price,
@@ -345,7 +361,7 @@ func (s *Store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]O
 	rows, _ := s.pool.Query(ctx, `
 		SELECT k.buyer, k.admin, o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
 			o.items, o.delivery_info, o.delivery_details, o.orderer_info
-		FROM unnest($1::text[], $2::text[], $3::boolean[]) AS k (id, buyer, admin)
+		FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::boolean[])) AS k (id, buyer, admin)
 		JOIN orders o ON o.id = k.id AND (o.user_id = k.buyer OR k.admin)
 		WHERE o.ended IS NULL`, ids, buyers, admins)
 	found := make(map[orderKey]Order, len(keys))
@@ -376,7 +392,7 @@ func (s *Store) LatestOrder(ctx context.Context, buyer string) (Order, error) {
 func (s *Store) readLatest(ctx context.Context, buyers []string) (map[string]Order, error) {
 	rows, _ := s.pool.Query(ctx, `
 		SELECT o.id, o.user_id, o.delivery_info, o.delivery_details, o.orderer_info
-		FROM unnest($1::text[]) AS k (buyer) CROSS JOIN LATERAL (
+		FROM unnest((SELECT $1::text[])) AS k (buyer) CROSS JOIN LATERAL (
 			SELECT id, user_id, delivery_info, delivery_details, orderer_info FROM orders
 			WHERE user_id = k.buyer AND ended IS NULL ORDER BY created_at DESC, id DESC LIMIT 1) o`, buyers)
 	found := make(map[string]Order, len(buyers))
@@ -462,7 +478,7 @@ func (s *Store) CreateOrder(ctx context.Context, by Change, o NewOrder) (created
 		WITH asked AS MATERIALIZED (
 			SELECT a.n, a.id, a.price AS price_asked, p.price, p.title, p.image, p.artist_name AS artist,
 				p.size || '(' || p.canvas || '호)' AS size
-			FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS a (id, price, n) LEFT JOIN products p ON p.id = a.id
+			FROM unnest((SELECT $1::text[]), (SELECT $2::bigint[])) WITH ORDINALITY AS a (id, price, n) LEFT JOIN products p ON p.id = a.id
 		), unpaid AS MATERIALIZED (
 			SELECT id, product_ids FROM orders WHERE user_id = $4::text AND status = -1 AND ended IS NULL
 		), locked AS MATERIALIZED (
@@ -871,7 +887,7 @@ func (s *Store) OrdersOf(ctx context.Context, buyer string, offset, limit int) (
 		return err
 	})
 	batch.Queue(`SELECT `+orderColumns+` FROM orders o WHERE user_id = $1 AND ended IS NULL
-		ORDER BY created_at DESC, id DESC LIMIT $3 OFFSET $2`, buyer, offset, limit).Query(func(rows pgx.Rows) (err error) {
+		ORDER BY created_at DESC, id DESC OFFSET (SELECT $2::bigint) LIMIT (SELECT $3::bigint)`, buyer, offset, limit).Query(func(rows pgx.Rows) (err error) {
 		orders, err = pgx.CollectRows(rows, scanOrder)
 		return err
 	})
