@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -109,11 +110,12 @@ type config struct {
 	iamportURL                string
 	sandbox                   bool // accept payments of test channels
 	port                      int
-	metricsAddress            string        // host:port of the figures; empty: nowhere
-	origins                   []string      // allowed by CORS
-	shipping                  int64         // won for an order
-	hold                      time.Duration // how long an unpaid order keeps its paintings
-	reconcile                 time.Duration // between rounds of the reconciler
+	metricsAddress            string         // host:port of the figures; empty: nowhere
+	origins                   []string       // allowed by CORS
+	proxies                   []netip.Prefix // whose X-Forwarded-For is believed
+	shipping                  int64          // won for an order
+	hold                      time.Duration  // how long an unpaid order keeps its paintings
+	reconcile                 time.Duration  // between rounds of the reconciler
 	logLevel                  slog.Level
 	local                     bool // local development
 }
@@ -187,6 +189,16 @@ func readConfig(getenv func(string) string, command string) (config, error) {
 		}
 		c.origins = append(c.origins, origin)
 	}
+	for proxy := range strings.SplitSeq(getenv("TRUSTED_PROXIES"), ",") {
+		if proxy = strings.TrimSpace(proxy); proxy == "" {
+			continue
+		}
+		prefix, err := parseProxy(proxy)
+		if err != nil {
+			problem("TRUSTED_PROXIES lists addresses and networks such as 10.0.0.0/8, not %q", proxy)
+		}
+		c.proxies = append(c.proxies, prefix)
+	}
 	if err := c.logLevel.UnmarshalText([]byte(or("LOG_LEVEL", "info"))); err != nil {
 		problem("LOG_LEVEL must be debug, info, warn or error")
 	}
@@ -245,7 +257,7 @@ func (s *server) routes() []route {
 func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
 	s := &server{
 		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
-		metrics: newMetrics(),
+		limits: newLimiter(now), metrics: newMetrics(),
 	}
 	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
 		Now: now, Transport: toGateway, Observe: s.observeGateway})

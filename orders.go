@@ -369,17 +369,39 @@ func (s *server) pay(r *request) (any, error) {
 	if !validImpUID(body.ImpUID) {
 		return nil, badField("imp_uid", "결제 번호가 올바르지 않습니다")
 	}
-	settled, err := s.till.Settle(r.Context(), Change{Who: "buyer", Request: r.id}, body.ImpUID)
-	r.orderID = settled.OrderID
-	if errors.Is(err, ErrNoPayment) || errors.Is(err, errNotOurs) {
+	settled, err := s.settleReported(r, Change{Who: "buyer", Request: r.id}, body.ImpUID)
+	switch {
+	case errors.Is(err, ErrNoPayment), errors.Is(err, errNotOurs):
 		return nil, refuse(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
-	} else if err != nil {
+	case errors.Is(err, errTooMany):
+		return nil, refuseTooMany(http.StatusTooManyRequests, err)
+	case err != nil:
 		return nil, err
-	}
-	if settled.State == "kept" {
+	case settled.State == "kept":
 		return message{"결제 성공"}, nil
+	default:
+		return nil, whyNotPaid(settled)
 	}
-	return nil, whyNotPaid(settled)
+}
+
+// settleReported settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
+func (s *server) settleReported(r *request, by Change, impUID string) (Settlement, error) {
+	address := clientAddress(r.Request, s.config.proxies)
+	p, err := s.limits.lookUp(r.Context(), address, by.Who, impUID, s.till.gateway.Payment)
+	if err != nil {
+		return Settlement{}, err
+	}
+	settled, err := s.till.Settle(r.Context(), by, p)
+	if errors.Is(err, errNotOurs) || err == nil && settled.State == "" {
+		s.limits.waste(address)
+	}
+	r.orderID = settled.OrderID
+	return settled, err
+}
+
+// refuseTooMany is the refusal of who has asked about too many payments that are none.
+func refuseTooMany(status int, cause error) *refusal {
+	return &refusal{status: status, body: message{messageTooMany}, retryAfter: wasteOfOne.forgiven, cause: cause}
 }
 
 // whyNotPaid is the refusal of a payment that pays nothing.
@@ -401,19 +423,22 @@ func whyNotPaid(settled Settlement) error {
 }
 
 // webhook answers POST /api/payments/webhook: a notice of the gateway's, unsigned, so that it is a hint to look and no
-// more. It is 200 once the payment is handled, whatever it is; only a fault of ours or the gateway's silence is a 5xx,
-// on which the gateway sends the notice again.
+// more. It is 200 once the payment is handled, whatever it is. A fault of ours, the gateway's silence and too many notices
+// of nothing are a 5xx: on that alone the gateway sends a notice again, so that it is not 429.
 func (s *server) webhook(r *request) (any, error) {
 	impUID, err := noticeImpUID(r)
 	if err != nil {
 		return nil, err
 	}
-	settled, err := s.till.Settle(r.Context(), Change{Who: "gateway", Request: r.id}, impUID)
-	r.orderID = settled.OrderID
-	if err != nil && !errors.Is(err, ErrNoPayment) && !errors.Is(err, errNotOurs) {
+	_, err = s.settleReported(r, Change{Who: "gateway", Request: r.id}, impUID)
+	switch {
+	case errors.Is(err, errTooMany):
+		return nil, refuseTooMany(http.StatusServiceUnavailable, err)
+	case err != nil && !errors.Is(err, ErrNoPayment) && !errors.Is(err, errNotOurs):
 		return nil, err
+	default:
+		return message{"확인했습니다"}, nil
 	}
-	return message{"확인했습니다"}, nil
 }
 
 // noticeImpUID is the imp_uid of a notice, which is JSON or a form as the gateway's console has it.

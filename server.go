@@ -30,6 +30,7 @@ type server struct {
 	log    *slog.Logger
 	mux    *http.ServeMux
 
+	limits  *limiter // of what strangers may ask
 	metrics *metrics
 	outage  outage // of the gateway
 }
@@ -100,6 +101,7 @@ const (
 	messageFault   = "일시적인 오류가 발생했습니다. 잠시 후 다시 시도해 주세요"
 	messageAway    = "서비스를 잠시 사용할 수 없습니다. 잠시 후 다시 시도해 주세요"
 	messageGateway = "결제 서비스가 응답하지 않습니다. 잠시 후 다시 시도해 주세요"
+	messageTooMany = "확인되지 않는 결제를 너무 많이 조회했습니다. 잠시 후 다시 시도해 주세요"
 	messageSignIn  = "로그인이 필요합니다"
 	messageAdmin   = "관리자만 사용할 수 있습니다"
 )

@@ -92,20 +92,15 @@ func decide(p Payment) func(Books) Entry {
 	}
 }
 
-// Settle asks the gateway about payment impUID and does what has to be done with its money. Every road comes through
-// here: the browser, the gateway's notice, the reconciler, the shop. errNotOurs: it is for no order of ours.
-// ErrNoPayment, *GatewayError: the gateway's.
-func (t *Till) Settle(ctx context.Context, by Change, impUID string) (Settlement, error) {
-	p, err := t.gateway.Payment(ctx, impUID)
-	if err != nil {
-		return Settlement{}, err
-	}
-	t.at("looked up", impUID)
+// Settle does what has to be done with payment p, which the gateway has just described to somebody outside. errNotOurs: it
+// is for no order of ours.
+func (t *Till) Settle(ctx context.Context, by Change, p Payment) (Settlement, error) {
+	t.at("looked up", p.ImpUID)
 	return t.settle(ctx, by, p)
 }
 
-// settle does what has to be done with payment p as the gateway has just described it. What it decides it finishes,
-// even when the caller goes away.
+// settle does what has to be done with payment p as the gateway has just described it. Every road comes through here: the
+// browser, the gateway's notice, the reconciler, the shop. What it decides it finishes, even when the caller goes away.
 func (t *Till) settle(ctx context.Context, by Change, p Payment) (Settlement, error) {
 	if !validID(p.MerchantUID) {
 		return Settlement{}, errNotOurs

@@ -135,6 +135,8 @@ func TestConfiguration(t *testing.T) {
 		{"IAMPORT_URL=gateway", "", "IAMPORT_URL"},
 		{"LOG_LEVEL=loud", "", "LOG_LEVEL"},
 		{"METRICS_ADDR=9100", "", "METRICS_ADDR"},
+		{"TRUSTED_PROXIES=10.0.0.0/8, 192.0.2.7,2001:db8::/32", "", ""},
+		{"TRUSTED_PROXIES=proxy.example", "", "TRUSTED_PROXIES"},
 		{"METRICS_ADDR=:9100", "", ""},
 	} {
 		name, value, _ := strings.Cut(row.set, "=")

@@ -1,0 +1,311 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func TestClientAddress(t *testing.T) {
+	var proxies []netip.Prefix
+	for _, text := range []string{"10.0.0.0/8", "192.0.2.7", "2001:db8:ffff::/48", "::1"} {
+		proxy, err := parseProxy(text)
+		check(t, err)
+		proxies = append(proxies, proxy)
+	}
+	for _, row := range []struct{ peer, forwarded, want string }{
+		{"203.0.113.5:4711", "", "203.0.113.5/32"},
+		{"203.0.113.5:4711", "198.51.100.1", "203.0.113.5/32"}, // says a stranger
+		{"10.1.2.3:80", "198.51.100.1", "198.51.100.1/32"},
+		{"10.1.2.3:80", "1.1.1.1, 198.51.100.1", "198.51.100.1/32"}, // the first is the client's own invention
+		{"10.1.2.3:80", "1.1.1.1, 198.51.100.1,10.9.9.9 , 192.0.2.7", "198.51.100.1/32"},
+		{"10.1.2.3:80", "10.1.1.1, 10.9.9.9", "10.1.1.1/32"}, // from inside
+		{"10.1.2.3:80", "", "10.1.2.3/32"},
+		{"10.1.2.3:80", "198.51.100.1, unknown", "10.1.2.3/32"},
+		{"10.1.2.3:80", "198.51.100.1, unknown, 10.9.9.9", "10.9.9.9/32"},
+		{"10.1.2.3:80", "198.51.100.1:52100", "198.51.100.1/32"},
+		{"[::1]:80", "[2001:db8:1:2:3:4:5:6]:52100", "2001:db8:1:2::/64"},
+		{"[::1]:80", "[2001:db8:1:2:3:4:5:6]", "2001:db8:1:2::/64"},
+		{"[2001:db8:ffff:1::1]:80", "2001:db8:1:2::9", "2001:db8:1:2::/64"},
+		{"[2001:db8:1:2:ffff::1]:80", "", "2001:db8:1:2::/64"},
+		{"[fe80::1%eth0]:80", "", "fe80::/64"},
+		{"[::ffff:10.1.2.3]:80", "::ffff:198.51.100.1", "198.51.100.1/32"},
+		{"@", "198.51.100.1", "invalid Prefix"},
+	} {
+		r := &http.Request{RemoteAddr: row.peer, Header: http.Header{}}
+		for line := range strings.SplitSeq(row.forwarded, " , ") { // sometimes several lines
+			r.Header.Add("X-Forwarded-For", line)
+		}
+		if got := clientAddress(r, proxies).String(); got != row.want {
+			t.Errorf("%s for %q is %s, want %s", row.peer, row.forwarded, got, row.want)
+		}
+	}
+}
+
+// reportFrom tells the service of a payment as a browser at an address does.
+func (s *shop) reportFrom(address, impUID string) answer {
+	return s.sendFrom(address, "PATCH", "/api/orders/pay", impUID)
+}
+
+// noticeFrom tells the service of a payment as the gateway does, or somebody who pretends to be it.
+func (s *shop) noticeFrom(address, impUID string) answer {
+	return s.sendFrom(address, "POST", "/api/payments/webhook", impUID)
+}
+
+func (s *shop) sendFrom(address, method, path, impUID string) answer {
+	request := httptest.NewRequest(method, path, strings.NewReader(`{"imp_uid":"`+impUID+`"}`))
+	request.RemoteAddr = address + ":4711"
+	recorder := httptest.NewRecorder()
+	s.ServeHTTP(recorder, request)
+	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
+}
+
+func TestUnknownPaymentIsRemembered(t *testing.T) {
+	for name, row := range map[string]struct {
+		first, then func(s *shop, impUID string) answer
+		after       time.Duration
+		status      int
+		asked       int // in all
+	}{
+		"at once":                 {(*shop).report, (*shop).report, unknownFor - 1, 404, 1},
+		"later":                   {(*shop).report, (*shop).report, unknownFor, 200, 2},
+		"a notice at once":        {(*shop).notice, (*shop).notice, 0, 200, 1},
+		"a report, then a notice": {(*shop).report, (*shop).notice, 0, 200, 2},
+		"a notice, then a report": {(*shop).notice, (*shop).report, 0, 200, 2},
+		"the gateway said nothing": {func(s *shop, impUID string) answer {
+			s.double.faultOnce("payment", fault{before: answer500})
+			return s.report(impUID)
+		}, (*shop).report, 0, 200, 2},
+		"a report, a notice, report": {(*shop).report, func(s *shop, impUID string) answer { s.notice(impUID); return s.report(impUID) }, 0, 200, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newDirectShop(t)
+			order := s.order(buyerA, s.painting(99000))
+			row.first(s, "imp_early")
+			s.double.pay(pretendPayment{ImpUID: "imp_early", MerchantUID: order, Amount: 109000})
+			s.clock.advance(row.after)
+			s.want(row.then(s, "imp_early"), row.status, "")
+			if n := s.double.calls("payment"); n != row.asked {
+				t.Errorf("the gateway was asked %d times", n)
+			}
+		})
+	}
+}
+
+// Ten thousand made-up payments in a minute, from one address and both ways in, cost the gateway a bounded number of
+// look-ups, and others nothing.
+func TestFloodFromOneAddress(t *testing.T) {
+	s := newDirectShop(t)
+	count := map[int]int{}
+	const reports = 10_000
+	for i := range reports {
+		s.clock.advance(time.Minute / reports)
+		if i%1000 == 500 {
+			impUID := s.charge(s.order(newTestID(), s.painting(99000)), 109000)
+			s.want(s.reportFrom("203.0.113.9", impUID), 200, "결제 성공")
+			continue
+		}
+		a := s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i))
+		count[a.status]++
+		if a.status == 429 && (a.message() != messageTooMany || a.header.Get("Retry-After") != "5") {
+			t.Fatalf("%v %s", a.header, a.body)
+		}
+	}
+	asked := int(wasteOfOne.most) + int(time.Minute/wasteOfOne.forgiven)
+	if count[404] < asked-1 || count[404] > asked || count[404]+count[429] != reports-10 || s.double.calls("payment") != count[404]+10 {
+		t.Errorf("answers %v, %d look-ups", count, s.double.calls("payment"))
+	}
+	// Waiting as told helps.
+	s.clock.advance(wasteOfOne.forgiven)
+	s.want(s.reportFrom("198.51.100.1", "imp_x"), 404, "")
+	s.want(s.reportFrom("198.51.100.1", "imp_y"), 429, messageTooMany)
+}
+
+// However many made-up payments are being looked up, a true one from elsewhere finds a slot: the flood has two.
+func TestFloodLeavesSlots(t *testing.T) {
+	s := newDirectShop(t)
+	for i := range suspectAfter {
+		s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i))
+	}
+	release, looking := make(chan struct{}), make(chan struct{}, 100)
+	s.double.setFaults(func(call, id string) fault {
+		if !strings.HasPrefix(id, "imp_flood") {
+			return fault{}
+		}
+		return fault{before: inTurn(func(http.ResponseWriter, *http.Request) bool { looking <- struct{}{}; return false }, stopUntil(release))}
+	})
+	var flood sync.WaitGroup
+	for i := range 50 {
+		flood.Go(func() { s.reportFrom("198.51.100.1", fmt.Sprintf("imp_flood_%d", i)) })
+	}
+	for range suspectLookUps {
+		<-looking
+	}
+	for range 5 {
+		impUID := s.charge(s.order(newTestID(), s.painting(99000)), 109000)
+		s.want(s.reportFrom("203.0.113.9", impUID), 200, "결제 성공")
+	}
+	if len(looking) > 0 {
+		t.Errorf("%d more made-up payments are being looked up", len(looking))
+	}
+	close(release)
+	flood.Wait()
+}
+
+// A burst from an address that was unknown before ends as soon as its first look-ups have found nothing.
+func TestBurstFromANewAddress(t *testing.T) {
+	s := newDirectShop(t)
+	count := crowd(500, func(i int) answer { return s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i)) })
+	most := int(wasteOfOne.most) + clearLookUps
+	if count[404] < int(wasteOfOne.most) || count[404] > most || count[404]+count[429] != 500 || s.double.calls("payment") != count[404] {
+		t.Errorf("answers %v, %d look-ups", count, s.double.calls("payment"))
+	}
+}
+
+// When too much is wasted in all, those who wasted something wait, and those who did not go on.
+func TestFloodFromManyAddresses(t *testing.T) {
+	s := newDirectShop(t)
+	for i := range int(wasteOfAll.most) {
+		s.want(s.reportFrom(fmt.Sprintf("198.51.%d.%d", i/250, i%250), fmt.Sprintf("imp_%d", i)), 404, "")
+	}
+	s.want(s.reportFrom("198.51.0.0", "imp_x"), 429, messageTooMany)
+	impUID := s.charge(s.order(buyerA, s.painting(99000)), 109000)
+	s.want(s.reportFrom("198.51.0.1", impUID), 429, messageTooMany)
+	s.want(s.reportFrom("203.0.113.9", impUID), 200, "결제 성공")
+	s.clock.advance(wasteFor)
+	s.want(s.reportFrom("198.51.0.0", "imp_x"), 404, "")
+}
+
+// A notice that is refused comes again only for a 5xx; when it does not, the reconciler finds its payment.
+func TestRefusedNoticeIsNotLost(t *testing.T) {
+	s := newDirectShop(t)
+	for i := range int(wasteOfOne.most) {
+		s.want(s.noticeFrom("198.51.100.1", fmt.Sprintf("imp_%d", i)), 200, "")
+	}
+	order := s.order(buyerA, s.painting(99000))
+	impUID := s.charge(order, 109000)
+	a := s.want(s.noticeFrom("198.51.100.1", impUID), 503, messageTooMany)
+	if a.header.Get("Retry-After") != "5" || s.statusOf(order) != statusUnpaid {
+		t.Errorf("%v, status %d", a.header, s.statusOf(order))
+	}
+	s.later(s.config.hold)
+	if s.statusOf(order) != statusPaid {
+		t.Errorf("status %d", s.statusOf(order))
+	}
+}
+
+// What is charged: whatever found no money of ours, and repetitions.
+func TestWaste(t *testing.T) {
+	s := newDirectShop(t)
+	order, kept, _ := s.paid(buyerA)
+	open := s.order(buyerB, s.painting(99000))
+	ready := s.double.pay(pretendPayment{MerchantUID: open, Amount: 109000, Status: "ready"})
+	foreign := s.charge("another-shop-1", 109000)
+	duplicate := s.charge(order, 109000)
+	for i, row := range []struct {
+		impUID  string
+		prepare func()
+		wasted  float64
+	}{
+		{"imp_unknown", nil, 1}, {ready, nil, 1}, {foreign, nil, 1}, {duplicate, nil, 0}, {kept, nil, 0},
+		{kept, func() { s.reportFrom("198.51.100.9", kept) }, 1},
+		{kept, func() { s.noticeFrom("198.51.100.9", kept) }, 0},
+		{kept, func() { s.double.faultOnce("payment", fault{before: answer500}) }, 0},
+	} {
+		s.clock.advance(time.Minute)
+		if row.prepare != nil {
+			row.prepare()
+		}
+		address := fmt.Sprintf("198.51.100.%d", 10+i)
+		s.reportFrom(address, row.impUID)
+		own, _ := s.limits.wasted.get(netip.MustParsePrefix(address + "/32"))
+		if own.n != row.wasted {
+			t.Errorf("row %d: %v wasted, want %v", i, own.n, row.wasted)
+		}
+	}
+}
+
+// Honest traffic is never refused, even if all of it comes from one address.
+func TestTrueReportsAreFree(t *testing.T) {
+	l := newLimiter(newTestClock().Now)
+	address := netip.MustParsePrefix("198.51.100.1/32")
+	for i := range 10_000 {
+		if _, err := l.lookUp(t.Context(), address, "gateway", fmt.Sprint(i), func(context.Context, string) (Payment, error) { return Payment{}, nil }); err != nil {
+			t.Fatalf("report %d: %v", i, err)
+		}
+	}
+}
+
+// Whoever hangs up has asked all the same.
+func TestHangingUpIsCharged(t *testing.T) {
+	s := newDirectShop(t)
+	ctx, hangUp := context.WithCancel(t.Context())
+	s.double.faultOnce("payment", fault{before: waitFor(func(context.Context) { hangUp() })})
+	request := httptest.NewRequestWithContext(ctx, "PATCH", "/api/orders/pay", strings.NewReader(`{"imp_uid":"imp_1"}`))
+	s.ServeHTTP(httptest.NewRecorder(), request)
+	if s.limits.inAll.n != 1 {
+		t.Errorf("%v wasted", s.limits.inAll.n)
+	}
+}
+
+// Many goroutines, addresses and payments at once: the slots are kept, and what is remembered stays bounded.
+func TestLimiterAtOnce(t *testing.T) {
+	clock := newTestClock()
+	l := newLimiter(clock.Now)
+	var looking atomic.Int32
+	var wg sync.WaitGroup
+	for g := range 32 {
+		wg.Go(func() {
+			for i := range 300 {
+				clock.advance(time.Millisecond)
+				address := netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, byte(i % 4), byte(g * i % 16)}), 32)
+				_, err := l.lookUp(t.Context(), address, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (Payment, error) {
+					if n := looking.Add(1); n > clearLookUps+suspectLookUps {
+						t.Errorf("%d look-ups at once", n)
+					}
+					defer looking.Add(-1)
+					return Payment{}, []error{nil, ErrNoPayment, ErrNoPayment, &GatewayError{Status: 503, Err: errors.New("down")}}[i%4]
+				})
+				if err != nil && !errors.Is(err, errTooMany) && !errors.Is(err, ErrNoPayment) && answered(err) {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if len(l.clear)+len(l.suspect) != 0 {
+		t.Errorf("%d and %d slots are not given back", len(l.clear), len(l.suspect))
+	}
+}
+
+func TestRecent(t *testing.T) {
+	r := recent[int, string]{keep: time.Minute, most: 10}
+	now := newTestClock().Now()
+	for i := range 1000 {
+		r.put(i, "value", now)
+		if len(r.newer)+len(r.older) > 2*r.most {
+			t.Fatalf("%d remembered", len(r.newer)+len(r.older))
+		}
+	}
+	for key, known := range map[int]bool{999: true, 990: true, 500: false} {
+		if _, ok := r.get(key); ok != known {
+			t.Errorf("%d is known: %v", key, ok)
+		}
+	}
+	r.put(1000, "value", now.Add(r.keep))
+	r.put(1001, "value", now.Add(2*r.keep))
+	if _, ok := r.get(999); ok {
+		t.Error("remembered for twice as long as need be")
+	}
+	if _, ok := r.get(1000); !ok {
+		t.Error("forgotten too soon")
+	}
+}
