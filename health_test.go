@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +15,9 @@ func (s *shop) ready() answer {
 	s.t.Helper()
 	return s.call("", "GET", "/readyz", nil)
 }
+
+// newImpUID is one that the gateway does not know, nor any test.
+func newImpUID() string { return fmt.Sprintf("imp_%012d", ids.Add(1)) }
 
 const gatewayDown = `"gateway":"not answering"`
 
@@ -36,7 +40,7 @@ func TestReadyWithoutAGateway(t *testing.T) {
 			t.Errorf("%s: %s", name, a.body)
 		}
 		s.double.setFaults(nil)
-		s.report("imp_unknown") // that there is none is an answer
+		s.report(newImpUID()) // that there is none is an answer
 		if a := s.want(s.ready(), 200, ""); strings.Contains(a.body, gatewayDown) {
 			t.Errorf("after %s: %s", name, a.body)
 		}
@@ -106,7 +110,7 @@ func TestGatewayTroubleIsLoggedOnce(t *testing.T) {
 		if !answers {
 			s.double.faultOnce("payment", fault{before: answer500})
 		}
-		s.report("imp_1")
+		s.report(newImpUID())
 	}
 	lines := func() (begun, ended int) {
 		logged := s.logged.String()

@@ -183,8 +183,12 @@ func (t *Till) refundFailed(ctx context.Context, row PaymentRow, cause error) er
 	now := t.now()
 	pause := min(t.every<<min(row.Attempts, 16), time.Hour)
 	err := t.store.RefundFailed(context.WithoutCancel(ctx), row.ImpUID, cause.Error(), now, now.Add(pause))
-	t.log.Warn("refund failed", "order", row.OrderID, "imp_uid", row.ImpUID, "amount", row.Amount, "attempt", row.Attempts,
-		"again_in", pause, "cause", cause)
+	level := slog.LevelWarn
+	if !answered(cause) {
+		level = slog.LevelDebug // that the gateway is silent the log says once, not for each refund
+	}
+	t.log.Log(ctx, level, "refund failed", "order", row.OrderID, "imp_uid", row.ImpUID, "amount", row.Amount, "attempt", row.Attempts,
+		"again_in", pause.String(), "cause", cause)
 	return fmt.Errorf("%w: %w", errRefundPending, errors.Join(cause, err))
 }
 
@@ -196,7 +200,7 @@ func (t *Till) Cancel(ctx context.Context, by Change, id string, from int, reaso
 	if err != nil {
 		return err
 	}
-	t.logMoney(by, Books{OrderID: id}, Payment{ImpUID: row.ImpUID, Amount: row.Amount}, &PaymentRow{State: "kept"}, Entry{State: "refunding", Reason: reason})
+	t.logMoney(by, Books{OrderID: id}, Payment{ImpUID: row.ImpUID, Amount: row.Amount, Cancelled: row.Refunded}, &PaymentRow{State: "kept"}, Entry{State: "refunding", Reason: reason})
 	t.at("booked", row.ImpUID)
 	return t.Refund(ctx, by, row)
 }
@@ -263,7 +267,8 @@ func (t *Till) at(step, impUID string) {
 	}
 }
 
-// logMoney writes the one line that every movement of money has.
+// logMoney writes the one line that every movement of money has: a payment known, or its state or what went back of it
+// changed. The end of a hold moves none.
 func (t *Till) logMoney(by Change, b Books, p Payment, known *PaymentRow, entry Entry) {
 	from := "unknown"
 	if known != nil {
