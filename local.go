@@ -80,6 +80,10 @@ func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err erro
 	go h.http.Serve(listener)
 	c.databaseURL, c.iamportURL = h.server.URL, "http://"+listener.Addr().String()
 	c.iamportKey, c.iamportSecret = h.gateway.key, h.gateway.secret
+	where, _ := json.Marshal(localGateway{c.iamportURL, c.iamportKey, c.iamportSecret})
+	if err := os.WriteFile(filepath.Join(h.dir, localGatewayFile), where, 0o600); err != nil {
+		return nil, err
+	}
 	if len(c.origins) == 0 {
 		c.origins = []string{"http://localhost:3000"} // where the front end is developed
 	}
@@ -183,27 +187,37 @@ func localSecret() ([]byte, error) {
 	return secret, os.WriteFile(name, secret, 0o600)
 }
 
-// openLocalDatabase finds the private PostgreSQL for a command: the one that a running service has started, or its own
-// start of it until closeDatabase.
-func openLocalDatabase(ctx context.Context, c *config) (closeDatabase func() error, err error) {
+// joinLocalHouse finds what a command stands on in local development: the private PostgreSQL and the pretend gateway of
+// the running service, or those that it starts itself until leave.
+func joinLocalHouse(ctx context.Context, c *config) (leave func() error, err error) {
+	house, problem := openLocalHouse(ctx, c)
+	if problem == nil {
+		return house.Close, nil
+	}
 	dir, err := cacheDir()
 	if err != nil {
 		return nil, err
 	}
-	cluster := filepath.Join(dir, "postgres")
-	unlock, err := lockDir(dir)
-	if err != nil {
-		c.databaseURL, err = runningPostgres(cluster)
-		return func() error { return nil }, err
+	if c.databaseURL, err = runningPostgres(filepath.Join(dir, "postgres")); err != nil {
+		return nil, problem
 	}
-	server, err := startPostgres(ctx, postgresConfig{Dir: cluster})
+	text, err := os.ReadFile(filepath.Join(dir, localGatewayFile))
 	if err != nil {
-		unlock()
 		return nil, err
 	}
-	c.databaseURL = server.URL
-	return func() error { defer unlock(); return server.Stop() }, nil
+	var at localGateway
+	if err := json.Unmarshal(text, &at); err != nil {
+		return nil, err
+	}
+	c.iamportURL, c.iamportKey, c.iamportSecret = at.URL, at.Key, at.Secret
+	return func() error { return nil }, nil
 }
+
+// localGateway is where a running service has its pretend gateway, kept in localGatewayFile for commands in another
+// terminal. Its keys are made anew at each start.
+type localGateway struct{ URL, Key, Secret string }
+
+const localGatewayFile = "gateway.json"
 
 // welcome prints where the service is, tokens, and the lines that walk from a cart to a cancelled order.
 func (h *localHouse) welcome(s *server, address string, out io.Writer) error {

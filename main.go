@@ -30,6 +30,7 @@ const usage = `lumiere is the order service of the Lumiere gallery.
 Usage:
   lumiere                                    serve
   lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
+  lumiere audit [-since 24h] [-json]         compare the books with the gateway; exit 0 only when they balance
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
   lumiere healthcheck                        exit 0 when the running service is ready
   lumiere version                            print the version
@@ -69,6 +70,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 	case "import":
 		wantArgs = 1
 		do = func(c config) error { return importCommand(ctx, c, flags.Arg(0), in, out) }
+	case "audit":
+		within, asJSON := flags.Duration("since", 24*time.Hour, ""), flags.Bool("json", false, "")
+		do = func(c config) error { return auditCommand(ctx, c, *within, *asJSON, out, errOut) }
 	case "token":
 		user, isAdmin := flags.String("user", "", ""), flags.Bool("admin", false, "")
 		ttl := flags.Duration("ttl", 3*time.Hour, "")
@@ -124,7 +128,7 @@ type config struct {
 var secretNames = []string{"DATABASE_URL", "JWT_SECRET", "IAMPORT_KEY", "IAMPORT_SECRET"}
 
 var commandNeeds = map[string][]string{
-	"": secretNames, "import": {"DATABASE_URL"}, "token": {"JWT_SECRET"},
+	"": secretNames, "import": {"DATABASE_URL"}, "token": {"JWT_SECRET"}, "audit": {"DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"},
 }
 
 // readConfig reads what command needs, and says everything that is wrong with it at once. A value that may be a secret is
@@ -405,7 +409,7 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 		defer file.Close()
 		in = file
 	}
-	return withStore(ctx, c, func(store *Store) error {
+	return withStore(ctx, &c, func(store *Store) error {
 		n, err := importCatalogue(ctx, store, in)
 		if err == nil {
 			fmt.Fprintf(out, "%d paintings imported\n", n)
@@ -414,14 +418,15 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 	})
 }
 
-// withStore opens the database, the private one in local development, for a command, and brings its schema up to date.
-func withStore(ctx context.Context, c config, do func(*Store) error) (err error) {
+// withStore opens the database for a command and brings its schema up to date. In local development it completes the
+// configuration with the private PostgreSQL and the pretend gateway first.
+func withStore(ctx context.Context, c *config, do func(*Store) error) (err error) {
 	if c.local {
-		closeDatabase, err := openLocalDatabase(ctx, &c)
+		leave, err := joinLocalHouse(ctx, c)
 		if err != nil {
 			return err
 		}
-		defer closeDatabase()
+		defer leave()
 	}
 	store, err := openStore(ctx, c.databaseURL, nil)
 	if err != nil {

@@ -825,6 +825,14 @@ func (s *Store) SetLook(ctx context.Context, l Look, next time.Time) error {
 	return err
 }
 
+// LookNow has the reconciler ask the gateway about an order at its next round.
+func (s *Store) LookNow(ctx context.Context, id string, now time.Time) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND (next_look_at IS NULL OR next_look_at > $2)`, id, now)
+	return err
+}
+
 // FoldTally adds the differences of order_tally together once there are many.
 func (s *Store) FoldTally(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
@@ -974,4 +982,73 @@ func (s *Store) History(ctx context.Context, id string, caller Caller) ([]Histor
 		err = errNotFound // an order's making is its first entry
 	}
 	return entries, err
+}
+
+// ---- the audit
+
+// auditTimeout bounds the statements of the audit that read whole tables.
+const auditTimeout = 2 * time.Minute
+
+// OrdersToAudit are the orders that were made or changed since then, their money too, and those that owe a refund.
+func (s *Store) OrdersToAudit(ctx context.Context, since time.Time) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		SELECT id FROM orders WHERE updated_at >= $1
+		UNION SELECT order_id FROM payments WHERE updated_at >= $1 OR state = 'refunding'
+		ORDER BY 1`, since)
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+// AuditBooks is an order's money in the books.
+type AuditBooks struct {
+	OrderID    string
+	Status     int
+	Cancelling bool
+	Total      int64 // won
+	Payments   []AuditPayment
+}
+
+// AuditPayment is a row of the ledger and how its refund goes.
+type AuditPayment struct {
+	PaymentRow
+	DueSince  time.Time
+	LastError string
+}
+
+// AuditBooks reads the books of order id.
+func (s *Store) AuditBooks(ctx context.Context, id string) (b AuditBooks, err error) {
+	batch := &pgx.Batch{}
+	batch.Queue(`SELECT id, status, cancelling_since IS NOT NULL, total_price FROM orders WHERE id = $1`, id).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&b.OrderID, &b.Status, &b.Cancelling, &b.Total)
+	})
+	batch.Queue(`
+		SELECT `+paymentColumns+`, greatest(created_at, (SELECT cancelling_since FROM orders WHERE id = order_id)), coalesce(last_error, '')
+		FROM payments WHERE order_id = $1 ORDER BY created_at, imp_uid`, id).Query(func(rows pgx.Rows) (err error) {
+		b.Payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p AuditPayment, err error) {
+			err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.Won, &p.Amount, &p.Refunded, &p.Attempts, &p.DueSince, &p.LastError)
+			return p, err
+		})
+		return err
+	})
+	return b, s.transact(ctx, batch)
+}
+
+// StrayPainting is a painting that is not where its order says.
+type StrayPainting struct {
+	PaintingID, OrderID string
+	Missing             bool // the live order does not hold it; else it is held by the order, which is not live or never asked for it
+}
+
+// StrayPaintings are those among all paintings and orders.
+func (s *Store) StrayPaintings(ctx context.Context) ([]StrayPainting, error) {
+	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		SELECT p.id, o.id, false FROM products p JOIN orders o ON o.id = p.order_id
+		WHERE o.ended IS NOT NULL OR o.status = 5 OR p.id <> ALL (o.product_ids)
+		UNION ALL
+		SELECT i.id, o.id, true FROM orders o CROSS JOIN unnest(o.product_ids) AS i (id) LEFT JOIN products p ON p.id = i.id
+		WHERE o.ended IS NULL AND o.status < 5 AND p.order_id IS DISTINCT FROM o.id`)
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[StrayPainting])
 }

@@ -1,0 +1,427 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// auditor compares the books with the gateway. It changes neither: what the gateway knows and the books don't it leaves
+// to the reconciler, which it has look at once.
+type auditor struct {
+	store         *Store
+	gateway       *Gateway
+	now           func() time.Time
+	pause         func(context.Context) error // before an order that did not match is looked at again
+	progress      io.Writer                   // told how far the audit is
+	progressEvery time.Duration
+}
+
+const (
+	// auditLooks is how often an order is looked at until its books and the gateway match: the service goes on meanwhile,
+	// and a payment on its way is no mismatch.
+	auditLooks = 3
+	auditPause = 500 * time.Millisecond
+	// auditFailures is how many looks may fail before the audit gives up.
+	auditFailures = 10
+)
+
+// mismatchKind is a way in which books and gateway, or orders and paintings, may disagree.
+type mismatchKind struct{ name, meaning, remedy string }
+
+// What becomes of a mismatch.
+const (
+	remedySettle = "the reconciler settles it at its next round"
+	remedyRetry  = "the reconciler tries again until it is back"
+	remedyByHand = "nothing puts it right by itself: see the order's history and the gateway's console"
+	remedyAgain  = "run the audit again"
+)
+
+var (
+	mismatchPaidThere = mismatchKind{"paid there, not here", "the buyer has paid and it is not booked", remedySettle}
+	mismatchTwice     = mismatchKind{"two payments", "the buyer has paid for the order once more and it is not booked", remedySettle}
+	mismatchCancelled = mismatchKind{"kept here, cancelled there", "the money went back in the gateway's console and the order still counts as paid", remedySettle}
+	mismatchPartBack  = mismatchKind{"amount differs", "a part went back in the gateway's console and it is not booked", remedySettle}
+	mismatchAmount    = mismatchKind{"amount differs", "what the gateway took or gave back is not what is booked", remedyByHand}
+	mismatchUnknown   = mismatchKind{"kept here, unknown there", "the gateway has no such payment", remedyByHand}
+	mismatchNotBack   = mismatchKind{"refunded here, kept there", "a refund is booked that the gateway has not made", remedyByHand}
+	mismatchDue       = mismatchKind{"refund due", "the money has to go back and has not yet", remedyRetry}
+	mismatchDueDone   = mismatchKind{"refund due", "the money is back and it is not booked", remedySettle}
+	mismatchUnpaid    = mismatchKind{"order without money", "the order counts as paid and no payment of it is kept", remedyByHand}
+	mismatchNoOrder   = mismatchKind{"money without order", "a payment is kept for an order that is not live", remedyByHand}
+	mismatchMoving    = mismatchKind{"still changing", "the order changed whenever it was looked at", remedyAgain}
+	mismatchStray     = mismatchKind{"painting without order", "the painting is held by an order that is not live, and nobody can buy it", remedyByHand}
+	mismatchMissing   = mismatchKind{"order without painting", "the painting of a live order is not held by it, and may be sold again", remedyByHand}
+)
+
+// mismatch is a line of the audit.
+type mismatch struct {
+	Order    string    `json:"order"`
+	ImpUID   string    `json:"imp_uid,omitempty"`
+	Painting string    `json:"painting,omitempty"`
+	Amount   int64     `json:"amount,omitempty"` // won that are concerned
+	Kind     string    `json:"kind"`
+	Meaning  string    `json:"meaning"`
+	Remedy   string    `json:"remedy"`
+	Due      *auditDue `json:"due,omitempty"` // of a refund
+}
+
+// auditDue is how a refund goes.
+type auditDue struct {
+	Since     stamp  `json:"since"`
+	Attempts  int    `json:"attempts"`
+	LastError string `json:"lastError,omitempty"`
+}
+
+// auditSum is one side's money, in won.
+type auditSum struct {
+	Taken    int64 `json:"taken"`
+	Refunded int64 `json:"refunded"`
+	Kept     int64 `json:"kept"`
+}
+
+// auditReport is what the audit found.
+type auditReport struct {
+	Since      stamp      `json:"since"`
+	At         stamp      `json:"at"`
+	Orders     int        `json:"orders"`   // looked at
+	Matching   int        `json:"matching"` // of them
+	Gateway    auditSum   `json:"gateway"`
+	Books      auditSum   `json:"books"`
+	Mismatches []mismatch `json:"mismatches"`
+}
+
+// auditedOrder is what a look at one order saw.
+type auditedOrder struct {
+	books      AuditBooks
+	there      []Payment
+	mismatches []mismatch
+	err        error
+}
+
+// audit compares the money of all orders that were made or changed since then, and of all whose refund is due, with the
+// gateway, and all paintings with the orders.
+func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, error) {
+	report := auditReport{Since: stamp(since), At: stamp(a.now()), Mismatches: []mismatch{}}
+	ids, err := a.store.OrdersToAudit(ctx, since)
+	if err != nil {
+		return report, err
+	}
+	orders, err := a.lookUntilTheyMatch(ctx, ids)
+	if err != nil {
+		return report, err
+	}
+	for _, o := range orders {
+		report.add(o)
+		if err := a.leaveToReconciler(ctx, o); err != nil {
+			return report, err
+		}
+	}
+	strays, err := a.store.StrayPaintings(ctx)
+	for _, s := range strays {
+		kind := mismatchStray
+		if s.Missing {
+			kind = mismatchMissing
+		}
+		report.Mismatches = append(report.Mismatches, mismatch{
+			Order: s.OrderID, Painting: s.PaintingID, Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
+	}
+	return report, err
+}
+
+// lookUntilTheyMatch looks at every order, and again at those that do not match.
+func (a *auditor) lookUntilTheyMatch(ctx context.Context, ids []string) ([]auditedOrder, error) {
+	orders, open := make([]auditedOrder, len(ids)), make([]int, len(ids))
+	for i := range open {
+		open[i] = i
+	}
+	for look := range auditLooks {
+		if look > 0 {
+			if err := a.pause(ctx); err != nil {
+				return nil, err
+			}
+		}
+		if err := a.lookAt(ctx, ids, open, orders); err != nil {
+			return nil, err
+		}
+		var again []int
+		for _, i := range open {
+			if o := orders[i]; o.err != nil || len(o.mismatches) > 0 {
+				again = append(again, i)
+			}
+		}
+		if open = again; len(open) == 0 {
+			break
+		}
+	}
+	for _, i := range open {
+		if err := orders[i].err; err != nil {
+			return nil, err
+		}
+	}
+	return orders, nil
+}
+
+// lookAt looks at the orders with the numbers in open, as many at once as the gateway's client has slots.
+func (a *auditor) lookAt(ctx context.Context, ids []string, open []int, orders []auditedOrder) error {
+	var next, failed atomic.Int64
+	defer a.tell(&next, len(open))()
+	var workers sync.WaitGroup
+	for range maxLookUps {
+		workers.Go(func() {
+			for n := next.Add(1); n <= int64(len(open)) && failed.Load() < auditFailures; n = next.Add(1) {
+				i := open[n-1]
+				if orders[i] = a.look(ctx, ids[i]); orders[i].err != nil {
+					failed.Add(1)
+				}
+			}
+		})
+	}
+	workers.Wait()
+	if failed.Load() >= auditFailures {
+		for _, i := range open {
+			if err := orders[i].err; err != nil {
+				return err
+			}
+		}
+	}
+	return ctx.Err()
+}
+
+// look compares an order's books with the gateway. They are read before and after the gateway's answer: when they moved
+// between, nobody knows which of them the answer belongs to.
+func (a *auditor) look(ctx context.Context, id string) (o auditedOrder) {
+	before, err := a.store.AuditBooks(ctx, id)
+	if err != nil {
+		return auditedOrder{err: err}
+	}
+	if o.there, err = a.gateway.PaymentsFor(ctx, id); err != nil {
+		return auditedOrder{err: err}
+	}
+	if o.books, err = a.store.AuditBooks(ctx, id); err != nil {
+		return auditedOrder{err: err}
+	}
+	if reflect.DeepEqual(before, o.books) {
+		o.compare()
+	} else {
+		o.mismatch(mismatchMoving, "", 0)
+	}
+	return o
+}
+
+// leaveToReconciler has the reconciler look at an order if that puts something right.
+func (a *auditor) leaveToReconciler(ctx context.Context, o auditedOrder) error {
+	for _, m := range o.mismatches {
+		if m.Remedy == remedySettle {
+			return a.store.LookNow(ctx, m.Order, a.now())
+		}
+	}
+	return nil
+}
+
+func (o *auditedOrder) mismatch(kind mismatchKind, impUID string, amount int64) *mismatch {
+	o.mismatches = append(o.mismatches, mismatch{Order: o.books.OrderID, ImpUID: impUID, Amount: amount,
+		Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
+	return &o.mismatches[len(o.mismatches)-1]
+}
+
+// compare finds what does not match between the books and the gateway.
+func (o *auditedOrder) compare() {
+	there := map[string]Payment{}
+	for _, p := range o.there {
+		there[p.ImpUID] = p
+	}
+	paid, kept := false, false
+	for _, row := range o.books.Payments {
+		p, known := there[row.ImpUID]
+		delete(there, row.ImpUID)
+		kept = kept || row.State == "kept"
+		paid = paid || row.State == "kept" || row.State == "refunding" && o.books.Cancelling
+		o.comparePayment(row, p, known)
+	}
+	again := paid
+	for _, p := range o.there {
+		if _, unbooked := there[p.ImpUID]; !unbooked || p.Gone {
+			continue
+		}
+		kind := mismatchPaidThere
+		if again {
+			kind = mismatchTwice
+		}
+		again = true
+		o.mismatch(kind, p.ImpUID, p.Amount-p.Cancelled)
+	}
+	live := o.books.Status >= statusPaid && o.books.Status < statusCancelled
+	switch {
+	case live && !paid:
+		o.mismatch(mismatchUnpaid, "", o.books.Total)
+	case !live && kept:
+		o.mismatch(mismatchNoOrder, "", o.books.Total)
+	}
+}
+
+// comparePayment compares a row of the ledger with what the gateway says of the payment, if it knows it.
+func (o *auditedOrder) comparePayment(row AuditPayment, p Payment, known bool) {
+	left := row.Amount - row.Refunded
+	switch {
+	case row.State == "refunding":
+		kind := mismatchDue
+		if known && p.Gone {
+			kind = mismatchDueDone
+		}
+		o.mismatch(kind, row.ImpUID, left).Due = &auditDue{stamp(row.DueSince), row.Attempts, row.LastError}
+	case row.State == "refunded" && known && !p.Gone:
+		o.mismatch(mismatchNotBack, row.ImpUID, p.Amount-p.Cancelled)
+	case row.State == "refunded":
+	case !known:
+		o.mismatch(mismatchUnknown, row.ImpUID, left)
+	case p.Gone:
+		o.mismatch(mismatchCancelled, row.ImpUID, left)
+	case p.Cancelled > row.Refunded:
+		o.mismatch(mismatchPartBack, row.ImpUID, p.Cancelled-row.Refunded)
+	case !p.Won() || p.Amount != row.Amount || p.Amount != o.books.Total || p.Cancelled != row.Refunded:
+		o.mismatch(mismatchAmount, row.ImpUID, p.Amount)
+	}
+}
+
+// add takes an order into the report. Money that came and went back without us is in neither side's sum.
+func (r *auditReport) add(o auditedOrder) {
+	booked := map[string]bool{}
+	for _, row := range o.books.Payments {
+		booked[row.ImpUID] = true
+		r.Books.Taken += row.Amount
+		r.Books.Refunded += row.Refunded
+		if row.State == "kept" {
+			r.Books.Kept += row.Amount - row.Refunded
+		}
+	}
+	for _, p := range o.there {
+		if booked[p.ImpUID] || !p.Gone {
+			r.Gateway.Taken += p.Amount
+			r.Gateway.Refunded += p.Cancelled
+			r.Gateway.Kept += p.Amount - p.Cancelled
+		}
+	}
+	r.Orders++
+	if len(o.mismatches) == 0 {
+		r.Matching++
+	}
+	r.Mismatches = append(r.Mismatches, o.mismatches...)
+}
+
+// tell says every while, on one line, how far the audit is, until stop is called.
+func (a *auditor) tell(done *atomic.Int64, of int) (stop func()) {
+	ticker, stopped, told := time.NewTicker(a.progressEvery), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(told)
+		end := ""
+		for {
+			select {
+			case <-ticker.C:
+				fmt.Fprintf(a.progress, "\rlooking at order %d of %d", min(done.Load(), int64(of)), of)
+				end = "\n"
+			case <-stopped:
+				io.WriteString(a.progress, end)
+				return
+			}
+		}
+	}()
+	return func() {
+		ticker.Stop()
+		close(stopped)
+		<-told
+	}
+}
+
+// ---- the command
+
+// errUnbalanced says that the audit found what does not match.
+var errUnbalanced = errors.New("the books do not balance")
+
+// auditCommand prints the audit of the orders made or changed within the time before now. It is an error when the books do not
+// balance, or when that could not be found out.
+func auditCommand(ctx context.Context, c config, within time.Duration, asJSON bool, out, errOut io.Writer) error {
+	if within <= 0 {
+		return errors.New("-since must be a duration such as 24h")
+	}
+	return withStore(ctx, &c, func(store *Store) error {
+		gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox})
+		a := &auditor{store: store, gateway: gateway, now: time.Now, progress: errOut, progressEvery: time.Second,
+			pause: func(ctx context.Context) error { return pause(ctx, auditPause) }}
+		report, err := a.audit(ctx, a.now().Add(-within))
+		if err != nil {
+			return fmt.Errorf("the audit was not finished: %w", err)
+		}
+		if err := report.print(out, asJSON); err != nil {
+			return err
+		}
+		if n := len(report.Mismatches); n > 0 {
+			return fmt.Errorf("%w: %d mismatches", errUnbalanced, n)
+		}
+		return nil
+	})
+}
+
+// print writes the report as a table or as JSON.
+func (r auditReport) print(out io.Writer, asJSON bool) error {
+	var text strings.Builder
+	if asJSON {
+		encoder := json.NewEncoder(&text)
+		encoder.SetIndent("", "  ")
+		if err := encoder.Encode(r); err != nil {
+			return err
+		}
+	} else {
+		r.table(&text)
+	}
+	_, err := io.WriteString(out, text.String())
+	return err
+}
+
+func (r auditReport) table(out *strings.Builder) {
+	const line = "%-24s  %-24s  %13s  %s\n"
+	if len(r.Mismatches) > 0 {
+		fmt.Fprintf(out, line, "order", "payment or painting", "won", "mismatch")
+	}
+	for _, m := range r.Mismatches {
+		fmt.Fprintf(out, line, m.Order, m.ImpUID+m.Painting, grouped(m.Amount), m.Kind)
+		if m.Due != nil {
+			fmt.Fprintf(out, "    due for %v, %d attempts; last error: %s\n", time.Time(r.At).Sub(time.Time(m.Due.Since)).Round(time.Second),
+				m.Due.Attempts, m.Due.LastError)
+		}
+		fmt.Fprintf(out, "    %s; %s\n", m.Meaning, m.Remedy)
+	}
+	if len(r.Mismatches) > 0 {
+		fmt.Fprintln(out)
+	}
+	fmt.Fprintf(out, "%-8s  %15s  %15s\n", "won", "gateway", "books")
+	for _, row := range []struct {
+		name           string
+		gateway, books int64
+	}{
+		{"taken", r.Gateway.Taken, r.Books.Taken},
+		{"refunded", r.Gateway.Refunded, r.Books.Refunded},
+		{"kept", r.Gateway.Kept, r.Books.Kept},
+	} {
+		fmt.Fprintf(out, "%-8s  %15s  %15s\n", row.name, grouped(row.gateway), grouped(row.books))
+	}
+	since, _ := r.Since.MarshalText()
+	fmt.Fprintf(out, "%d of %d orders made or changed since %s match\n", r.Matching, r.Orders, since)
+}
+
+// grouped is won with a comma before every third digit, and nothing for none.
+func grouped(won int64) string {
+	digits := strconv.FormatInt(won, 10)
+	for i := len(digits) - 3; i > 0 && digits[i-1] != '-'; i -= 3 {
+		digits = digits[:i] + "," + digits[i:]
+	}
+	return digits
+}
