@@ -25,17 +25,22 @@ func crowd(n int, do func(i int) answer) map[int]int {
 	return count
 }
 
-// wantOneOwner fails unless every painting's order is live and lists it, and every live order has all of its paintings.
 func (s *shop) wantOneOwner() {
 	s.t.Helper()
+	wantOneOwner(s.t, s.config.databaseURL)
+}
+
+// wantOneOwner fails unless every painting's order is live and lists it, and every live order has all of its paintings.
+func wantOneOwner(t testing.TB, databaseURL string) {
+	t.Helper()
 	for name, sql := range map[string]string{
 		"a painting is held by no live order": `SELECT count(*) FROM products p JOIN orders o ON o.id = p.order_id
 			WHERE o.ended IS NOT NULL OR o.status = 5 OR p.id <> ALL (o.product_ids)`,
 		"a live order lacks a painting": `SELECT count(*) FROM orders o, unnest(o.product_ids) AS i (id) JOIN products p USING (id)
 			WHERE o.ended IS NULL AND o.status < 5 AND p.order_id IS DISTINCT FROM o.id`,
 	} {
-		if n := queryText(s.t, s.config.databaseURL, sql); n != "0" {
-			s.t.Errorf("%s: %s", name, n)
+		if n := queryText(t, databaseURL, sql); n != "0" {
+			t.Errorf("%s: %s", name, n)
 		}
 	}
 }

@@ -1,0 +1,726 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+var (
+	crashFor  = flag.Duration("crash", 2*time.Second, "how long TestCrash lets things break")
+	crashSeed = flag.Uint64("crash.seed", 0, "the choices TestCrash makes; 0: new ones")
+)
+
+const (
+	crashBuyers    = 16
+	crashPaintings = 60
+	crashHold      = time.Second            // ORDER_HOLD
+	crashPatience  = 3 * time.Second        // how long a buyer waits for an answer
+	crashLatency   = 20 * time.Millisecond  // of the gateway
+	crashInterval  = 100 * time.Millisecond // RECONCILE_INTERVAL
+)
+
+// crash is a shop in which everything breaks: two replicas of the real binary before a PostgreSQL that really writes,
+// and a gateway double. Every actor (buyer, desk, misfortune, the gateway's faults) has dice of his own, so that a seed
+// gives each the same choices again; which of them comes first is the machine's choice.
+type crash struct {
+	t         *testing.T
+	seed      uint64
+	binary    string
+	env       []string
+	log       *os.File
+	postgres  *postgresServer
+	double    *pretendGateway
+	replicas  [2]*crashReplica
+	paintings []string
+	over      context.Context // ends when the actors go home
+	calm      chan struct{}   // closed when the gateway fails no more
+	errands   sync.WaitGroup  // late notices and second reports, still under way
+
+	mu       sync.Mutex
+	orders   map[string]*crashOrder
+	verdicts map[string]bool // by imp_uid: what PATCH pay said of the money, true that it is kept, false that it goes back
+	answers  map[int]int     // by status
+	faults   map[string]int  // by kind
+	figures  map[string]int
+}
+
+// crashOrder is what the service has said of an order, and what was asked of it.
+type crashOrder struct {
+	status      int  // it said that it is at least there: a status only grows
+	deleted     bool // it said so
+	charged     bool // money was paid for it
+	cancelAsked bool
+}
+
+func TestCrash(t *testing.T) {
+	c := openCrash(t)
+	stopReplicas := c.runReplicas()
+	over, goHome := context.WithCancel(t.Context())
+	defer goHome()
+	c.over = over
+	var actors sync.WaitGroup
+	for i := range crashBuyers {
+		actors.Go(func() { (&crashBuyer{crash: c, id: newTestID(), dice: c.dice(uint64(100 + i))}).live() })
+	}
+	actors.Go(func() { c.runDesk(c.dice(1)) })
+	actors.Go(func() { c.befall(c.dice(2), goHome) })
+	actors.Wait()
+	c.errands.Wait()
+	close(c.calm)
+	for _, ahead := range []string{"30 seconds", "1 hour"} {
+		stopReplicas()
+		c.endLeases()
+		stopReplicas = c.runReplicas()
+		c.settleDown(ahead)
+	}
+	c.wantProof()
+	stopReplicas()
+	c.printFigures()
+}
+
+// openCrash builds the binary, starts PostgreSQL and the gateway, and imports the catalogue.
+func openCrash(t *testing.T) *crash {
+	c := &crash{
+		t: t, seed: cmp.Or(*crashSeed, rand.Uint64N(1e9)), binary: filepath.Join(t.TempDir(), "lumiere"), calm: make(chan struct{}),
+		orders: map[string]*crashOrder{}, verdicts: map[string]bool{}, answers: map[int]int{}, faults: map[string]int{}, figures: map[string]int{},
+		replicas: [2]*crashReplica{{}, {}},
+	}
+	t.Logf("-crash %v -crash.seed %d", *crashFor, c.seed)
+	c.openLog()
+	built := make(chan error, 1)
+	go func() {
+		out, err := exec.Command("go", "build", "-o", c.binary, ".").CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("%w\n%s", err, out)
+		}
+		built <- err
+	}()
+	c.postgres = runPostgres(t, postgresConfig{Dir: postgresDir(t)})
+	check(t, <-built)
+
+	c.double = newPretendGateway(time.Now)
+	faultDice := c.dice(3)
+	c.double.setFaults(func(call, _ string) fault { return c.chooseFault(faultDice, call) })
+	gateway := httptest.NewServer(c.double)
+	t.Cleanup(gateway.Close)
+	c.env = append(os.Environ(), "DATABASE_URL="+c.postgres.URL, "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
+		"IAMPORT_KEY="+c.double.key, "IAMPORT_SECRET="+c.double.secret, "PORT=0", "LOG_LEVEL=info",
+		"ORDER_HOLD="+crashHold.String(), "RECONCILE_INTERVAL="+crashInterval.String())
+
+	var entries []string
+	for range crashPaintings {
+		c.paintings = append(c.paintings, newTestID())
+		entries = append(entries, catalogueEntry(c.paintings[len(c.paintings)-1], "", ""))
+	}
+	importing := c.command("import", "-")
+	importing.Stdin = strings.NewReader("[" + strings.Join(entries, ",") + "]")
+	if out, err := importing.CombinedOutput(); err != nil {
+		t.Fatalf("import: %v\n%s", err, out)
+	}
+	return c
+}
+
+func (c *crash) dice(actor uint64) *rand.Rand { return rand.New(rand.NewPCG(c.seed, actor)) }
+
+// command is the binary with the service's environment.
+func (c *crash) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(c.binary, args...)
+	cmd.Env = c.env
+	return cmd
+}
+
+// openLog opens the file that the replicas log to. It stays when the test fails.
+func (c *crash) openLog() {
+	var err error
+	c.log, err = os.CreateTemp("", "lumiere-crash-*.log")
+	check(c.t, err)
+	c.t.Cleanup(func() {
+		c.log.Close()
+		if !c.t.Failed() {
+			os.Remove(c.log.Name())
+			return
+		}
+		text, _ := os.ReadFile(c.log.Name())
+		c.t.Logf("the replicas' log is %s; its end:\n%s", c.log.Name(), lastLines(text))
+	})
+}
+
+// ---- what breaks
+
+// crashReplica is one of the replicas, up or down.
+type crashReplica struct {
+	mu      sync.Mutex
+	process *os.Process
+	serving atomic.Value // string: its URL; "" when it is down
+}
+
+func (r *crashReplica) url() string {
+	at, _ := r.serving.Load().(string)
+	return at
+}
+
+// runReplicas keeps both replicas running, whatever ends them, until stop kills them. It returns when both serve.
+func (c *crash) runReplicas() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	for _, r := range c.replicas {
+		running.Go(func() {
+			for ctx.Err() == nil {
+				c.runReplica(ctx, r)
+				pause(ctx, 50*time.Millisecond)
+			}
+		})
+	}
+	var once sync.Once
+	stop = func() {
+		once.Do(func() {
+			cancel()
+			for _, r := range c.replicas {
+				r.kill()
+			}
+			running.Wait()
+		})
+	}
+	c.t.Cleanup(stop)
+	deadline := time.Now().Add(time.Minute)
+	for _, r := range c.replicas {
+		for r.url() == "" {
+			if time.Now().After(deadline) {
+				c.t.Fatal("the replicas do not come up")
+			}
+			time.Sleep(postgresPoll)
+		}
+	}
+	return stop
+}
+
+// runReplica runs a replica until it ends. It logs into a pipe of ours: should this process die, so does the replica.
+func (c *crash) runReplica(ctx context.Context, r *crashReplica) {
+	cmd := c.command()
+	logged, err := cmd.StderrPipe()
+	if err != nil {
+		c.t.Error(err)
+		return
+	}
+	r.mu.Lock()
+	if ctx.Err() == nil {
+		err = cmd.Start()
+	} else {
+		err = ctx.Err()
+	}
+	r.process = cmd.Process
+	r.mu.Unlock()
+	if err != nil {
+		if ctx.Err() == nil {
+			c.t.Error(err)
+		}
+		return
+	}
+	lines := bufio.NewReader(logged)
+	for {
+		line, err := lines.ReadBytes('\n')
+		c.log.Write(line)
+		var said struct{ Msg, Address string }
+		if json.Unmarshal(line, &said) == nil && said.Msg == "serving" {
+			r.serving.Store("http://" + strings.Replace(said.Address, "[::]", "127.0.0.1", 1))
+		}
+		if err != nil {
+			break
+		}
+	}
+	r.serving.Store("")
+	cmd.Wait()
+	r.mu.Lock()
+	r.process = nil
+	r.mu.Unlock()
+}
+
+// kill sends SIGKILL and reports whether there was anybody to send it to.
+func (r *crashReplica) kill() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.process != nil && r.process.Kill() == nil
+}
+
+// befall kills a replica, now and then both or one that is just starting, whenever the service has given so many answers,
+// and ends PostgreSQL in immediate mode twice, in a long run once in half a minute. In the end the actors go home.
+func (c *crash) befall(dice *rand.Rand, goHome func()) {
+	defer goHome()
+	crashes, crashed, start := max(2, int(*crashFor/(30*time.Second))), 0, time.Now()
+	for {
+		// However slow the machine, the service comes to something between two blows and in all.
+		answered, orders := c.progress()
+		for next := answered + dice.IntN(150); answered < next; answered, orders = c.progress() {
+			time.Sleep(5 * time.Millisecond)
+		}
+		done := min(float64(time.Since(start))/float64(*crashFor), float64(orders)/60)
+		if done >= 1 {
+			return
+		}
+		victim, both, starting := dice.IntN(2), dice.IntN(5) == 0, dice.IntN(4) == 0
+		for i, r := range c.replicas {
+			if (i == victim || both) && (starting || r.url() != "") && r.kill() {
+				c.count("replicas killed", 1)
+			}
+		}
+		if done*float64(crashes) > float64(crashed)+0.5 {
+			crashed++
+			c.count("PostgreSQL crashes", 1)
+			if err := errors.Join(c.postgres.Crash(), c.postgres.Start(context.Background())); err != nil {
+				c.t.Error(err)
+				return
+			}
+		}
+	}
+}
+
+// progress is how many answers the service has given, and how many orders it has made.
+func (c *crash) progress() (answers, orders int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for status, n := range c.answers {
+		if status != 0 {
+			answers += n
+		}
+	}
+	return answers, len(c.orders)
+}
+
+// chooseFault has one call in four go wrong, and every call take its time.
+func (c *crash) chooseFault(dice *rand.Rand, call string) fault {
+	slow := waitFor(func(ctx context.Context) { pause(ctx, crashLatency) })
+	roll, hanging := dice.IntN(32), time.Duration(dice.Int64N(int64(min(*crashFor/10, 10*time.Second))))
+	select {
+	case <-c.calm:
+		return fault{before: slow}
+	default:
+	}
+	hang := func(w http.ResponseWriter, r *http.Request) bool {
+		select {
+		case <-r.Context().Done():
+		case <-c.calm:
+		case <-time.After(hanging):
+		}
+		return dropConnection(w, r)
+	}
+	kinds := []struct {
+		name string
+		fault
+	}{
+		{"answered 500", fault{before: inTurn(slow, answer500)}},
+		{"dropped the call", fault{before: inTurn(slow, dropConnection)}},
+		{"hung", fault{before: hang}},
+		{"did it and answered 500", fault{before: slow, after: answer500}},
+		{"did it and dropped the answer", fault{before: slow, after: dropConnection}},
+		{"did it and hung", fault{before: slow, after: hang}},
+		{"turned the token down", fault{before: inTurn(slow, answer401)}},
+		{"refused", fault{before: inTurn(slow, answerRefusal(-1, "결제취소에 실패하였습니다."))}},
+	}
+	if roll >= len(kinds) || kinds[roll].name == "refused" && call != "cancel" {
+		return fault{before: slow}
+	}
+	c.mu.Lock()
+	c.faults[kinds[roll].name]++
+	c.mu.Unlock()
+	return kinds[roll].fault
+}
+
+func (c *crash) count(figure string, n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.figures[figure] += n
+}
+
+// ---- who uses it
+
+// crashBuyer is one of the buyers.
+type crashBuyer struct {
+	*crash
+	id   string
+	dice *rand.Rand
+}
+
+// live comes back to the shop until it closes.
+func (b *crashBuyer) live() {
+	for b.over.Err() == nil {
+		b.visit()
+		b.giveBack()
+		pause(b.over, time.Duration(b.dice.IntN(50))*time.Millisecond)
+	}
+}
+
+// visit makes an order and does with it whatever buyers do.
+func (b *crashBuyer) visit() {
+	order, total := b.order()
+	if order == "" {
+		return
+	}
+	if b.dice.IntN(8) == 0 { // too late, or nearly
+		pause(b.over, time.Duration(b.dice.Int64N(int64(3*crashHold))))
+	}
+	switch roll := b.dice.IntN(20); {
+	case roll < 9:
+		b.pay(order, pretendPayment{Amount: total})
+	case roll < 11:
+		b.pay(order, pretendPayment{Amount: total - 1000})
+	case roll < 12:
+		b.pay(order, pretendPayment{Amount: 100, Currency: "USD"})
+	case roll < 13:
+		b.pay(order, pretendPayment{Amount: total, Status: []string{"ready", "failed"}[b.dice.IntN(2)]})
+	case roll < 15: // in two windows
+		b.pay(order, pretendPayment{Amount: total})
+		b.pay(order, pretendPayment{Amount: total})
+	case roll < 16: // at a second try
+		b.pay(order, pretendPayment{Amount: total + 1000})
+		b.pay(order, pretendPayment{Amount: total})
+	case roll < 17: // and deletes it at once
+		b.pay(order, pretendPayment{Amount: total})
+		b.remove(b.id, b.dice, order, "")
+	case roll < 18:
+		b.remove(b.id, b.dice, order, "")
+	default: // closes the tab
+	}
+}
+
+// order makes an order of up to three paintings. When no answer comes he sends it again.
+func (b *crashBuyer) order() (id string, total int64) {
+	var cart []string
+	for _, i := range b.dice.Perm(len(b.paintings))[:1+b.dice.IntN(3)] {
+		cart = append(cart, b.paintings[i])
+	}
+	body := orderBody(newNumber(), cart...)
+	for range 3 {
+		a := b.call(b.dice, b.id, "POST", "/api/orders", body)
+		var made orderCreated
+		if a.status == 201 && json.Unmarshal([]byte(a.body), &made) == nil {
+			b.said(made.OrderID, statusUnpaid)
+			return made.OrderID, int64(10000 + 99000*len(cart))
+		}
+		if a.status != 0 {
+			break
+		}
+	}
+	return "", 0
+}
+
+// pay pays in the gateway's window. The browser may report it, once or more, and notices may come, late or never.
+func (b *crashBuyer) pay(order string, p pretendPayment) {
+	b.change(order, func(o *crashOrder) { o.charged = true })
+	p.MerchantUID = order
+	impUID := b.double.pay(p)
+	for range []int{0, 0, 1, 1, 2}[b.dice.IntN(5)] {
+		b.later(func(dice *rand.Rand) {
+			body := []string{`{"imp_uid":"` + impUID + `"}`, "imp_uid=" + impUID + "&status=paid"}[dice.IntN(2)]
+			b.call(dice, "", "POST", "/api/payments/webhook", body)
+		})
+	}
+	switch b.dice.IntN(6) {
+	case 0: // closes the tab
+	case 1:
+		b.later(func(dice *rand.Rand) { b.report(dice, order, impUID) })
+		fallthrough
+	default:
+		b.report(b.dice, order, impUID)
+	}
+}
+
+// report tells the service of a payment, and keeps what it says of the money.
+func (c *crash) report(dice *rand.Rand, order, impUID string) {
+	a := c.call(dice, "", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
+	paid := a.status == 200
+	if paid {
+		c.count("reports answered 200", 1)
+		c.said(order, statusPaid)
+	}
+	if paid || a.status == 409 || strings.HasPrefix(a.message(), "금액 불일치") {
+		c.mu.Lock()
+		c.verdicts[impUID] = paid
+		c.mu.Unlock()
+	}
+}
+
+// giveBack cancels or returns most of what he has bought, now and then twice at once.
+func (b *crashBuyer) giveBack() {
+	var mine myOrders
+	a := b.call(b.dice, b.id, "GET", fmt.Sprintf("/api/orders/mine?pageNumber=%d", 1+b.dice.IntN(2)), nil)
+	json.Unmarshal([]byte(a.body), &mine)
+	for _, o := range mine.Orders {
+		body := []string{"", `{"status":5}`, `{"status":4}`, `{"status":4}`}[b.dice.IntN(4)]
+		if o.Result.Status < statusPaid || o.Result.Status > statusDelivered || b.dice.IntN(3) == 0 {
+			continue
+		}
+		if b.dice.IntN(5) == 0 {
+			b.later(func(dice *rand.Rand) { b.remove(b.id, dice, o.ID, body) })
+		}
+		b.remove(b.id, b.dice, o.ID, body)
+	}
+}
+
+// remove deletes, cancels or returns an order, as the body says, and keeps what the service says.
+func (c *crash) remove(user string, dice *rand.Rand, order, body string) answer {
+	if !strings.Contains(body, "4") {
+		c.change(order, func(o *crashOrder) { o.cancelAsked = true })
+	}
+	a := c.call(dice, user, "DELETE", "/api/orders/"+order, body)
+	if a.status != 200 {
+		return a
+	}
+	switch a.message() {
+	case "해당 주문의 결제 취소가 완료되었습니다":
+		c.count("cancels answered 200", 1)
+		c.said(order, statusCancelled)
+	case "해당 주문의 반품 요청이 완료되었습니다":
+		c.count("returns answered 200", 1)
+		c.said(order, statusReturning)
+	default:
+		c.count("deletions answered 200", 1)
+		c.change(order, func(o *crashOrder) { o.deleted = true })
+	}
+	return a
+}
+
+// runDesk moves orders on, and cancels what was returned and now and then what was just paid.
+func (c *crash) runDesk(dice *rand.Rand) {
+	for c.over.Err() == nil {
+		var list deskOrders
+		query := []string{"pageNumber=1", "pageNumber=2", "status=0", "status=4"}[dice.IntN(4)]
+		a := c.call(dice, desk, "GET", "/api/orders?"+query, nil)
+		json.Unmarshal([]byte(a.body), &list)
+		for _, o := range list.Orders {
+			switch status := o.Result.Status; {
+			case status == statusReturning && dice.IntN(4) > 0, status == statusPaid && dice.IntN(20) == 0:
+				c.remove(desk, dice, o.ID, "")
+			case status <= statusShipping && dice.IntN(3) == 0:
+				if c.call(dice, desk, "PATCH", "/api/orders/"+o.ID, map[string]int{"status": status + 1}).status == 200 {
+					c.said(o.ID, status+1)
+				}
+			}
+		}
+		pause(c.over, time.Duration(dice.IntN(50))*time.Millisecond)
+	}
+}
+
+// later runs an errand after up to two holds, with dice of its own; its actor does not wait for it.
+func (b *crashBuyer) later(errand func(*rand.Rand)) {
+	dice := rand.New(rand.NewPCG(b.dice.Uint64(), 0))
+	delay := time.Duration(dice.IntN(2)) * time.Duration(dice.Int64N(int64(2*crashHold)))
+	b.errands.Go(func() {
+		pause(b.over, delay)
+		errand(dice)
+	})
+}
+
+// call makes a request of a replica that serves, as user. The zero answer says that none came.
+func (c *crash) call(dice *rand.Rand, user, method, path string, body any) (a answer) {
+	defer func() {
+		c.mu.Lock()
+		c.answers[a.status]++
+		c.mu.Unlock()
+	}()
+	replica := dice.IntN(2)
+	base := cmp.Or(c.replicas[replica].url(), c.replicas[1-replica].url())
+	if base == "" {
+		pause(c.over, crashLatency)
+		return a
+	}
+	text, ok := body.(string)
+	if !ok && body != nil {
+		text = document(body)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), crashPatience)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, method, base+path, strings.NewReader(text))
+	if err != nil {
+		c.t.Error(err)
+		return a
+	}
+	if user != "" {
+		token, err := newTokens([]byte(testSecret), time.Now).issue(Caller{ID: user, Admin: user == desk}, time.Now(), time.Hour)
+		if err != nil {
+			c.t.Error(err)
+		}
+		request.Header.Set("Authorization", "Bearer "+token)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return a
+	}
+	defer response.Body.Close()
+	answered, err := io.ReadAll(response.Body)
+	if err != nil {
+		return a
+	}
+	if response.StatusCode == http.StatusInternalServerError {
+		c.t.Errorf("%s %s: %s %s", method, path, response.Header.Get("X-Request-Id"), answered)
+	}
+	return answer{response.StatusCode, response.Header, string(answered)}
+}
+
+// change notes something of an order.
+func (c *crash) change(order string, do func(*crashOrder)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	o := c.orders[order]
+	if o == nil {
+		o = &crashOrder{status: statusUnpaid}
+		c.orders[order] = o
+	}
+	do(o)
+}
+
+// said notes that the service said an order to be at least in status.
+func (c *crash) said(order string, status int) {
+	c.change(order, func(o *crashOrder) { o.status = max(o.status, status) })
+}
+
+// ---- when the dust settles
+
+// endLeases makes the next round of the reconciler the one at which everything planned is due. That is impatience, no
+// help: whoever held the leases is dead, what is due later would come by itself, and what nobody has planned stays so.
+func (c *crash) endLeases() {
+	execSQL(c.t, c.postgres.URL, `UPDATE payments SET next_attempt_at = now(), leased_until = now() WHERE state = 'refunding'`)
+	execSQL(c.t, c.postgres.URL, `UPDATE orders SET next_look_at = now() WHERE next_look_at IS NOT NULL`)
+}
+
+// settleDown waits until nothing is left to be done but what is planned for later than that: first the leases of what
+// the reconciler has just looked at, then only the looks a day after an order's last change.
+func (c *crash) settleDown(ahead string) {
+	deadline := time.Now().Add(2 * time.Minute)
+	for {
+		left := queryText(c.t, c.postgres.URL, `SELECT concat_ws(', ',
+			(SELECT count(*) || ' refunds' FROM payments WHERE state = 'refunding' HAVING count(*) > 0),
+			(SELECT count(*) || ' unpaid orders' FROM orders WHERE status = -1 AND ended IS NULL HAVING count(*) > 0),
+			(SELECT count(*) || ' cancels' FROM orders WHERE cancelling_since IS NOT NULL HAVING count(*) > 0),
+			(SELECT count(*) || ' looks' FROM orders WHERE next_look_at < now() + interval '`+ahead+`' HAVING count(*) > 0))`)
+		if left == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			c.t.Fatalf("the dust does not settle: %s", left)
+		}
+		time.Sleep(crashInterval / 2)
+	}
+}
+
+// crashBooks is an order in the books, and its money here and at the gateway.
+type crashBooks struct {
+	id                 string
+	status             int
+	ended              bool
+	total, here, there int64
+}
+
+// wantProof fails the test for every won, painting or word that is not where it belongs.
+func (c *crash) wantProof() {
+	conn, err := pgx.Connect(c.t.Context(), c.postgres.URL)
+	check(c.t, err)
+	defer conn.Close(context.Background())
+	rows, _ := conn.Query(c.t.Context(), `SELECT id, status, ended IS NOT NULL, total_price,
+		coalesce((SELECT sum(amount - refunded) FROM payments p WHERE p.order_id = o.id AND state = 'kept'), 0)::bigint FROM orders o`)
+	all := map[string]*crashBooks{}
+	_, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (struct{}, error) {
+		b := &crashBooks{}
+		err := row.Scan(&b.id, &b.status, &b.ended, &b.total, &b.here)
+		all[b.id] = b
+		return struct{}{}, err
+	})
+	check(c.t, err)
+	for _, p := range c.double.all() {
+		if left := p.Amount - p.Cancelled; p.Status == "paid" || p.Status == "cancelled" {
+			all[p.MerchantUID].there += left
+			c.count("payments taken", 1)
+			if left == 0 {
+				c.count("payments given back", 1)
+			}
+		}
+		if kept, said := c.verdicts[p.ImpUID]; said && kept && p.Cancelled > 0 && !c.orders[p.MerchantUID].cancelAsked {
+			c.mismatch(p.MerchantUID, "%s was said to be kept, and nobody cancelled its order, but it went back", p.ImpUID)
+		} else if said && !kept && p.Cancelled < p.Amount {
+			c.mismatch(p.MerchantUID, "%s was said to go back and did not", p.ImpUID)
+		}
+	}
+	c.count("orders", len(all))
+	for _, b := range all {
+		c.wantOrder(b)
+	}
+	for id := range c.orders {
+		if all[id] == nil {
+			c.mismatch(id, "was answered to its buyer and is not there")
+		}
+	}
+	wantOneOwner(c.t, c.postgres.URL)
+	if out, err := c.command("audit").CombinedOutput(); err != nil {
+		c.t.Errorf("lumiere audit: %v\n%s", err, out)
+	}
+}
+
+// wantOrder compares an order's money with the gateway's, and its end with what its buyer and the desk were told.
+func (c *crash) wantOrder(b *crashBooks) {
+	due := int64(0)
+	if b.status >= statusPaid && b.status < statusCancelled {
+		due = b.total
+	}
+	if b.there != b.here || b.here != due {
+		c.mismatch(b.id, "status %d: %d won here, %d at the gateway, should be %d", b.status, b.here, b.there, due)
+	}
+	said := cmp.Or(c.orders[b.id], &crashOrder{status: statusUnpaid}) // its buyer never got the answer
+	switch {
+	case b.status < said.status:
+		c.mismatch(b.id, "was said to be in status %d and is in %d", said.status, b.status)
+	case b.status == statusCancelled && !said.cancelAsked:
+		c.mismatch(b.id, "was cancelled and nobody asked")
+	case said.deleted && !said.charged && !b.ended:
+		c.mismatch(b.id, "was said to be deleted and is not")
+	}
+}
+
+// mismatch fails the test for an order, with all that is known of it.
+func (c *crash) mismatch(order, format string, args ...any) {
+	c.count("mismatches", 1)
+	history := queryText(c.t, c.postgres.URL, `SELECT coalesce(string_agg(concat_ws(' ', at, who, why, imp_uid, amount, request_id), E'\n' ORDER BY id), 'none')
+		FROM history WHERE order_id = '`+order+`'`)
+	var gateway []string
+	for _, p := range c.double.all() {
+		if p.MerchantUID == order {
+			gateway = append(gateway, fmt.Sprintf("%+v", p))
+		}
+	}
+	c.t.Errorf("order %s "+format+"\nits history:\n%s\nat the gateway:\n%s\n", append(append([]any{order}, args...), history, strings.Join(gateway, "\n"))...)
+}
+
+func (c *crash) printFigures() {
+	var text bytes.Buffer
+	for _, figures := range []map[string]int{c.figures, c.faults} {
+		fmt.Fprintln(&text)
+		for _, name := range slices.Sorted(maps.Keys(figures)) {
+			fmt.Fprintf(&text, "%8d %s\n", figures[name], name)
+		}
+	}
+	fmt.Fprintln(&text)
+	for _, status := range slices.Sorted(maps.Keys(c.answers)) {
+		fmt.Fprintf(&text, "%8d answers %d\n", c.answers[status], status)
+	}
+	c.t.Log(text.String())
+}
