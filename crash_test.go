@@ -126,7 +126,7 @@ func openCrash(t *testing.T) *crash {
 	gateway := httptest.NewServer(c.double)
 	t.Cleanup(gateway.Close)
 	c.env = append(os.Environ(), "DATABASE_URL="+c.postgres.URL, "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
-		"IAMPORT_KEY="+c.double.key, "IAMPORT_SECRET="+c.double.secret, "PORT=0", "LOG_LEVEL=info",
+		"IAMPORT_KEY="+c.double.key, "IAMPORT_SECRET="+c.double.secret, "PORT=0", "LOG_LEVEL=info", "TRUSTED_PROXIES=127.0.0.1",
 		"ORDER_HOLD="+crashHold.String(), "RECONCILE_INTERVAL="+crashInterval.String())
 
 	var entries []string
@@ -563,6 +563,7 @@ func (c *crash) call(dice *rand.Rand, user, method, path string, body any) (a an
 		}
 		request.Header.Set("Authorization", "Bearer "+token)
 	}
+	request.Header.Set("X-Forwarded-For", fmt.Sprintf("10.0.%d.%d", dice.IntN(256), dice.IntN(256)))
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
 		return a
