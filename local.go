@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -28,13 +29,25 @@ var sampleCatalogue []byte
 //go:embed page.html
 var samplePage []byte
 
+// pagePolicy lets the page be what it is, one file that talks to this service alone. With trusted types the browser
+// itself refuses to make HTML of a text.
+const pagePolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; " +
+	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+
 // localPeople are the users whose tokens are handed out.
-var localPeople = struct{ buyers, admins []localPerson }{
-	buyers: []localPerson{{"61a4e52b4f5f6aa036bfec61", "가람"}, {"61a4e52b4f5f6aa036bfec62", "나래"}},
-	admins: []localPerson{{"61a4e52b4f5f6aa036bfec6a", "관리자"}},
+var localPeople = []localPerson{
+	{ID: "61a4e52b4f5f6aa036bfec61", Name: "가람", Variable: "BUYER"},
+	{ID: "61a4e52b4f5f6aa036bfec62", Name: "나래", Variable: "BUYER2"},
+	{ID: "61a4e52b4f5f6aa036bfec6a", Name: "관리자", Variable: "DESK", Admin: true},
 }
 
-type localPerson struct{ id, name string }
+type localPerson struct {
+	ID       string `json:"id"`
+	Name     string `json:"name"`
+	Variable string `json:"variable"` // the shell variable that keeps the token, in what is printed and shown to be pasted
+	Admin    bool   `json:"admin"`
+	Token    string `json:"token"`
+}
 
 // localTokenTTL is long enough for a day's work.
 const localTokenTTL = 12 * time.Hour
@@ -129,23 +142,17 @@ func (h *localHouse) furnish(ctx context.Context, s *server, address string, out
 	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.Header().Set("Cache-Control", "no-store")
+		w.Header().Set("Content-Security-Policy", pagePolicy)
 		w.Write(samplePage)
 	})
 	s.add(route{"GET /local/catalogue", anyone, http.StatusOK, s.localCatalogue})
 	return h.welcome(s, address, out)
 }
 
-// localCatalogueAnswer is what the page in local development starts from.
-type localCatalogueAnswer struct {
-	IDs    []string           `json:"ids"`
-	Buyers []localPersonToken `json:"buyers"`
-	Admin  localPersonToken   `json:"admin"`
-}
-
-type localPersonToken struct {
-	ID    string `json:"id"`
-	Name  string `json:"name"`
-	Token string `json:"token"`
+// localCatalogue is what the page starts from.
+type localCatalogue struct {
+	IDs    []string      `json:"ids"`
+	People []localPerson `json:"people"`
 }
 
 func (s *server) localCatalogue(r *request) (any, error) {
@@ -153,21 +160,19 @@ func (s *server) localCatalogue(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	answer := localCatalogueAnswer{IDs: ids}
-	for _, p := range localPeople.buyers {
-		answer.Buyers = append(answer.Buyers, localPersonToken{p.id, p.name, s.localToken(p, false)})
-	}
-	a := localPeople.admins[0]
-	answer.Admin = localPersonToken{a.id, a.name, s.localToken(a, true)}
-	return answer, nil
+	return localCatalogue{ids, s.localPeople()}, nil
 }
 
-func (s *server) localToken(p localPerson, isAdmin bool) string {
-	token, err := s.tokens.issue(Caller{ID: p.id, Admin: isAdmin}, s.now(), localTokenTTL)
-	if err != nil {
-		panic(err) // HS256 signs with any secret
+// localPeople are the localPeople with new tokens.
+func (s *server) localPeople() []localPerson {
+	people := slices.Clone(localPeople)
+	for i, p := range people {
+		var err error
+		if people[i].Token, err = s.tokens.issue(Caller{ID: p.ID, Admin: p.Admin}, s.now(), localTokenTTL); err != nil {
+			panic(err) // HS256 signs with any secret
+		}
 	}
-	return token
+	return people
 }
 
 // localSecret is the secret of local development's tokens, made at the first run and kept, so that a command in another
@@ -221,18 +226,16 @@ const localGatewayFile = "gateway.json"
 
 // welcome prints where the service is, tokens, and the lines that walk from a cart to a cancelled order.
 func (h *localHouse) welcome(s *server, address string, out io.Writer) error {
-	_, err := fmt.Fprint(out, strings.NewReplacer(
-		"{url}", "http://"+address,
-		"{buyer}", s.localToken(localPeople.buyers[0], false),
-		"{admin}", s.localToken(localPeople.admins[0], true),
-	).Replace(`
+	var tokens strings.Builder
+	for _, p := range s.localPeople() {
+		fmt.Fprintf(&tokens, "%s=%s\n", p.Variable, p.Token)
+	}
+	_, err := fmt.Fprint(out, strings.NewReplacer("{url}", "http://"+address, "{tokens}", tokens.String()).Replace(`
 Lumiere's order service, in local development: {url}
 The page there walks through everything; the lines below do the same. More tokens: go run . token -user ID [-admin]
 
 URL={url}
-BUYER={buyer}
-ADMIN={admin}
-
+{tokens}
 curl -sg "$URL/api/products/cart-items?productId[]=61a4c895f59ea1b7a727a658&productId[]=61a4debe4f5f6aa036bfec5f"
 curl -sg "$URL/api/products/total-price?productId[]=61a4c895f59ea1b7a727a658" -H "Authorization: Bearer $BUYER"
 ORDER=$(curl -s "$URL/api/orders" -H "Authorization: Bearer $BUYER" -H 'Content-Type: application/json' -d '{
