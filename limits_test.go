@@ -69,34 +69,36 @@ func (s *shop) sendFrom(address, method, path, impUID string) answer {
 }
 
 func TestUnknownPaymentIsRemembered(t *testing.T) {
+	s := newDirectShop(t)
+	silent := func(s *shop, impUID string) answer {
+		s.double.faultOnce("payment", fault{before: answer500})
+		return s.report(impUID)
+	}
+	reportAfterNotice := func(s *shop, impUID string) answer { s.notice(impUID); return s.report(impUID) }
 	for name, row := range map[string]struct {
-		first, then func(s *shop, impUID string) answer
+		first, then func(s *shop, impUID string) answer // before and after the gateway knows the payment
 		after       time.Duration
 		status      int
 		asked       int // in all
 	}{
-		"at once":                 {(*shop).report, (*shop).report, unknownFor - 1, 404, 1},
-		"later":                   {(*shop).report, (*shop).report, unknownFor, 200, 2},
-		"a notice at once":        {(*shop).notice, (*shop).notice, 0, 200, 1},
-		"a report, then a notice": {(*shop).report, (*shop).notice, 0, 200, 2},
-		"a notice, then a report": {(*shop).notice, (*shop).report, 0, 200, 2},
-		"the gateway said nothing": {func(s *shop, impUID string) answer {
-			s.double.faultOnce("payment", fault{before: answer500})
-			return s.report(impUID)
-		}, (*shop).report, 0, 200, 2},
-		"a report, a notice, report": {(*shop).report, func(s *shop, impUID string) answer { s.notice(impUID); return s.report(impUID) }, 0, 200, 3},
+		"at once":                              {(*shop).report, (*shop).report, unknownFor - 1, 404, 1},
+		"later":                                {(*shop).report, (*shop).report, unknownFor, 200, 2},
+		"a notice, and again":                  {(*shop).notice, (*shop).notice, 0, 200, 1},
+		"a report, then a notice":              {(*shop).report, (*shop).notice, 0, 200, 2},
+		"a notice, then a report":              {(*shop).notice, (*shop).report, 0, 200, 2},
+		"a report, a notice, the report again": {(*shop).report, reportAfterNotice, 0, 200, 3},
+		"the gateway said nothing":             {silent, (*shop).report, 0, 200, 2},
 	} {
-		t.Run(name, func(t *testing.T) {
-			s := newDirectShop(t)
-			order := s.order(buyerA, s.painting(99000))
-			row.first(s, "imp_early")
-			s.double.pay(pretendPayment{ImpUID: "imp_early", MerchantUID: order, Amount: 109000})
-			s.clock.advance(row.after)
-			s.want(row.then(s, "imp_early"), row.status, "")
-			if n := s.double.calls("payment"); n != row.asked {
-				t.Errorf("the gateway was asked %d times", n)
-			}
-		})
+		order, impUID, before := s.order(newTestID(), s.painting(99000)), newImpUID(), s.double.calls("payment")
+		row.first(s, impUID)
+		s.double.pay(pretendPayment{ImpUID: impUID, MerchantUID: order, Amount: 109000})
+		s.clock.advance(row.after)
+		if a := row.then(s, impUID); a.status != row.status {
+			t.Errorf("%s: answered %d %s", name, a.status, a.body)
+		}
+		if n := s.double.calls("payment") - before; n != row.asked {
+			t.Errorf("%s: the gateway was asked %d times", name, n)
+		}
 	}
 }
 
