@@ -92,7 +92,11 @@ func (t *Till) lookAtOrders(ctx context.Context) error {
 // gateway's error, err the database's. While the gateway does not answer, the hold stays, up to twice its length.
 func (t *Till) lookAt(ctx context.Context, l Look) (seen, err error) {
 	unpaid := l.Status == statusUnpaid && !l.Ended
-	settled, seen := t.Recheck(ctx, byReconciler, l.ID)
+	look := t.Recheck
+	if unpaid {
+		look = t.Look
+	}
+	settled, seen := look(ctx, byReconciler, l.ID)
 	now := t.now()
 	var gateway *GatewayError
 	switch {
@@ -100,7 +104,7 @@ func (t *Till) lookAt(ctx context.Context, l Look) (seen, err error) {
 		return seen, t.end(ctx, l, now, now.Add(t.every))
 	case errors.As(seen, &gateway):
 		return seen, t.store.SetLook(ctx, l, now.Add(t.every))
-	case seen != nil:
+	case seen != nil && !errors.Is(seen, ErrNoPayment):
 		return nil, seen // the lease ends by itself
 	case unpaid && settled.State == "kept":
 		return nil, nil // it is paid, and looked at once more when the lease ends

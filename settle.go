@@ -215,18 +215,12 @@ func (t *Till) CancelAgain(ctx context.Context, by Change, id string) error {
 	return t.Refund(ctx, by, row)
 }
 
-// Look asks the gateway whether money came for an unpaid order, and settles it. ErrNoPayment: none.
-func (t *Till) Look(ctx context.Context, by Change, id string) (Settlement, error) {
-	p, err := t.gateway.PaidFor(ctx, id)
-	if err != nil {
-		return Settlement{}, err
+// Look asks the gateway whether money came for an unpaid order, and settles all of it. ErrNoPayment: none.
+func (t *Till) Look(ctx context.Context, by Change, id string) (kept Settlement, err error) {
+	if _, err := t.gateway.PaidFor(ctx, id); err != nil {
+		return kept, err
 	}
-	t.at("looked up", p.ImpUID)
-	settled, err := t.settle(ctx, by, p)
-	if err != nil || settled.State == "kept" {
-		return settled, err
-	}
-	return t.Recheck(ctx, by, id) // an older payment may stand behind the one that pays nothing
+	return t.Recheck(ctx, by, id) // others may stand behind the one that was found
 }
 
 // Recheck settles every payment that the gateway has for an order, whatever notice of it was lost. The settlement is
