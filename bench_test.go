@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"fmt"
-	"io"
-	"net"
-	"slices"
-	"strconv"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -112,59 +110,78 @@ func TestPlansAreKept(t *testing.T) {
 	}
 }
 
-// wire is a client's connection that costs next to nothing, so that what is measured is the service.
-type wire struct {
-	conn   net.Conn
-	answer *bufio.Reader
-	body   []byte
+// BenchmarkCalls measures each call over real HTTP, with 64 connections, beside what it asks of the store: the bare
+// statement through the driver. The allocations are the service's alone.
+func BenchmarkCalls(b *testing.B) {
+	s := newShop(b)
+	s.log = slog.New(slog.DiscardHandler)
+	gateway := httptest.NewServer(http.HandlerFunc(instantGateway))
+	b.Cleanup(gateway.Close)
+	s.till.gateway.url = gateway.URL
+	g := newGallery(b, s.config.databaseURL, 5000, s.now)
+	g.address = strings.TrimPrefix(s.url, "http://")
+	some := func() shownOrder { return g.shown[mathrand.IntN(len(g.shown))] }
+	for _, bench := range []struct {
+		name      string
+		statement func(context.Context) error
+	}{
+		{"cart-items", func(ctx context.Context) error { _, err := s.store.readPaintings(ctx, g.cart()); return err }},
+		{"total-price", func(ctx context.Context) error { _, err := s.store.readPaintings(ctx, g.cart()); return err }},
+		{"detail", func(ctx context.Context) error {
+			o := some()
+			_, err := s.store.readOrders(ctx, []orderKey{{id: o.ID, buyer: o.Buyer}})
+			return err
+		}},
+		{"latest", func(ctx context.Context) error { _, err := s.store.readLatest(ctx, []string{some().Buyer}); return err }},
+		{"history", func(ctx context.Context) error {
+			o := some()
+			_, err := s.store.History(ctx, o.ID, Caller{ID: o.Buyer})
+			return err
+		}},
+		{"mine", func(ctx context.Context) error {
+			_, _, err := s.store.OrdersOf(ctx, some().Buyer, 0, minePage)
+			return err
+		}},
+		{"desk", func(ctx context.Context) error {
+			_, _, err := s.store.OrdersForDesk(ctx, OrderFilter{}, 0, deskPage)
+			return err
+		}},
+		{"life", nil},
+	} {
+		flow := life
+		if bench.name != "life" {
+			flow = g.reading(bench.name)
+		}
+		b.Run(bench.name+"/http", func(b *testing.B) {
+			s.measure(b, func(pb *testing.PB) {
+				w, err := dialWire(g.address)
+				check(b, err)
+				defer w.conn.Close()
+				c := &client{gallery: g, wire: w, taken: timings{}}
+				for pb.Next() {
+					flow(c)
+				}
+			})
+		})
+		if bench.statement != nil {
+			b.Run(bench.name+"/statement", func(b *testing.B) {
+				s.measure(b, func(pb *testing.PB) {
+					for pb.Next() {
+						check(b, bench.statement(b.Context()))
+					}
+				})
+			})
+		}
+	}
 }
 
-func dialWire(address string) (*wire, error) {
-	conn, err := net.Dial("tcp", address)
-	if err != nil {
-		return nil, err
-	}
-	return &wire{conn: conn, answer: bufio.NewReaderSize(conn, 16<<10)}, nil
-}
-
-// do sends a whole request and reads its answer; the body is good until the next call.
-func (w *wire) do(request []byte) (status int, body []byte, err error) {
-	if _, err := w.conn.Write(request); err != nil {
-		return 0, nil, err
-	}
-	length := 0
-	for {
-		line, err := w.answer.ReadSlice('\n')
-		if err != nil {
-			return 0, nil, err
-		}
-		switch value, isLength := bytes.CutPrefix(line, []byte("Content-Length: ")); {
-		case status == 0:
-			status, err = strconv.Atoi(string(line[len("HTTP/1.1 "):][:3]))
-		case isLength:
-			length, err = strconv.Atoi(string(bytes.TrimSpace(value)))
-		}
-		if err != nil {
-			return 0, nil, err
-		}
-		if len(line) == len("\r\n") {
-			break
-		}
-	}
-	w.body = slices.Grow(w.body[:0], length)[:length]
-	_, err = io.ReadFull(w.answer, w.body)
-	return status, w.body, err
-}
-
-// wireRequest is a request as it goes over the wire.
-func wireRequest(method, path, token, body string) []byte {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: localhost\r\n", method, path)
-	if token != "" {
-		fmt.Fprintf(&b, "Authorization: Bearer %s\r\n", token)
-	}
-	if body != "" {
-		fmt.Fprintf(&b, "Content-Type: application/json\r\nContent-Length: %d\r\n", len(body))
-	}
-	return []byte(b.String() + "\r\n" + body)
+// measure runs body in 64 goroutines and reports how often a second, and with how many trips, what it repeats is done.
+func (s *shop) measure(b *testing.B, body func(*testing.PB)) {
+	b.ReportAllocs()
+	b.SetParallelism((64 + runtime.GOMAXPROCS(0) - 1) / runtime.GOMAXPROCS(0))
+	trips := s.trips.Load()
+	b.ResetTimer()
+	b.RunParallel(body)
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "requests/s")
+	b.ReportMetric(float64(s.trips.Load()-trips)/float64(b.N), "trips/op")
 }

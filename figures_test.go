@@ -1,0 +1,397 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"maps"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+var figuresOrders = flag.Int("figures", 0, "measure the figures of README.md, with tables of up to so many orders")
+
+const (
+	figuresClients = 64
+	figuresRounds  = 5
+)
+
+// TestFigures measures what README.md says under "How fast", prints its table and draws latency.svg. It is no test of
+// anything: a goal that is missed is only said. It needs Linux, pgbench, and 12 GB of disk for 5,000,000 orders.
+func TestFigures(t *testing.T) {
+	if *figuresOrders == 0 {
+		t.Skip("measures for half an hour, on a quiet machine: go test -run TestFigures -figures 5000000 -timeout 0")
+	}
+	f := newYardstick(t)
+	var galleries []*gallery
+	for orders := 5000; orders <= *figuresOrders; orders *= 10 {
+		name := fmt.Sprintf("gallery_%d", orders)
+		execSQL(t, f.server.URL, "CREATE DATABASE "+name)
+		galleries = append(galleries, newGallery(t, withDatabase(t, f.server.URL, name), orders, time.Now))
+	}
+	execSQL(t, f.server.URL, "CHECKPOINT")
+	largest := galleries[len(galleries)-1]
+	f.starts(largest)
+	for _, g := range galleries[:len(galleries)-1] {
+		f.serve(g)
+	}
+	process, _ := f.serve(largest)
+	time.Sleep(time.Second)
+	idle := memory(t, process, "VmRSS")
+	for _, read := range []string{"cart-items", "total-price", "detail", "latest"} {
+		f.againstStatement(largest, read)
+	}
+	f.checkouts(largest)
+	f.crowd(largest)
+	f.growth(galleries)
+	f.row("memory", "busy with 64 connections under 64 MB, idle under 24 MB", fmt.Sprintf("%d MB at most, %d MB idle",
+		memory(t, process, "VmHWM")>>20, idle>>20), memory(t, process, "VmHWM") < 64<<20 && idle < 24<<20)
+	fmt.Printf("\n| work | goal | measured |\n|---|---|---|\n%s\n", strings.Join(f.rows, "\n"))
+}
+
+// yardstick is one run: a private PostgreSQL, the program, a gateway, and what has been measured so far.
+type yardstick struct {
+	t       *testing.T
+	dir     string
+	server  *postgresServer
+	gateway *httptest.Server
+	rows    []string // of the table
+}
+
+func newYardstick(t *testing.T) *yardstick {
+	f := &yardstick{t: t, dir: postgresDir(t), gateway: httptest.NewServer(http.HandlerFunc(instantGateway))}
+	t.Cleanup(f.gateway.Close)
+	// Settings of a machine of its own that keeps what it has committed; the rest is PostgreSQL's default.
+	settings := map[string]string{
+		"fsync": "on", "synchronous_commit": "on", "max_connections": "200", "max_wal_size": "16GB", "checkpoint_timeout": "30min",
+		"shared_buffers": fmt.Sprintf("%dMB", memoryOfMachine(t)*2/5>>20),
+	}
+	f.server = runPostgres(t, postgresConfig{Dir: f.dir, Settings: settings})
+	fmt.Printf("%d cores, %d GB, %s, %s with %v\n", runtime.NumCPU(), memoryOfMachine(t)>>30, runtime.Version(),
+		queryText(t, f.server.URL, "SELECT split_part(version(), ' on ', 1)"), settings)
+	build := exec.Command("go", "build", "-o", filepath.Join(f.dir, "lumiere"), ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return f
+}
+
+// row says what was measured, and whether that is what was aimed at.
+func (f *yardstick) row(work, goal, measured string, reached bool) {
+	if !reached {
+		measured = "**missed:** " + measured
+	}
+	f.rows = append(f.rows, fmt.Sprintf("| %s | %s | %s |", work, goal, measured))
+	fmt.Printf("%s: %s (goal: %s)\n", work, measured, goal)
+}
+
+// serve starts the program before a gallery and returns how long it took to be ready.
+func (f *yardstick) serve(g *gallery) (process *os.Process, took time.Duration) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	check(f.t, err)
+	g.address = listener.Addr().String()
+	listener.Close()
+	log, err := os.CreateTemp(f.dir, "log-")
+	check(f.t, err)
+	defer log.Close()
+	program := exec.Command(filepath.Join(f.dir, "lumiere"))
+	program.Stderr = log
+	program.Env = []string{"DATABASE_URL=" + g.database, "JWT_SECRET=" + testSecret, "IAMPORT_KEY=key", "IAMPORT_SECRET=secret",
+		"IAMPORT_URL=" + f.gateway.URL, "PORT=" + strconv.Itoa(listener.Addr().(*net.TCPAddr).Port)}
+	start := time.Now()
+	check(f.t, program.Start())
+	f.t.Cleanup(func() { program.Process.Kill(); program.Wait() })
+	for time.Since(start) < 10*time.Second {
+		if w, err := dialWire(g.address); err == nil {
+			status, _, err := w.do(wireRequest("GET", "/readyz", "", ""))
+			w.conn.Close()
+			if err == nil && status == http.StatusOK {
+				return program.Process, time.Since(start)
+			}
+		}
+		time.Sleep(time.Millisecond)
+	}
+	f.t.Fatal("the program is not ready after ten seconds")
+	return nil, 0
+}
+
+// memory is a line of the process's status, in bytes.
+func memory(t testing.TB, process *os.Process, line string) int {
+	return kilobytes(t, fmt.Sprintf("/proc/%d/status", process.Pid), line)
+}
+
+func memoryOfMachine(t testing.TB) int { return kilobytes(t, "/proc/meminfo", "MemTotal") }
+
+// kilobytes reads a line such as "VmRSS:  1234 kB", in bytes.
+func kilobytes(t testing.TB, file, line string) int {
+	text, err := os.ReadFile(file)
+	check(t, err)
+	found := regexp.MustCompile(line + `:\s+(\d+) kB`).FindSubmatch(text)
+	n, err := strconv.Atoi(string(found[1]))
+	check(t, err)
+	return n << 10
+}
+
+// ---- pgbench
+
+// statementRecorder keeps the last statement that a store has sent.
+type statementRecorder struct {
+	tripCounter
+	sql  string
+	args []any
+}
+
+func (r *statementRecorder) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	r.sql, r.args = data.SQL, data.Args
+	return ctx
+}
+
+func (r *statementRecorder) TraceBatchQuery(_ context.Context, _ *pgx.Conn, data pgx.TraceBatchQueryData) {
+	r.sql, r.args = data.SQL, data.Args
+}
+
+// statement is the one that the store sends for call, with its arguments.
+func (g *gallery) statement(call func(*Store) error) *statementRecorder {
+	r := &statementRecorder{}
+	store, err := openStore(g.t.Context(), g.database, r)
+	check(g.t, err)
+	defer store.Close()
+	check(g.t, call(store))
+	return r
+}
+
+// pgbench sends the statement from as many clients as the service has and returns how often a second. Arguments in
+// place of the recorded ones are SQL, in which :i counts the executions.
+func (r *statementRecorder) pgbench(f *yardstick, g *gallery, first int, instead map[int]string) float64 {
+	script := regexp.MustCompile(`\$\d+`).ReplaceAllStringFunc(r.sql, func(parameter string) string {
+		n, _ := strconv.Atoi(parameter[1:])
+		if sql, ok := instead[n]; ok {
+			return sql
+		}
+		return ":a" + parameter[1:]
+	})
+	file := filepath.Join(f.dir, "statement.sql")
+	check(f.t, os.WriteFile(file, []byte("\\set n :n + 1\n\\set i :n * 64 + :client_id\n"+script+";\n"), 0o600))
+	args := []string{"--no-vacuum", "--protocol=prepared", "--client=64", "--jobs=2", "--time=8", "--progress=1", "--file=" + file,
+		"--define=n=" + strconv.Itoa(first)}
+	for i, arg := range r.args {
+		args = append(args, fmt.Sprintf("--define=a%d=%s", i+1, pgText(arg)))
+	}
+	out, err := exec.Command(filepath.Join(f.server.bin, "pgbench"), append(args, g.database)...).CombinedOutput()
+	if err != nil {
+		f.t.Fatalf("pgbench: %v\n%s", err, out)
+	}
+	var rates []float64
+	for _, line := range regexp.MustCompile(`progress: .* s, ([\d.]+) tps`).FindAllSubmatch(out, -1) {
+		rate, _ := strconv.ParseFloat(string(line[1]), 64)
+		rates = append(rates, rate)
+	}
+	return median(rates[len(rates)/2:]) // the first seconds warm it up
+}
+
+// pgText is an argument as PostgreSQL reads it.
+func pgText(arg any) string {
+	switch a := arg.(type) {
+	case time.Time:
+		return a.Format(time.RFC3339Nano)
+	case *string:
+		return *a
+	case []string, []bool, []int64:
+		return "{" + strings.ReplaceAll(strings.Trim(fmt.Sprint(a), "[]"), " ", ",") + "}"
+	}
+	return fmt.Sprint(arg)
+}
+
+func median(values []float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[len(sorted)/2]
+}
+
+// ---- what is measured
+
+// starts measures how soon the program is ready with a database that has everything.
+func (f *yardstick) starts(g *gallery) {
+	var took []float64
+	for range figuresRounds {
+		process, ready := f.serve(g)
+		took = append(took, ready.Seconds())
+		check(f.t, process.Kill())
+	}
+	f.row("start against an existing database", "ready in under 0.15 s", fmt.Sprintf("%.3f s", median(took)), median(took) < 0.15)
+}
+
+// againstStatement compares one endpoint with the statement behind it.
+func (f *yardstick) againstStatement(g *gallery, name string) {
+	o := g.shown[0]
+	statement := g.statement(func(s *Store) (err error) {
+		switch name {
+		case "detail":
+			_, err = s.Order(f.t.Context(), o.ID, Caller{ID: o.Buyer})
+		case "latest":
+			_, err = s.LatestOrder(f.t.Context(), o.Buyer)
+		default:
+			_, err = s.Paintings(f.t.Context(), []string{paintingID(1), paintingID(7), paintingID(600)})
+		}
+		return err
+	})
+	var ratios, rates, bare, slowest []float64
+	for range figuresRounds {
+		m := g.drive(figuresClients, 4*time.Second, g.reading(name))
+		rates, slowest = append(rates, float64(len(m[name]))/4), append(slowest, m.percentile(name, 99).Seconds()*1000)
+		bare = append(bare, statement.pgbench(f, g, 0, nil))
+		ratios = append(ratios, rates[len(rates)-1]/bare[len(bare)-1])
+	}
+	f.row(name, "≥ 1.0 × the bare statement in pgbench, p99 < 10 ms",
+		fmt.Sprintf("%.2f × (%.0f of %.0f a second), p99 %.1f ms", median(ratios), median(rates), median(bare), median(slowest)),
+		median(ratios) >= 1 && median(slowest) < 10)
+}
+
+// checkouts compares whole checkouts with the statement that creates an order.
+func (f *yardstick) checkouts(g *gallery) {
+	text := func(doc string) *string { return &doc }
+	now := time.Now()
+	statement := g.statement(func(s *Store) error {
+		_, err := s.CreateOrder(f.t.Context(), Change{Who: "buyer"}, NewOrder{ID: newTestID(), UserID: newTestID(), Number: newNumber(),
+			ProductIDs: []string{g.takeFree()}, Prices: []int64{99000}, ShippingPrice: 10000, Total: 109000, CreatedAt: now, HeldUntil: now.Add(time.Hour),
+			DeliveryInfo: document(deliveryInfo{"[00000] 어느시 어느로 1", "101호", "홍길동", "010-0000-0000"}), DeliveryDetails: text(document(deliveryDetails{"문 앞", "문자 주세요"})),
+			OrdererInfo: document(ordererInfo{"홍길동", "010-0000-0000", "buyer@example.com", "품절 시 결제수단으로 환불"})})
+		return err
+	})
+	instead := map[int]string{
+		1: `ARRAY['61a40a' || lpad(to_hex((:i / 2 * 10 + 6 + :i % 2)::bigint), 18, '0')]`, 3: `'61a40e' || lpad(to_hex(:i::bigint), 18, '0')`,
+		4: `'61a40f' || lpad(to_hex(:i::bigint), 18, '0')`, 5: `'2026' || :i`,
+	}
+	var ratios, rates, bare []float64
+	for round := range figuresRounds {
+		m := g.drive(figuresClients, 4*time.Second, checkout)
+		rates = append(rates, float64(len(m["create"])+len(m["pay"]))/4)
+		bare = append(bare, statement.pgbench(f, g, round*600, instead))
+		ratios = append(ratios, rates[round]/bare[round])
+	}
+	f.row("create + pay", "requests ≥ 0.8 × the bare create statement in pgbench, > 1,000 checkouts a second",
+		fmt.Sprintf("%.2f × (%.0f of %.0f a second), %.0f checkouts a second", median(ratios), median(rates), median(bare), median(rates)/2),
+		median(ratios) >= 0.8 && median(rates)/2 > 1000)
+}
+
+// crowd has a thousand buyers order one painting at the same moment.
+func (f *yardstick) crowd(g *gallery) {
+	const buyers = 1000
+	wires, requests, took := make([]*wire, buyers), make([][]byte, buyers), make([]time.Duration, buyers)
+	painting := g.takeFree()
+	for i := range wires {
+		var err error
+		wires[i], err = dialWire(g.address)
+		check(f.t, err)
+		defer wires[i].conn.Close()
+		text, err := json.Marshal(orderBody(newNumber(), painting))
+		check(f.t, err)
+		requests[i] = wireRequest("POST", "/api/orders", g.token(newTestID()), string(text))
+	}
+	count := crowd(buyers, func(i int) answer {
+		start := time.Now()
+		status, _, err := wires[i].do(requests[i])
+		check(f.t, err)
+		took[i] = time.Since(start)
+		return answer{status: status}
+	})
+	slices.Sort(took)
+	f.row("1,000 buyers, one painting", "every answer within a second", fmt.Sprintf("the last after %.2f s; %d got it, %d a 409",
+		took[buyers-1].Seconds(), count[201], count[409]), took[buyers-1] < time.Second && count[201] == 1 && count[409] == buyers-1)
+}
+
+// growth compares each endpoint's median over tables of growing size.
+func (f *yardstick) growth(galleries []*gallery) {
+	medians := make([]map[string][]float64, len(galleries)) // by gallery and endpoint, of each round
+	for i := range medians {
+		medians[i] = map[string][]float64{}
+	}
+	for range figuresRounds {
+		for _, name := range []string{"cart-items", "total-price", "detail", "latest", "history", "mine", "desk", "desk, status", "life"} {
+			for i, g := range galleries {
+				flow := life
+				if name != "life" {
+					flow = g.reading(name)
+				}
+				m := g.drive(figuresClients, 2*time.Second, flow)
+				for name := range m {
+					medians[i][name] = append(medians[i][name], m.percentile(name, 50).Seconds()*1000)
+				}
+			}
+		}
+	}
+	lines := map[string][]float64{} // milliseconds by size
+	for i := range galleries {
+		for name, rounds := range medians[i] {
+			lines[name] = append(lines[name], median(rounds))
+		}
+	}
+	last := len(galleries) - 1
+	for _, name := range slices.Sorted(maps.Keys(lines)) {
+		goal := 1.2
+		if slices.Contains([]string{"mine", "desk", "desk, status"}, name) {
+			goal = 1.5
+		}
+		grown := lines[name][last] / lines[name][0]
+		f.row(fmt.Sprintf("%s: median with %d orders against %d", name, galleries[last].orders, galleries[0].orders),
+			fmt.Sprintf("at most %.1f ×", goal), fmt.Sprintf("%.2f × (%.2f of %.2f ms)", grown, lines[name][last], lines[name][0]), grown <= goal)
+	}
+	check(f.t, os.WriteFile("latency.svg", plot(galleries, lines), 0o666))
+}
+
+// plot draws the medians over the number of orders; both axes are logarithmic.
+func plot(galleries []*gallery, lines map[string][]float64) []byte {
+	const left, top, width, height = 60, 20, 520, 360
+	lowest, highest := math.Inf(1), 0.0
+	for _, line := range lines {
+		lowest, highest = min(lowest, slices.Min(line)), max(highest, slices.Max(line))
+	}
+	bottom, span := math.Floor(math.Log10(lowest)), math.Ceil(math.Log10(highest))-math.Floor(math.Log10(lowest))
+	x := func(i int) float64 { return left + width*float64(i)/float64(max(len(galleries)-1, 1)) }
+	y := func(ms float64) float64 { return top + height*(1-(math.Log10(ms)-bottom)/span) }
+
+	var b bytes.Buffer
+	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">`+"\n", left+width+120, top+height+50)
+	fmt.Fprintln(&b, `<rect width="100%" height="100%" fill="white"/>`)
+	for decade := 0.0; decade <= span; decade++ {
+		ms := math.Pow(10, bottom+decade)
+		fmt.Fprintf(&b, `<path d="M%d %.1fh%d" stroke="#ccc"/><text x="%d" y="%.1f" text-anchor="end">%g ms</text>`+"\n", left, y(ms), width, left-6, y(ms)+4, ms)
+	}
+	for i, g := range galleries {
+		fmt.Fprintf(&b, `<path d="M%.1f %dv%d" stroke="#ccc"/><text x="%.1f" y="%d" text-anchor="middle">%d</text>`+"\n", x(i), top, height, x(i), top+height+18, g.orders)
+	}
+	fmt.Fprintf(&b, `<text x="%d" y="%d" text-anchor="middle">orders in the database; median of a call, %d connections</text>`+"\n", left+width/2, top+height+40, figuresClients)
+
+	last := len(galleries) - 1
+	names := slices.SortedFunc(maps.Keys(lines), func(a, b string) int { return cmp.Compare(lines[b][last], lines[a][last]) })
+	label := 0.0
+	for i, name := range names {
+		colour := fmt.Sprintf("hsl(%d,70%%,40%%)", 360*i/len(names))
+		points := ""
+		for i, ms := range lines[name] {
+			points += fmt.Sprintf("%.1f,%.1f ", x(i), y(ms))
+		}
+		label = max(label+13, y(lines[name][last])+4)
+		fmt.Fprintf(&b, `<polyline points="%s" fill="none" stroke="%s" stroke-width="2"/><text x="%d" y="%.1f" fill="%s">%s</text>`+"\n",
+			points, colour, left+width+8, label, colour, name)
+	}
+	fmt.Fprintln(&b, "</svg>")
+	return b.Bytes()
+}
