@@ -82,6 +82,9 @@ func TestAuditOfBalancedBooks(t *testing.T) {
 // Every way in which books and gateway, or orders and paintings, can disagree, all at once.
 func TestAuditFindsMismatches(t *testing.T) {
 	s := newDirectShop(t)
+	// The schema refuses paintings that do not agree with their orders; books from before it did may have some.
+	execSQL(t, s.config.databaseURL, `ALTER TABLE orders DISABLE TRIGGER orders_agree_with_paintings;
+		ALTER TABLE products DISABLE TRIGGER paintings_agree_with_orders`)
 	behindItsBack := func(sql, order string) {
 		execSQL(t, s.config.databaseURL, strings.ReplaceAll(sql, "$1", "'"+order+"'"))
 	}

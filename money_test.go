@@ -2,11 +2,13 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
@@ -303,28 +305,110 @@ func TestHoldWaitsForTheGateway(t *testing.T) {
 }
 
 func TestSchemaDefendsItself(t *testing.T) {
-	s := newShop(t)
-	order, impUID, _ := s.paid(buyerA)
+	s := newDirectShop(t)
+	order, impUID, painting := s.paid(buyerA)
+	held := s.painting(99000)
+	unpaid := s.order(buyerB, held)
+	gone := s.order(buyerA, s.painting(99000))
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+gone, nil), 200, "")
+	refunding, refunded := s.charge(order, 109000), s.charge(order, 109000)
+	s.want(s.report(refunded), 409, "")
+	s.double.faultOnce("cancel", fault{before: answer500})
+	s.want(s.report(refunding), 409, "")
+
+	insertPayment := `INSERT INTO payments (imp_uid, order_id, created_at, updated_at, state, reason, currency, amount, refunded)
+		VALUES ('imp_x', '` + unpaid + `', now(), now(), `
+	copyOrder := `INSERT INTO orders SELECT (json_populate_record(o, '{"id": "61a7adc903b7708e5dbba693", "number": "another", "ended": null}')).* FROM orders o WHERE id = '` + unpaid + `'`
 	for _, row := range []struct{ sql, constraint string }{
+		// A painting has one owner, who has paid for it or holds it.
+		{`UPDATE products SET order_id = '000000000000000000000000'`, "products_order_exists"},
+		{`UPDATE products SET order_id = '` + unpaid + `' WHERE id = '` + painting + `'`, "orders_and_paintings_agree"},
+		{`UPDATE products SET order_id = NULL WHERE id = '` + held + `'`, "orders_and_paintings_agree"},
+		{`UPDATE orders SET status = 5 WHERE id = '` + order + `'`, "orders_and_paintings_agree"},
+		{`UPDATE orders SET ended = 'expired' WHERE id = '` + unpaid + `'`, "orders_and_paintings_agree"},
+		{`UPDATE orders SET ended = NULL WHERE id = '` + gone + `'`, "orders_and_paintings_agree"},
+		{`UPDATE orders SET ended = NULL, status = 0, paid_at = now() WHERE id = '` + gone + `'`, "orders_and_paintings_agree"},
+		{`UPDATE orders SET ended = 'deleted' WHERE id = '` + unpaid + `'; ` + copyOrder + `;
+			UPDATE orders SET status = 0, paid_at = now() WHERE number = 'another'`, "orders_and_paintings_agree"},
+		{`DELETE FROM products WHERE id = '` + painting + `'`, "products_are_kept"},
+		{`TRUNCATE products`, "products_are_kept"},
+		// An order keeps one payment, and what went back is not kept again.
 		{`INSERT INTO payments (imp_uid, order_id, state, currency, amount, created_at, updated_at) VALUES ('imp_x', '` + order + `', 'kept', 'KRW', 1, now(), now())`, "payments_one_kept_per_order"},
-		{`UPDATE payments SET refunded = amount + 1`, "payments_kept_is_won"},
+		{`UPDATE payments SET state = 'kept', reason = NULL WHERE imp_uid = '` + refunding + `'`, "payments_state_may_follow"},
+		{`UPDATE payments SET state = 'kept', reason = NULL, refunded = 0 WHERE imp_uid = '` + refunded + `'`, "payments_state_may_follow"},
+		{`UPDATE payments SET state = 'refunding', next_attempt_at = now(), leased_until = now() WHERE imp_uid = '` + refunded + `'`, "payments_state_may_follow"},
+		{`UPDATE payments SET refunded = refunded - 1 WHERE imp_uid = '` + refunded + `'`, "payments_state_may_follow"},
+		{`UPDATE payments SET state = 'refunded' WHERE imp_uid = '` + refunding + `'`, "payments_refunded_is_whole"},
+		{`UPDATE payments SET state = 'refunding', next_attempt_at = now(), leased_until = now() WHERE imp_uid = '` + impUID + `'`, "payments_refund_has_a_reason"},
+		{`UPDATE payments SET next_attempt_at = NULL WHERE imp_uid = '` + refunding + `'`, "payments_refunding_has_a_plan"},
+		{`UPDATE payments SET leased_until = NULL WHERE imp_uid = '` + refunding + `'`, "payments_refunding_has_a_plan"},
+		{`UPDATE payments SET refunded = amount + 1 WHERE imp_uid = '` + refunding + `'`, "payments_refund_is_bounded"},
+		{`UPDATE payments SET refunded = amount WHERE imp_uid = '` + impUID + `'`, "payments_kept_is_won"},
 		{`UPDATE payments SET amount = 1`, "payments_state_may_follow"},
-		{`DELETE FROM payments WHERE imp_uid = '` + impUID + `'`, "payments_are_kept"},
-		{`UPDATE orders SET status = 3`, "orders_status_may_follow"},
-		{`UPDATE orders SET status = -1, paid_at = NULL`, "orders_status_may_follow"},
-		{`UPDATE orders SET ended = 'deleted'`, "orders_only_unpaid_end"},
+		{`UPDATE payments SET currency = 'USD'`, "payments_state_may_follow"},
+		{`UPDATE payments SET imp_uid = 'imp_x' WHERE imp_uid = '` + impUID + `'`, "payments_state_may_follow"},
+		{`UPDATE payments SET order_id = '` + unpaid + `' WHERE imp_uid = '` + impUID + `'`, "payments_state_may_follow"},
+		{insertPayment + `'lost', 'nobody knows', 'KRW', 109000, 0)`, "payments_state_is_known"},
+		{insertPayment + `'kept', NULL, 'USD', 109000, 0)`, "payments_kept_is_won"},
+		{insertPayment + `'kept', NULL, 'KRW', 109000, -1)`, "payments_refund_is_bounded"},
+		// A status has its successors.
+		{`UPDATE orders SET status = 2 WHERE id = '` + order + `'`, "orders_status_may_follow"},
+		{`UPDATE orders SET status = 1, paid_at = now() WHERE id = '` + unpaid + `'`, "orders_status_may_follow"},
+		{`UPDATE orders SET status = -1, paid_at = NULL WHERE id = '` + order + `'`, "orders_status_may_follow"},
+		{`UPDATE orders SET status = 6 WHERE id = '` + order + `'`, "orders_status_may_follow"},
+		{`UPDATE orders SET status = 0 WHERE id = '` + unpaid + `'`, "orders_paid_have_a_time"},
+		{`UPDATE orders SET paid_at = NULL WHERE id = '` + order + `'`, "orders_paid_have_a_time"},
+		{`UPDATE orders SET ended = 'deleted' WHERE id = '` + order + `'`, "orders_only_unpaid_end"},
+		{`UPDATE orders SET ended = 'forgotten' WHERE id = '` + unpaid + `'`, "orders_only_unpaid_end"},
+		{`UPDATE orders SET cancelling_since = now() WHERE id = '` + unpaid + `'`, "orders_cancelling_are_paid"},
+		{copyOrder, "orders_one_unpaid_per_buyer"},
+		{strings.Replace(copyOrder, `"another"`, `"another", "status": 6, "paid_at": "2026-03-02"`, 1), "orders_status_is_known"},
+		{strings.Replace(copyOrder, `, "number": "another"`, `, "status": 0, "paid_at": "2026-03-02"`, 1), "orders_number_is_unique_per_buyer"},
+		{strings.Replace(copyOrder, `"another"`, `"another", "product_ids": []`, 1), "orders_have_paintings"},
+		{strings.Replace(copyOrder, `"another"`, `"another", "total_price": 10000`, 1), "orders_money_is_whole"},
+		// The books keep everything.
 		{`DELETE FROM orders`, "orders_are_kept"},
+		{`DELETE FROM payments WHERE imp_uid = '` + impUID + `'`, "payments_are_kept"},
+		{`TRUNCATE payments`, "payments_are_kept"},
 		{`UPDATE history SET why = 'nothing'`, "history_are_kept"},
 		{`DELETE FROM history`, "history_are_kept"},
 		{`TRUNCATE history`, "history_are_kept"},
-		{`TRUNCATE orders CASCADE`, "history_are_kept"},
-		{`UPDATE products SET order_id = '000000000000000000000000'`, "products_order_exists"},
+		{`TRUNCATE orders CASCADE`, "products_are_kept"},
 	} {
-		_, err := s.store.pool.Exec(t.Context(), row.sql)
+		_, err := s.store.pool.Exec(t.Context(), row.sql, pgx.QueryExecModeSimpleProtocol)
 		if err == nil || constraintOf(err) != row.constraint {
 			t.Errorf("%s: %v (constraint %q)", row.sql, err, constraintOf(err))
 		}
 	}
+	s.wantOneOwner()
+}
+
+// Two who write plain SQL at the same time, neither of whom sees what the other has not committed.
+func TestSchemaDefendsItselfAgainstTwo(t *testing.T) {
+	s := newDirectShop(t)
+	painting := s.painting(99000)
+	order, gone := s.order(buyerA, s.painting(99000)), s.order(buyerB, painting)
+	s.want(s.call(buyerB, "DELETE", "/api/orders/"+gone, nil), 200, "")
+	keep := `INSERT INTO payments (imp_uid, order_id, state, currency, amount, created_at, updated_at) VALUES ('imp_%[1]d', '` + order + `', 'kept', 'KRW', 109000, now(), now())`
+	take := `WITH made AS (INSERT INTO orders SELECT (json_populate_record(o, '{"id": "%024[1]d", "user_id": "%024[1]d", "ended": null}')).* FROM orders o WHERE id = '` + gone + `' RETURNING id)
+		UPDATE products SET order_id = made.id FROM made WHERE products.id = '` + painting + `'`
+	for sql, constraint := range map[string]string{keep: "payments_one_kept_per_order", take: "orders_and_paintings_agree"} {
+		first, err := s.store.pool.Begin(t.Context())
+		check(t, err)
+		defer first.Rollback(t.Context())
+		_, err = first.Exec(t.Context(), fmt.Sprintf(sql, 1))
+		check(t, err)
+		second := make(chan error)
+		go func() {
+			_, err := s.store.pool.Exec(t.Context(), fmt.Sprintf(sql, 2)) // it waits for the first, or comes after it
+			second <- err
+		}()
+		check(t, first.Commit(t.Context()))
+		if err := <-second; constraintOf(err) != constraint {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+	s.wantOneOwner()
 }
 
 // constraintOf names the constraint that a statement ran into.

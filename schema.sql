@@ -225,3 +225,42 @@ INSERT INTO history (order_id, at, who, from_status, to_status, why)
 	SELECT id, updated_at, 'database', -1, status, coalesce(ended, 'before history was kept') FROM orders
 	WHERE status <> -1 OR ended IS NOT NULL ORDER BY updated_at, id;
 INSERT INTO order_tally SELECT status, count(*) FROM orders WHERE status >= 0 GROUP BY status;
+
+-- step 3: a live order has its paintings, an order that is over has none
+
+-- Checked when a transaction commits, whatever its statements were: none takes a painting from the order that holds or
+-- bought it, pays an order that lacks one, or leaves one with an order that has ended or is cancelled.
+CREATE FUNCTION orders_and_paintings_agree() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+	an_order  text;
+	paintings text[];
+BEGIN
+	IF TG_TABLE_NAME = 'products' THEN
+		an_order := OLD.order_id;
+		paintings := ARRAY[NEW.id];
+	ELSE
+		an_order := NEW.id;
+		paintings := NEW.product_ids;
+	END IF;
+	IF EXISTS (SELECT FROM orders o JOIN products p ON p.id = ANY(paintings) AND p.id = ANY(o.product_ids)
+			WHERE o.id = an_order AND (p.order_id IS NOT DISTINCT FROM o.id) <> (o.ended IS NULL AND o.status < 5)) THEN
+		RAISE EXCEPTION 'order % and paintings % do not agree', an_order, paintings
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_paintings_agree';
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER orders_agree_with_paintings AFTER UPDATE OF status, ended ON orders
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+	WHEN (OLD.ended IS DISTINCT FROM NEW.ended OR OLD.status < 0 AND NEW.status >= 0 OR NEW.status = 5)
+	EXECUTE FUNCTION orders_and_paintings_agree();
+CREATE CONSTRAINT TRIGGER paintings_agree_with_orders AFTER UPDATE OF order_id ON products
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (OLD.order_id IS NOT NULL AND OLD.order_id IS DISTINCT FROM NEW.order_id)
+	EXECUTE FUNCTION orders_and_paintings_agree();
+
+-- A painting that somebody has cannot be forgotten, nor the ledger emptied.
+CREATE TRIGGER products_are_kept BEFORE DELETE ON products
+	FOR EACH ROW WHEN (OLD.order_id IS NOT NULL) EXECUTE FUNCTION books_keep_everything();
+CREATE TRIGGER products_are_never_emptied BEFORE TRUNCATE ON products
+	FOR EACH STATEMENT EXECUTE FUNCTION books_keep_everything();
+CREATE TRIGGER payments_are_never_emptied BEFORE TRUNCATE ON payments
+	FOR EACH STATEMENT EXECUTE FUNCTION books_keep_everything();
