@@ -71,6 +71,13 @@ type listed struct {
 	Page, Pages int
 }
 
+func (l listed) ids() (ids []string) {
+	for _, o := range l.Orders {
+		ids = append(ids, o.ID)
+	}
+	return ids
+}
+
 func (s *shop) list(user, path string) (l listed) {
 	s.t.Helper()
 	check(s.t, json.Unmarshal([]byte(s.want(s.call(user, "GET", path, nil), 200, "").body), &l))

@@ -186,9 +186,15 @@ func newTestID() string { return fmt.Sprintf("61a4debe%016x", ids.Add(1)) }
 func (s *shop) painting(price int64) string {
 	s.t.Helper()
 	id := newTestID()
-	check(s.t, s.store.ImportPaintings(context.Background(), []Painting{{ID: id, ArtistID: newTestID(), ArtistName: "안영희",
-		Title: "잠식", Image: "/images/bye/1.jpg", Size: "73x61cm", Canvas: 20, Price: price, ForSale: true}}))
+	s.catalogue(id, price, true)
 	return id
+}
+
+// catalogue puts a painting into the catalogue, or changes it there.
+func (s *shop) catalogue(id string, price int64, forSale bool) {
+	s.t.Helper()
+	check(s.t, s.store.ImportPaintings(context.Background(), []Painting{{ID: id, ArtistID: "61a4c82a2c1eaad2e0d0084c", ArtistName: "안영희",
+		Title: "잠식", Image: "/images/bye/1.jpg", Size: "73x61cm", Canvas: 20, Price: price, ForSale: forSale}}))
 }
 
 // orderBody is a good body of POST /api/orders for paintings of 99,000 won each; number is its result.id.
