@@ -817,7 +817,9 @@ func (l *modelLife) playCharge() {
 func (l *modelLife) playReport() { l.playSeen("the browser reports", l.model.report, l.shop.report) }
 
 // playNotice is the gateway's notice of a payment: late, repeated, in any order.
-func (l *modelLife) playNotice() { l.playSeen("the gateway gives notice of", l.model.noticed, l.notice) }
+func (l *modelLife) playNotice() {
+	l.playSeen("the gateway gives notice of", l.model.noticed, l.notice)
+}
 
 func (l *modelLife) playSeen(what string, model func(*modelPayment) reply, service func(string) answer) {
 	p, impUID := lately(l, l.model.payments), "imp_unknown"
