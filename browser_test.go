@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -32,23 +31,12 @@ type browser struct {
 	log      string            // the file with what Chromium says
 }
 
-// findChromium is the Chromium or Chrome of this machine.
-func findChromium() (string, error) {
-	for _, name := range []string{"chromium", "chromium-browser", "google-chrome", "google-chrome-stable",
-		"/Applications/Chromium.app/Contents/MacOS/Chromium", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"} {
-		if program, err := exec.LookPath(name); err == nil {
-			return program, nil
-		}
-	}
-	return "", errors.New("the page's test needs Chromium or Chrome (Debian: apt install chromium, macOS: brew install --cask chromium)")
-}
-
 // openBrowser starts a Chromium that knows nothing of this machine's user, with a page that is empty yet and may talk to
 // origin alone.
 func openBrowser(t testing.TB, origin string) *browser {
 	t.Helper()
-	program, err := findChromium()
-	check(t, err)
+	program := findTool(t, "chromium", "chromium-browser", "google-chrome", "google-chrome-stable",
+		"/Applications/Chromium.app/Contents/MacOS/Chromium", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 	home, err := os.MkdirTemp("", "chromium") // not T.TempDir: what Chromium leaves behind for a moment is no failure
 	check(t, err)
 	log, err := os.Create(filepath.Join(home, "log"))

@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"os/exec"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -76,12 +78,15 @@ func newDirectShop(t testing.TB) *shop {
 func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...func(*config)) {
 	s.t.Helper()
 	c := config{
-		databaseURL: newTestDatabase(s.t), jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.double.key,
+		jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.double.key,
 		iamportSecret: s.double.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
 		origins: []string{"https://lumiere.example"},
 	}
 	for _, f := range change {
 		f(&c)
+	}
+	if c.databaseURL == "" {
+		c.databaseURL = newTestDatabase(s.t)
 	}
 	s.trips = &tripCounter{}
 	store, err := openStore(context.Background(), c.databaseURL, s.trips)
@@ -277,4 +282,34 @@ func (s *shop) inStock(user, painting string) bool {
 		s.t.Fatalf("cart-items answered %d paintings", len(items))
 	}
 	return items[0].InStock
+}
+
+// waitUntil looks until it is so.
+func waitUntil(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for !so() {
+		if pause(ctx, postgresPoll) != nil {
+			t.Fatalf("not within a minute: %s", what)
+		}
+	}
+}
+
+// findTool is a program that some tests need beside PostgreSQL, by any of its names or paths. Without it they are skipped,
+// since nobody needs it to work on the rest; where TEST_ALL is set, as in .ci/run, that is a failure.
+func findTool(t testing.TB, names ...string) string {
+	t.Helper()
+	for _, name := range names {
+		for _, place := range []string{name, "/usr/sbin/" + name} { // not in the PATH of Debian's users
+			if program, err := exec.LookPath(place); err == nil {
+				return program
+			}
+		}
+	}
+	if os.Getenv("TEST_ALL") == "" {
+		t.Skipf("%s is not installed", names[0])
+	}
+	t.Fatalf("%s is not installed, and TEST_ALL is set", names[0])
+	return ""
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -89,6 +90,20 @@ func withDatabase(t testing.TB, connString, name string) string {
 		t.Fatal(err)
 	}
 	u.Path = "/" + name
+	return u.String()
+}
+
+// databaseVia is the connection string of the database that databaseURL names, with other hosts on the way to it. options
+// are pairs of a name and a value.
+func databaseVia(t *testing.T, databaseURL string, options ...string) string {
+	t.Helper()
+	c, err := pgx.ParseConfig(databaseURL)
+	check(t, err)
+	query := url.Values{}
+	for pair := range slices.Chunk(options, 2) {
+		query.Set(pair[0], pair[1])
+	}
+	u := url.URL{Scheme: "postgres", User: url.UserPassword(c.User, c.Password), Path: "/" + c.Database, RawQuery: query.Encode()}
 	return u.String()
 }
 

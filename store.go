@@ -6,12 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"regexp"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -47,24 +44,7 @@ var (
 // openStore connects to the database at url. It does not wait for it: a database that is away is an error of each
 // call, until it is back. trace may be nil.
 func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, error) {
-	config, err := pgxpool.ParseConfig(url)
-	if err != nil {
-		// The parser's error repeats the connection string, which may hold a password.
-		return nil, errors.New("DATABASE_URL is not a PostgreSQL connection string")
-	}
-	if !strings.Contains(url, "pool_max_conns") {
-		config.MaxConns = 16
-	}
-	if config.ConnConfig.ConnectTimeout == 0 {
-		config.ConnConfig.ConnectTimeout = 2 * time.Second
-	}
-	if config.ConnConfig.RuntimeParams["application_name"] == "" {
-		config.ConnConfig.RuntimeParams["application_name"] = "lumiere"
-	}
-	config.ConnConfig.Tracer = trace
-	config.MaxConnLifetime = 30 * time.Minute
-	config.MaxConnLifetimeJitter = 5 * time.Minute
-	pool, err := pgxpool.NewWithConfig(ctx, config)
+	pool, err := openPool(ctx, url, trace)
 	if err != nil {
 		return nil, err
 	}
@@ -77,23 +57,6 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, 
 
 // Close waits for running statements and closes every connection.
 func (s *Store) Close() { s.pool.Close() }
-
-// unavailable reports whether err means that the database can't be reached or can't work now, so that the same call
-// may succeed later: not reachable, shutting down, starting up, out of connections, a standby, or out of time.
-func unavailable(err error) bool {
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) {
-		switch pg.Code {
-		case "25006", "40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P05":
-			return true
-		}
-		return strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "58")
-	}
-	var connect *pgconn.ConnectError
-	var network net.Error
-	return errors.As(err, &connect) || errors.As(err, &network) || errors.Is(err, context.DeadlineExceeded) ||
-		pgconn.SafeToRetry(err) || errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF)
-}
 
 // ---- schema
 
@@ -121,7 +84,8 @@ func schemaSteps() []string {
 func (s *Store) schemaVersion(ctx context.Context) (version int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	err = s.pool.QueryRow(ctx, `SELECT coalesce(max(step), 0) FROM schema_steps`).Scan(&version)
+	// Not as a prepared statement: before the first step it fails, and a pooler would keep its name taken.
+	err = s.pool.QueryRow(ctx, `SELECT coalesce(max(step), 0) FROM schema_steps`, pgx.QueryExecModeExec).Scan(&version)
 	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == "42P01" { // undefined_table
 		return 0, nil
 	}
