@@ -104,7 +104,7 @@ func TestCrash(t *testing.T) {
 func openCrash(t *testing.T) *crash {
 	c := &crash{
 		t: t, seed: cmp.Or(*crashSeed, rand.Uint64N(1e9)), binary: filepath.Join(t.TempDir(), "lumiere"), calm: make(chan struct{}),
-		orders: map[string]*crashOrder{}, verdicts: map[string]bool{}, answers: map[int]int{}, faults: map[string]int{}, figures: map[string]int{},
+		orders: map[string]*crashOrder{}, verdicts: map[string]bool{}, answers: map[int]int{}, faults: map[string]int{}, figures: map[string]int{"mismatches": 0},
 		replicas: [2]*crashReplica{{}, {}},
 	}
 	t.Logf("-crash %v -crash.seed %d", *crashFor, c.seed)
@@ -169,16 +169,24 @@ func (c *crash) openLog() {
 
 // ---- what breaks
 
-// crashReplica is one of the replicas, up or down.
+// crashReplica is one of the replicas.
 type crashReplica struct {
-	mu      sync.Mutex
-	process *os.Process
-	serving atomic.Value // string: its URL; "" when it is down
+	process atomic.Pointer[os.Process] // nil when it is down
+	serving atomic.Pointer[string]     // its URL, nil until it serves
 }
 
+// url is where it serves; "" when it does not.
 func (r *crashReplica) url() string {
-	at, _ := r.serving.Load().(string)
-	return at
+	if at := r.serving.Load(); at != nil {
+		return *at
+	}
+	return ""
+}
+
+// kill sends SIGKILL and reports whether there was anybody to send it to.
+func (r *crashReplica) kill() bool {
+	process := r.process.Load()
+	return process != nil && process.Kill() == nil
 }
 
 // runReplicas keeps both replicas running, whatever ends them, until stop kills them. It returns when both serve.
@@ -193,75 +201,57 @@ func (c *crash) runReplicas() (stop func()) {
 			}
 		})
 	}
-	var once sync.Once
-	stop = func() {
-		once.Do(func() {
-			cancel()
-			for _, r := range c.replicas {
-				r.kill()
-			}
-			running.Wait()
-		})
-	}
+	stop = func() { cancel(); running.Wait() }
 	c.t.Cleanup(stop)
-	deadline := time.Now().Add(time.Minute)
-	for _, r := range c.replicas {
-		for r.url() == "" {
-			if time.Now().After(deadline) {
-				c.t.Fatal("the replicas do not come up")
-			}
-			time.Sleep(postgresPoll)
+	c.wait(func() string {
+		if c.replicas[0].url() == "" || c.replicas[1].url() == "" {
+			return "a replica does not serve"
 		}
-	}
+		return ""
+	})
 	return stop
 }
 
 // runReplica runs a replica until it ends. It logs into a pipe of ours: should this process die, so does the replica.
 func (c *crash) runReplica(ctx context.Context, r *crashReplica) {
-	cmd := c.command()
+	cmd := exec.CommandContext(ctx, c.binary)
+	cmd.Env = c.env
 	logged, err := cmd.StderrPipe()
-	if err != nil {
-		c.t.Error(err)
-		return
-	}
-	r.mu.Lock()
-	if ctx.Err() == nil {
+	if err == nil {
 		err = cmd.Start()
-	} else {
-		err = ctx.Err()
 	}
-	r.process = cmd.Process
-	r.mu.Unlock()
 	if err != nil {
 		if ctx.Err() == nil {
 			c.t.Error(err)
 		}
 		return
 	}
-	lines := bufio.NewReader(logged)
-	for {
-		line, err := lines.ReadBytes('\n')
-		c.log.Write(line)
+	r.process.Store(cmd.Process)
+	lines := bufio.NewScanner(logged)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		fmt.Fprintf(c.log, "%s\n", lines.Bytes())
 		var said struct{ Msg, Address string }
-		if json.Unmarshal(line, &said) == nil && said.Msg == "serving" {
-			r.serving.Store("http://" + strings.Replace(said.Address, "[::]", "127.0.0.1", 1))
-		}
-		if err != nil {
-			break
+		if json.Unmarshal(lines.Bytes(), &said) == nil && said.Msg == "serving" {
+			at := "http://" + strings.Replace(said.Address, "[::]", "127.0.0.1", 1)
+			r.serving.Store(&at)
 		}
 	}
-	r.serving.Store("")
-	cmd.Wait()
-	r.mu.Lock()
-	r.process = nil
-	r.mu.Unlock()
+	r.process.Store(nil)
+	r.serving.Store(nil)
+	cmd.Wait() // killed
 }
 
-// kill sends SIGKILL and reports whether there was anybody to send it to.
-func (r *crashReplica) kill() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.process != nil && r.process.Kill() == nil
+// wait polls until nothing is left to wait for; three minutes are more than the slowest machine takes.
+func (c *crash) wait(left func() string) {
+	c.t.Helper()
+	deadline := time.Now().Add(3 * time.Minute)
+	for what := left(); what != ""; what = left() {
+		if time.Now().After(deadline) {
+			c.t.Fatal("waited in vain: ", what)
+		}
+		time.Sleep(postgresPoll)
+	}
 }
 
 // befall kills a replica, now and then both or one that is just starting, whenever the service has given so many answers,
@@ -358,8 +348,9 @@ func (c *crash) count(figure string, n int) {
 // crashBuyer is one of the buyers.
 type crashBuyer struct {
 	*crash
-	id   string
-	dice *rand.Rand
+	id    string
+	dice  *rand.Rand
+	pages int // of his orders
 }
 
 // live comes back to the shop until it closes.
@@ -464,8 +455,9 @@ func (c *crash) report(dice *rand.Rand, order, impUID string) {
 // giveBack cancels or returns most of what he has bought, now and then twice at once.
 func (b *crashBuyer) giveBack() {
 	var mine myOrders
-	a := b.call(b.dice, b.id, "GET", fmt.Sprintf("/api/orders/mine?pageNumber=%d", 1+b.dice.IntN(2)), nil)
+	a := b.call(b.dice, b.id, "GET", fmt.Sprintf("/api/orders/mine?pageNumber=%d", 1+b.dice.IntN(max(1, b.pages))), nil)
 	json.Unmarshal([]byte(a.body), &mine)
+	b.pages = mine.Pages
 	for _, o := range mine.Orders {
 		body := []string{"", `{"status":5}`, `{"status":4}`, `{"status":4}`}[b.dice.IntN(4)]
 		if o.Result.Status < statusPaid || o.Result.Status > statusDelivered || b.dice.IntN(3) == 0 {
@@ -608,21 +600,13 @@ func (c *crash) endLeases() {
 // settleDown waits until nothing is left to be done but what is planned for later than that: first the leases of what
 // the reconciler has just looked at, then only the looks a day after an order's last change.
 func (c *crash) settleDown(ahead string) {
-	deadline := time.Now().Add(2 * time.Minute)
-	for {
-		left := queryText(c.t, c.postgres.URL, `SELECT concat_ws(', ',
+	c.wait(func() string {
+		return queryText(c.t, c.postgres.URL, `SELECT concat_ws(', ',
 			(SELECT count(*) || ' refunds' FROM payments WHERE state = 'refunding' HAVING count(*) > 0),
 			(SELECT count(*) || ' unpaid orders' FROM orders WHERE status = -1 AND ended IS NULL HAVING count(*) > 0),
 			(SELECT count(*) || ' cancels' FROM orders WHERE cancelling_since IS NOT NULL HAVING count(*) > 0),
 			(SELECT count(*) || ' looks' FROM orders WHERE next_look_at < now() + interval '`+ahead+`' HAVING count(*) > 0))`)
-		if left == "" {
-			return
-		}
-		if time.Now().After(deadline) {
-			c.t.Fatalf("the dust does not settle: %s", left)
-		}
-		time.Sleep(crashInterval / 2)
-	}
+	})
 }
 
 // crashBooks is an order in the books, and its money here and at the gateway.
