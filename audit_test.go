@@ -190,12 +190,7 @@ func TestAuditFindsMismatches(t *testing.T) {
 func TestAuditOfDueRefund(t *testing.T) {
 	s := newDirectShop(t)
 	order, impUID, _ := s.paid(buyerA)
-	s.double.setFaults(func(call, _ string) fault {
-		if call == "cancel" {
-			return fault{before: answerRefusal(-1, "거절")}
-		}
-		return fault{}
-	})
+	s.refuseCancels()
 	booked := s.clock.Now()
 	s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
 	s.later(time.Hour)

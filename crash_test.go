@@ -197,7 +197,7 @@ func (c *crash) runReplicas() (stop func()) {
 		running.Go(func() {
 			for ctx.Err() == nil {
 				c.runReplica(ctx, r)
-				pause(ctx, 50*time.Millisecond)
+				pause(ctx, 100*time.Millisecond)
 			}
 		})
 	}
@@ -524,51 +524,52 @@ func (b *crashBuyer) later(errand func(*rand.Rand)) {
 	})
 }
 
-// call makes a request of a replica that serves, as user. The zero answer says that none came.
-func (c *crash) call(dice *rand.Rand, user, method, path string, body any) (a answer) {
-	defer func() {
-		c.mu.Lock()
-		c.answers[a.status]++
-		c.mu.Unlock()
-	}()
-	replica := dice.IntN(2)
-	base := cmp.Or(c.replicas[replica].url(), c.replicas[1-replica].url())
-	if base == "" {
-		pause(c.over, crashLatency)
-		return a
+// call makes a request as user. The zero answer says that none came.
+func (c *crash) call(dice *rand.Rand, user, method, path string, body any) answer {
+	a, err := c.send(dice, user, method, path, body)
+	if err != nil {
+		a = answer{}
 	}
+	c.mu.Lock()
+	c.answers[a.status]++
+	c.mu.Unlock()
+	switch a.status {
+	case 0, http.StatusServiceUnavailable: // nobody tries again at once
+		pause(c.over, time.Duration(50+dice.IntN(200))*time.Millisecond)
+	case http.StatusInternalServerError:
+		c.t.Errorf("%s %s, request %s: %s", method, path, a.header.Get("X-Request-Id"), a.body)
+	}
+	return a
+}
+
+// send makes a request of either replica, that which serves if only one does.
+func (c *crash) send(dice *rand.Rand, user, method, path string, body any) (a answer, err error) {
+	replica, address := dice.IntN(2), fmt.Sprintf("10.0.%d.%d", dice.IntN(256), dice.IntN(256))
 	text, ok := body.(string)
 	if !ok && body != nil {
 		text = document(body)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), crashPatience)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, method, base+path, strings.NewReader(text))
+	request, err := http.NewRequestWithContext(ctx, method, cmp.Or(c.replicas[replica].url(), c.replicas[1-replica].url())+path, strings.NewReader(text))
 	if err != nil {
-		c.t.Error(err)
-		return a
+		return a, err
 	}
+	request.Header.Set("X-Forwarded-For", address)
 	if user != "" {
 		token, err := newTokens([]byte(testSecret), time.Now).issue(Caller{ID: user, Admin: user == desk}, time.Now(), time.Hour)
 		if err != nil {
-			c.t.Error(err)
+			return a, err
 		}
 		request.Header.Set("Authorization", "Bearer "+token)
 	}
-	request.Header.Set("X-Forwarded-For", fmt.Sprintf("10.0.%d.%d", dice.IntN(256), dice.IntN(256)))
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
-		return a
+		return a, err
 	}
 	defer response.Body.Close()
 	answered, err := io.ReadAll(response.Body)
-	if err != nil {
-		return a
-	}
-	if response.StatusCode == http.StatusInternalServerError {
-		c.t.Errorf("%s %s: %s %s", method, path, response.Header.Get("X-Request-Id"), answered)
-	}
-	return answer{response.StatusCode, response.Header, string(answered)}
+	return answer{response.StatusCode, response.Header, string(answered)}, err
 }
 
 // change notes something of an order.

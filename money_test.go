@@ -33,6 +33,16 @@ func (s *shop) later(d time.Duration) {
 	check(s.t, s.till.Round(s.t.Context()))
 }
 
+// refuseCancels has the gateway refuse every refund, until its faults are set anew.
+func (s *shop) refuseCancels() {
+	s.double.setFaults(func(call, _ string) fault {
+		if call == "cancel" {
+			return fault{before: answerRefusal(-1, "거절")}
+		}
+		return fault{}
+	})
+}
+
 // back is how much of a payment the gateway has given back.
 func (s *shop) back(impUID string) int64 {
 	p, _ := s.double.get(impUID)
@@ -82,23 +92,25 @@ func TestConsoleRefund(t *testing.T) {
 
 func TestCancelThroughTrouble(t *testing.T) {
 	for name, row := range map[string]struct {
-		faults []fault // of the cancels, in turn
-		status int     // of the first DELETE
-		calls  int     // cancels in all
+		cancel fault // of the first cancel
+		lookUp fault // of the look-up after it
+		status int   // of the first DELETE
+		calls  int   // cancels in all
 	}{
-		"answered":                {nil, 200, 1},
-		"answer lost":             {[]fault{{after: dropConnection}}, 200, 1},
-		"500 after the work":      {[]fault{{after: answer500}}, 200, 1},
-		"refused":                 {[]fault{{before: answerRefusal(-1, "결제취소에 실패하였습니다")}}, 502, 2},
-		"dropped before the work": {[]fault{{before: dropConnection}}, 503, 2},
-		"500 before the work":     {[]fault{{before: answer500}}, 503, 2},
+		"answered":                        {fault{}, fault{}, 200, 1},
+		"answer lost":                     {fault{after: dropConnection}, fault{}, 200, 1},
+		"500 after the work":              {fault{after: answer500}, fault{}, 200, 1},
+		"answer lost, and the look-up's":  {fault{after: dropConnection}, fault{before: answer500}, 503, 1},
+		"refused":                         {fault{before: answerRefusal(-1, "결제취소에 실패하였습니다")}, fault{}, 502, 2},
+		"dropped before the work":         {fault{before: dropConnection}, fault{}, 503, 2},
+		"500 before the work":             {fault{before: answer500}, fault{}, 503, 2},
+		"dropped before, and the look-up": {fault{before: dropConnection}, fault{before: answer500}, 503, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newShop(t)
 			order, impUID, painting := s.paid(buyerA)
-			for _, f := range row.faults {
-				s.double.faultOnce("cancel", f)
-			}
+			s.double.faultOnce("cancel", row.cancel)
+			s.double.faultOnce("payment", row.lookUp)
 			a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
 			if a.status != row.status && (row.status < 500 || a.status < 500) {
 				t.Fatalf("answered %d %s", a.status, a.body)
@@ -139,12 +151,7 @@ func TestRefundGoesOnAfterTheProcessDied(t *testing.T) {
 func TestRefundPausesGrow(t *testing.T) {
 	s := newShop(t)
 	order, impUID, _ := s.paid(buyerA)
-	s.double.setFaults(func(call, _ string) fault {
-		if call == "cancel" {
-			return fault{before: answerRefusal(-1, "거절")}
-		}
-		return fault{}
-	})
+	s.refuseCancels()
 	s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
 	var pauses []string
 	for range 4 {
@@ -270,12 +277,7 @@ func TestOlderPaymentBehindAWrongOne(t *testing.T) {
 	right := s.charge(order, 109000)
 	s.clock.advance(time.Second)
 	wrong := s.charge(order, 1000)
-	s.double.setFaults(func(call, id string) fault {
-		if call == "cancel" {
-			return fault{before: answerRefusal(-1, "거절")} // the wrong one stays paid at the gateway
-		}
-		return fault{}
-	})
+	s.refuseCancels() // the wrong one stays paid at the gateway
 	s.later(30 * time.Minute)
 	if s.statusOf(order) != statusPaid || s.row(right) != "kept" || s.row(wrong) != "refunding: "+reasonAmount {
 		t.Errorf("right %s, wrong %s", s.row(right), s.row(wrong))
