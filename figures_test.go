@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -22,8 +21,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 var figuresOrders = flag.Int("figures", 0, "measure the figures of README.md, with tables of up to so many orders")
@@ -59,10 +56,10 @@ func TestFigures(t *testing.T) {
 		f.againstStatement(largest, read)
 	}
 	f.checkouts(largest)
-	f.crowd(largest)
 	f.growth(galleries)
-	f.row("memory", "busy with 64 connections under 64 MB, idle under 24 MB", fmt.Sprintf("%d MB at most, %d MB idle",
+	f.row("memory", "busy with 64 connections under 64 MB, idle under 24 MB", fmt.Sprintf("busy %d MB, idle %d MB",
 		memory(t, process, "VmHWM")>>20, idle>>20), memory(t, process, "VmHWM") < 64<<20 && idle < 24<<20)
+	f.crowd(largest)
 	fmt.Printf("\n| work | goal | measured |\n|---|---|---|\n%s\n", strings.Join(f.rows, "\n"))
 }
 
@@ -152,36 +149,20 @@ func kilobytes(t testing.TB, file, line string) int {
 
 // ---- pgbench
 
-// statementRecorder keeps the last statement that a store has sent.
-type statementRecorder struct {
-	tripCounter
-	sql  string
-	args []any
-}
-
-func (r *statementRecorder) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
-	r.sql, r.args = data.SQL, data.Args
-	return ctx
-}
-
-func (r *statementRecorder) TraceBatchQuery(_ context.Context, _ *pgx.Conn, data pgx.TraceBatchQueryData) {
-	r.sql, r.args = data.SQL, data.Args
-}
-
-// statement is the one that the store sends for call, with its arguments.
-func (g *gallery) statement(call func(*Store) error) *statementRecorder {
-	r := &statementRecorder{}
-	store, err := openStore(g.t.Context(), g.database, r)
-	check(g.t, err)
+// statement is what the store sends for call.
+func (f *yardstick) statement(g *gallery, call func(*Store) error) *tracer {
+	seen := &tracer{}
+	store, err := openStore(f.t.Context(), g.database, seen)
+	check(f.t, err)
 	defer store.Close()
-	check(g.t, call(store))
-	return r
+	check(f.t, call(store))
+	return seen
 }
 
-// pgbench sends the statement from as many clients as the service has and returns how often a second. Arguments in
+// pgbench sends the last statement from as many clients as the service has and returns how often a second. Arguments in
 // place of the recorded ones are SQL, in which :i counts the executions.
-func (r *statementRecorder) pgbench(f *yardstick, g *gallery, first int, instead map[int]string) float64 {
-	script := regexp.MustCompile(`\$\d+`).ReplaceAllStringFunc(r.sql, func(parameter string) string {
+func (t *tracer) pgbench(f *yardstick, g *gallery, first int, instead map[int]string) float64 {
+	script := regexp.MustCompile(`\$\d+`).ReplaceAllStringFunc(t.last, func(parameter string) string {
 		n, _ := strconv.Atoi(parameter[1:])
 		if sql, ok := instead[n]; ok {
 			return sql
@@ -192,7 +173,7 @@ func (r *statementRecorder) pgbench(f *yardstick, g *gallery, first int, instead
 	check(f.t, os.WriteFile(file, []byte("\\set n :n + 1\n\\set i :n * 64 + :client_id\n"+script+";\n"), 0o600))
 	args := []string{"--no-vacuum", "--protocol=prepared", "--client=64", "--jobs=2", "--time=8", "--progress=1", "--file=" + file,
 		"--define=n=" + strconv.Itoa(first)}
-	for i, arg := range r.args {
+	for i, arg := range t.args[t.last] {
 		args = append(args, fmt.Sprintf("--define=a%d=%s", i+1, pgText(arg)))
 	}
 	out, err := exec.Command(filepath.Join(f.server.bin, "pgbench"), append(args, g.database)...).CombinedOutput()
@@ -241,7 +222,7 @@ func (f *yardstick) starts(g *gallery) {
 // againstStatement compares one endpoint with the statement behind it.
 func (f *yardstick) againstStatement(g *gallery, name string) {
 	o := g.shown[0]
-	statement := g.statement(func(s *Store) (err error) {
+	statement := f.statement(g, func(s *Store) (err error) {
 		switch name {
 		case "detail":
 			_, err = s.Order(f.t.Context(), o.ID, Caller{ID: o.Buyer})
@@ -268,7 +249,7 @@ func (f *yardstick) againstStatement(g *gallery, name string) {
 func (f *yardstick) checkouts(g *gallery) {
 	text := func(doc string) *string { return &doc }
 	now := time.Now()
-	statement := g.statement(func(s *Store) error {
+	statement := f.statement(g, func(s *Store) error {
 		_, err := s.CreateOrder(f.t.Context(), Change{Who: "buyer"}, NewOrder{ID: newTestID(), UserID: newTestID(), Number: newNumber(),
 			ProductIDs: []string{g.takeFree()}, Prices: []int64{99000}, ShippingPrice: 10000, Total: 109000, CreatedAt: now, HeldUntil: now.Add(time.Hour),
 			DeliveryInfo: document(deliveryInfo{"[00000] 어느시 어느로 1", "101호", "홍길동", "010-0000-0000"}), DeliveryDetails: text(document(deliveryDetails{"문 앞", "문자 주세요"})),

@@ -51,8 +51,8 @@ func newGallery(t testing.TB, databaseURL string, orders int, now func() time.Ti
 	return g
 }
 
-// galleryFunctions say what order number n of a gallery with p paintings is: four in five are cancelled or expired,
-// and of the newest ones half are in a status from 0 to 4 and one in a hundred is unpaid.
+// galleryFunctions say what order number n of a gallery with p paintings is: four in five are cancelled or expired;
+// of the newest ones half are in a status from 0 to 4, and the last hundredth is unpaid.
 const galleryFunctions = `
 	SET session_replication_role = replica; -- the triggers' rows are written beside
 	SET synchronous_commit = off;
@@ -61,17 +61,17 @@ const galleryFunctions = `
 	CREATE FUNCTION pg_temp.orders(p bigint, first bigint, last bigint)
 	RETURNS TABLE (id text, painting text, buyer text, status smallint, ended text, at timestamptz) LANGUAGE sql AS $$
 		SELECT pg_temp.oid('0d', n), pg_temp.oid('0a', k),
-			pg_temp.oid('0b', CASE WHEN newest AND k % 100 = 5 THEN k / 2 ELSE n * 7919 % (p / 2) END),
-			(CASE WHEN newest AND k % 10 < 5 THEN k % 10 WHEN newest AND k % 100 = 5 OR n % 2 = 1 THEN -1 ELSE 5 END)::smallint,
-			CASE WHEN n % 2 = 1 AND NOT (newest AND (k % 10 < 5 OR k % 100 = 5)) THEN 'expired' END,
+			pg_temp.oid('0b', CASE WHEN unpaid THEN k ELSE n * 7919 END % (p / 2)),
+			(CASE WHEN unpaid THEN -1 WHEN newest AND k % 10 < 5 THEN k % 10 WHEN n % 2 = 1 THEN -1 ELSE 5 END)::smallint,
+			CASE WHEN n % 2 = 1 AND NOT unpaid AND NOT (newest AND k % 10 < 5) THEN 'expired' END,
 			now() - (5 * p - n) * interval '30 seconds'
-		FROM generate_series(first, last) n, LATERAL (SELECT (n - 1) % p + 1 AS k, n > 4 * p AS newest) a $$`
+		FROM generate_series(first, last) n, LATERAL (SELECT (n - 1) % p + 1 AS k, n > 4 * p AS newest, n > 5 * p - p / 100 AS unpaid) a $$`
 
 // galleryPaintings makes $1 paintings; galleryOrders makes the orders number $2 to $3 for so many.
 const galleryPaintings = `
 	INSERT INTO products (id, artist_id, artist_name, title, image, size, canvas, price, for_sale, order_id)
 	SELECT pg_temp.oid('0a', k), pg_temp.oid('0c', k % 997), '안영희', '작품 ' || k, '/images/bye/' || k || '.jpg', '73x61cm', 20, 99000, true,
-		CASE WHEN k % 10 < 5 OR k % 100 = 5 THEN pg_temp.oid('0d', 4 * $1 + k) END
+		CASE WHEN k % 10 < 5 OR k > $1 - $1 / 100 THEN pg_temp.oid('0d', 4 * $1 + k) END
 	FROM generate_series(1, $1::bigint) k`
 
 var galleryOrders = []string{`

@@ -37,7 +37,7 @@ type shop struct {
 	clock  *testClock
 	double *pretendGateway
 	logged *bytes.Buffer // what it logged; read it when nothing runs
-	trips  *tripCounter
+	traced *tracer
 	url    string // empty: without a network
 }
 
@@ -88,8 +88,8 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	if c.databaseURL == "" {
 		c.databaseURL = newTestDatabase(s.t)
 	}
-	s.trips = &tripCounter{}
-	store, err := openStore(context.Background(), c.databaseURL, s.trips)
+	s.traced = &tracer{}
+	store, err := openStore(context.Background(), c.databaseURL, s.traced)
 	check(s.t, err)
 	s.t.Cleanup(store.Close)
 	check(s.t, store.migrate(context.Background(), len(schemaSteps())))

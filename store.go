@@ -891,9 +891,9 @@ func (s *Store) OrdersForDesk(ctx context.Context, filter OrderFilter, offset, l
 	counted = `SELECT coalesce((` + counted + `), 0)::bigint`
 	batch := &pgx.Batch{}
 	batch.Queue(counted, args[:len(args)-2]...).QueryRow(func(row pgx.Row) error { return row.Scan(&count) })
-	batch.Queue(fmt.Sprintf(`SELECT %s FROM orders o WHERE %s ORDER BY created_at DESC, id DESC
-		OFFSET $%d::bigint LIMIT CASE WHEN $%d < (%s) THEN $%d::bigint ELSE 0 END`,
-		orderColumns, where, len(args)-1, len(args)-1, counted, len(args)), args...).Query(func(rows pgx.Rows) (err error) {
+	batch.Queue(fmt.Sprintf(`SELECT %s FROM orders o WHERE %s AND $%d::bigint < (%s)
+		ORDER BY created_at DESC, id DESC OFFSET $%d LIMIT $%d`,
+		orderColumns, where, len(args)-1, counted, len(args)-1, len(args)), args...).Query(func(rows pgx.Rows) (err error) {
 		orders, err = pgx.CollectRows(rows, scanOrder)
 		return err
 	})
