@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -13,42 +14,57 @@ import (
 // limiter bounds what strangers can make the service ask of the gateway: reports and notices of payments are open to
 // everybody, and each means a look-up.
 //
-// A look-up is wasted when it finds no money of ours, or repeats one just made. Each address pays for what it wastes:
-// after some its look-ups share a few slots, after many it is refused for a while. Once very many were wasted in all,
-// every address that wasted any is refused. A payment that is true costs its address nothing, so that neither the
-// gateway's notices nor many buyers behind one address are ever refused for their number.
+// A look-up is wasted when it finds no money of ours, or repeats one just made. Each asker pays for what he wastes: after a
+// few his look-ups share a few slots, after many he is refused for a while. Once very many were wasted in all, everybody
+// who wasted any is refused. A payment that is true costs nothing, so that neither the gateway's notices nor many buyers
+// behind one address are ever refused for their number. However many addresses a flood has, it leaves slots to buyers who
+// report with their token.
 //
 // What is refused is not lost: the reconciler asks about every order at its hold's end.
 type limiter struct {
-	now            func() time.Time
-	clear, suspect chan struct{} // slots for look-ups
+	now   func() time.Time
+	slots [len(slotsOf)]chan struct{} // by rank: a look-up takes one of its rank's and one of each before
 
 	mu     sync.Mutex
-	asked  recent[string, lastLookUp]    // by imp_uid
-	wasted recent[netip.Prefix, arrears] // by address
+	asked  recent[string, lastLookUp] // by imp_uid
+	wasted recent[asker, arrears]
 	inAll  arrears
 }
 
+// asker is who is charged: the buyer when he is signed in, else the address.
+type asker struct {
+	buyer   string
+	address netip.Prefix
+}
+
+// Ranks of askers.
 const (
-	// Of the gateway client's 10 look-ups at once strangers have 9 at most, so that refunds, deletions and the reconciler
-	// go on; those who wasted suspectAfter have 2 of these. A buyer behind an address with a few failed payments is none.
-	clearLookUps   = 7
-	suspectLookUps = 2
-	suspectAfter   = 10
+	rankBuyer    = iota // signed in
+	rankStranger        // anybody; so is the gateway with its notices
+	rankSuspect         // who has just wasted some
+)
+
+// slotsOf are how many look-ups of a rank and those after it there may be at once. Of the gateway client's ten the
+// strangers leave some to buyers, and these one to refunds, deletions and the reconciler.
+var slotsOf = [...]int{rankBuyer: 9, rankStranger: 6, rankSuspect: 2}
+
+const (
+	// Two failed payments make nobody a suspect, and a hundred addresses are suspects after 300 look-ups.
+	suspectAfter = 3
 	// A look-up is done within 5 seconds; who has waited that long for a slot would only be kept longer.
 	lookUpWait = 5 * time.Second
 	// The browser may come before the gateway knows its payment, but hardly by so much.
 	unknownFor = 3 * time.Second
 	// Who wasted a look-up is refused for so long when too many are wasted in all.
 	wasteFor = 10 * time.Minute
-	// Twice as many addresses and payments are remembered at most: a few MB.
+	// Twice as many askers and payments are remembered at most: a few MB.
 	rememberMost = 10_000
 )
 
 var (
-	// An address may waste 100 look-ups at once, a shop full of clumsy buyers, and then one each 5 seconds.
+	// One asker may waste 100 look-ups at once, an office full of clumsy buyers, and then one each 5 seconds.
 	wasteOfOne = allowance{most: 100, forgiven: 5 * time.Second}
-	// All together may waste 500 at once and then 5 a second: half of the slots, when the gateway takes a second to answer.
+	// All together may waste 500 at once and then 5 a second: most of their slots, when the gateway takes a second to answer.
 	wasteOfAll = allowance{most: 500, forgiven: 200 * time.Millisecond}
 )
 
@@ -56,11 +72,15 @@ var (
 var errTooMany = errors.New("too many look-ups that found nothing")
 
 func newLimiter(now func() time.Time) *limiter {
-	return &limiter{
-		now: now, clear: make(chan struct{}, clearLookUps), suspect: make(chan struct{}, suspectLookUps),
+	l := &limiter{
+		now:    now,
 		asked:  recent[string, lastLookUp]{keep: unknownFor, most: rememberMost},
-		wasted: recent[netip.Prefix, arrears]{keep: wasteFor, most: rememberMost},
+		wasted: recent[asker, arrears]{keep: wasteFor, most: rememberMost},
 	}
+	for rank, most := range slotsOf {
+		l.slots[rank] = make(chan struct{}, most)
+	}
+	return l
 }
 
 // lastLookUp is how the newest look-up of a payment ended.
@@ -70,70 +90,79 @@ type lastLookUp struct {
 	unknown bool
 }
 
-// lookUp has ask look up payment impUID for somebody at an address. A payment that the gateway has just not known on the
-// same road is ErrNoPayment without asking: another road may know more, the browser coming too early and then the gateway's
-// notice. errTooMany: the address is refused.
+// lookUp has ask look up payment impUID for somebody. A payment that the gateway has just not known on the same road is
+// ErrNoPayment without asking: another road may know more, the browser coming too early and then the gateway's notice.
+// errTooMany: whoever asks is refused.
 func (l *limiter) lookUp(
-	ctx context.Context, address netip.Prefix, road, impUID string, ask func(context.Context, string) (Payment, error),
+	ctx context.Context, who asker, road, impUID string, ask func(context.Context, string) (Payment, error),
 ) (Payment, error) {
-	slot, err := l.enter(ctx, address, road, impUID)
+	rank, err := l.enter(ctx, who, road, impUID)
 	if err != nil {
 		return Payment{}, err
 	}
-	defer func() { <-slot }()
+	defer l.leave(rank, rankBuyer)
 	p, err := ask(ctx, impUID)
-	l.note(address, road, impUID, err)
+	l.note(who, road, impUID, err)
 	return p, err
 }
 
-// enter waits for a slot. While one waits, others of its address find out about theirs: what is true of it counts when
-// the slot is there.
-func (l *limiter) enter(ctx context.Context, address netip.Prefix, road, impUID string) (slot chan struct{}, err error) {
+// enter waits for the slots of who's rank. While somebody waits, others of his address find out about theirs: what is true
+// of him counts when the slots are there.
+func (l *limiter) enter(ctx context.Context, who asker, road, impUID string) (rank int, err error) {
 	wait, cancel := context.WithTimeout(ctx, lookUpWait)
 	defer cancel()
 	for {
-		if slot, err = l.slots(address, road, impUID); err != nil {
-			return nil, err
+		if rank, err = l.rank(who, road, impUID); err != nil {
+			return rank, err
 		}
-		select {
-		case slot <- struct{}{}:
-		case <-wait.Done():
-			if ctx.Err() != nil {
-				return nil, ctx.Err()
+		for next := rank; next >= rankBuyer; next-- {
+			select {
+			case l.slots[next] <- struct{}{}:
+			case <-wait.Done():
+				l.leave(rank, next+1)
+				return rank, cmp.Or(ctx.Err(), errTooMany)
 			}
-			return nil, errTooMany
 		}
-		if again, err := l.slots(address, road, impUID); again == slot && err == nil {
-			return slot, nil
+		if again, err := l.rank(who, road, impUID); err == nil && again == rank {
+			return rank, nil
 		}
-		<-slot
+		l.leave(rank, rankBuyer)
 	}
 }
 
-// slots are those that an address may use.
-func (l *limiter) slots(address netip.Prefix, road, impUID string) (chan struct{}, error) {
+// leave gives back the slots of the ranks from one down to the lowest that were taken.
+func (l *limiter) leave(rank, lowest int) {
+	for ; rank >= lowest; rank-- {
+		<-l.slots[rank]
+	}
+}
+
+// rank is who's, or why he gets no look-up.
+func (l *limiter) rank(who asker, road, impUID string) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
 	if last, ok := l.asked.get(impUID); ok && last.unknown && last.road == road && now.Sub(last.at) < unknownFor {
-		return nil, ErrNoPayment
+		return 0, ErrNoPayment
 	}
-	own, ok := l.wasted.get(address)
+	own, ok := l.wasted.get(who)
 	switch n := wasteOfOne.left(own, now); {
 	case n > wasteOfOne.most-1:
-		return nil, errTooMany
+		return 0, errTooMany
 	case ok && now.Sub(own.since) < wasteFor && wasteOfAll.left(l.inAll, now) > wasteOfAll.most-1:
-		return nil, errTooMany
+		return 0, errTooMany
 	case n >= suspectAfter:
-		return l.suspect, nil
+		return rankSuspect, nil
+	case who.buyer == "":
+		return rankStranger, nil
 	default:
-		return l.clear, nil
+		return rankBuyer, nil
 	}
 }
 
 // note remembers how a look-up ended and charges what was wasted: no payment, a repetition, or a caller who hung up. The
 // gateway's silence says nothing.
-func (l *limiter) note(address netip.Prefix, road, impUID string, err error) {
+func (l *limiter) note(who asker, road, impUID string, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now, unknown := l.now(), errors.Is(err, ErrNoPayment)
@@ -143,20 +172,20 @@ func (l *limiter) note(address netip.Prefix, road, impUID string, err error) {
 		l.asked.put(impUID, lastLookUp{road, now, unknown}, now)
 	}
 	if unknown || repeated || errors.Is(err, context.Canceled) {
-		l.charge(address, now)
+		l.charge(who, now)
 	}
 }
 
-// waste charges an address for a look-up that found a payment, but no money of ours.
-func (l *limiter) waste(address netip.Prefix) {
+// waste charges who for a look-up that found a payment, but no money of ours.
+func (l *limiter) waste(who asker) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.charge(address, l.now())
+	l.charge(who, l.now())
 }
 
-func (l *limiter) charge(address netip.Prefix, now time.Time) {
-	own, _ := l.wasted.get(address)
-	l.wasted.put(address, wasteOfOne.charged(own, now), now)
+func (l *limiter) charge(who asker, now time.Time) {
+	own, _ := l.wasted.get(who)
+	l.wasted.put(who, wasteOfOne.charged(own, now), now)
 	l.inAll = wasteOfAll.charged(l.inAll, now)
 }
 

@@ -131,42 +131,54 @@ func TestFloodFromOneAddress(t *testing.T) {
 	s.want(s.reportFrom("198.51.100.1", "imp_y"), 429, messageTooMany)
 }
 
-// However many made-up payments are being looked up, a true one from elsewhere finds a slot: the flood has two.
+// However many made-up payments are being looked up, a true one finds a slot: strangers have some of them, suspects few.
 func TestFloodLeavesSlots(t *testing.T) {
-	s := newDirectShop(t)
-	for i := range suspectAfter {
-		s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i))
+	for name, row := range map[string]struct {
+		flood func(i int) string // from which address
+		slots int                // of the flood
+		user  string             // who pays meanwhile
+	}{
+		"one address":     {func(int) string { return "198.51.100.1" }, slotsOf[rankSuspect], ""},
+		"fifty addresses": {func(i int) string { return fmt.Sprintf("198.51.100.%d", 100+i) }, slotsOf[rankStranger], buyerA},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newDirectShop(t)
+			for range suspectAfter {
+				s.reportFrom("198.51.100.1", newImpUID())
+			}
+			release, looking := make(chan struct{}), make(chan struct{}, 100)
+			s.double.setFaults(func(call, id string) fault {
+				if !strings.HasPrefix(id, "imp_flood") {
+					return fault{}
+				}
+				arrive := func(http.ResponseWriter, *http.Request) bool { looking <- struct{}{}; return false }
+				return fault{before: inTurn(arrive, stopUntil(release))}
+			})
+			var flood sync.WaitGroup
+			for i := range 50 {
+				flood.Go(func() { s.reportFrom(row.flood(i), fmt.Sprintf("imp_flood_%d", i)) })
+			}
+			for range row.slots {
+				<-looking
+			}
+			for range 5 {
+				impUID := s.charge(s.order(newTestID(), s.painting(99000)), 109000)
+				s.want(s.call(row.user, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}), 200, "결제 성공")
+			}
+			if len(looking) > 0 {
+				t.Errorf("%d more made-up payments are being looked up", len(looking))
+			}
+			close(release)
+			flood.Wait()
+		})
 	}
-	release, looking := make(chan struct{}), make(chan struct{}, 100)
-	s.double.setFaults(func(call, id string) fault {
-		if !strings.HasPrefix(id, "imp_flood") {
-			return fault{}
-		}
-		return fault{before: inTurn(func(http.ResponseWriter, *http.Request) bool { looking <- struct{}{}; return false }, stopUntil(release))}
-	})
-	var flood sync.WaitGroup
-	for i := range 50 {
-		flood.Go(func() { s.reportFrom("198.51.100.1", fmt.Sprintf("imp_flood_%d", i)) })
-	}
-	for range suspectLookUps {
-		<-looking
-	}
-	for range 5 {
-		impUID := s.charge(s.order(newTestID(), s.painting(99000)), 109000)
-		s.want(s.reportFrom("203.0.113.9", impUID), 200, "결제 성공")
-	}
-	if len(looking) > 0 {
-		t.Errorf("%d more made-up payments are being looked up", len(looking))
-	}
-	close(release)
-	flood.Wait()
 }
 
 // A burst from an address that was unknown before ends as soon as its first look-ups have found nothing.
 func TestBurstFromANewAddress(t *testing.T) {
 	s := newDirectShop(t)
 	count := crowd(500, func(i int) answer { return s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i)) })
-	most := int(wasteOfOne.most) + clearLookUps
+	most := int(wasteOfOne.most) + slotsOf[rankStranger]
 	if count[404] < int(wasteOfOne.most) || count[404] > most || count[404]+count[429] != 500 || s.double.calls("payment") != count[404] {
 		t.Errorf("answers %v, %d look-ups", count, s.double.calls("payment"))
 	}
@@ -228,7 +240,7 @@ func TestWaste(t *testing.T) {
 		}
 		address := fmt.Sprintf("198.51.100.%d", 10+i)
 		s.reportFrom(address, row.impUID)
-		own, _ := s.limits.wasted.get(netip.MustParsePrefix(address + "/32"))
+		own, _ := s.limits.wasted.get(asker{address: netip.MustParsePrefix(address + "/32")})
 		if own.n != row.wasted {
 			t.Errorf("row %d: %v wasted, want %v", i, own.n, row.wasted)
 		}
@@ -238,11 +250,22 @@ func TestWaste(t *testing.T) {
 // Honest traffic is never refused, even if all of it comes from one address.
 func TestTrueReportsAreFree(t *testing.T) {
 	l := newLimiter(newTestClock().Now)
-	address := netip.MustParsePrefix("198.51.100.1/32")
+	gateway := asker{address: netip.MustParsePrefix("198.51.100.1/32")}
 	for i := range 10_000 {
-		if _, err := l.lookUp(t.Context(), address, "gateway", fmt.Sprint(i), func(context.Context, string) (Payment, error) { return Payment{}, nil }); err != nil {
+		if _, err := l.lookUp(t.Context(), gateway, "gateway", fmt.Sprint(i), func(context.Context, string) (Payment, error) { return Payment{}, nil }); err != nil {
 			t.Fatalf("report %d: %v", i, err)
 		}
+	}
+}
+
+// A buyer who is signed in pays for himself, wherever he is.
+func TestBuyersAreChargedThemselves(t *testing.T) {
+	s := newDirectShop(t)
+	for range int(wasteOfOne.most) {
+		s.want(s.call(buyerA, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": newImpUID()}), 404, "")
+	}
+	for user, status := range map[string]int{buyerA: 429, buyerB: 404, "": 404} { // at one address
+		s.want(s.call(user, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": newImpUID()}), status, "")
 	}
 }
 
@@ -269,8 +292,8 @@ func TestLimiterAtOnce(t *testing.T) {
 			for i := range 300 {
 				clock.advance(time.Millisecond)
 				address := netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, byte(i % 4), byte(g * i % 16)}), 32)
-				_, err := l.lookUp(t.Context(), address, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (Payment, error) {
-					if n := looking.Add(1); n > clearLookUps+suspectLookUps {
+				_, err := l.lookUp(t.Context(), asker{address: address}, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (Payment, error) {
+					if n := looking.Add(1); n > int32(slotsOf[rankStranger]) {
 						t.Errorf("%d look-ups at once", n)
 					}
 					defer looking.Add(-1)
@@ -283,8 +306,10 @@ func TestLimiterAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if len(l.clear)+len(l.suspect) != 0 {
-		t.Errorf("%d and %d slots are not given back", len(l.clear), len(l.suspect))
+	for rank, slots := range l.slots {
+		if len(slots) != 0 {
+			t.Errorf("%d slots of rank %d are not given back", len(slots), rank)
+		}
 	}
 }
 

@@ -386,14 +386,17 @@ func (s *server) pay(r *request) (any, error) {
 
 // settleReported settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
 func (s *server) settleReported(r *request, by Change, impUID string) (Settlement, error) {
-	address := clientAddress(r.Request, s.config.proxies)
-	p, err := s.limits.lookUp(r.Context(), address, by.Who, impUID, s.till.gateway.Payment)
+	who := asker{buyer: r.caller.ID}
+	if who.buyer == "" {
+		who.address = clientAddress(r.Request, s.config.proxies)
+	}
+	p, err := s.limits.lookUp(r.Context(), who, by.Who, impUID, s.till.gateway.Payment)
 	if err != nil {
 		return Settlement{}, err
 	}
 	settled, err := s.till.Settle(r.Context(), by, p)
 	if errors.Is(err, errNotOurs) || err == nil && settled.State == "" {
-		s.limits.waste(address)
+		s.limits.waste(who)
 	}
 	r.orderID = settled.OrderID
 	return settled, err
