@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"os/exec"
 	"regexp"
 	"slices"
@@ -204,6 +205,28 @@ func TestMetrics(t *testing.T) {
 		`lumiere_oldest_unsettled_payment_seconds{kind="refund"}`: 0, `lumiere_oldest_unsettled_payment_seconds{kind="unknown"}`: 0,
 		`lumiere_orders{status="paid"}`: 1, `lumiere_orders{status="cancelled"}`: 1,
 	})
+}
+
+// What README.md has alarms for is there.
+func TestAlarmsAreOfFigures(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	check(t, err)
+	s := newShop(t)
+	there := map[string]bool{}
+	for series := range s.scrape() {
+		name, _, _ := strings.Cut(series, "{")
+		there[name] = true
+	}
+	there["lumiere_http_requests_total"] = true // once there was one
+	alarms := regexp.MustCompile(`lumiere_[a-z_]+`).FindAllString(string(readme), -1)
+	for _, name := range alarms {
+		if !there[name] {
+			t.Errorf("README.md speaks of %s", name)
+		}
+	}
+	if len(alarms) < 5 {
+		t.Errorf("README.md speaks of %v alone", alarms)
+	}
 }
 
 func TestMetricsWithoutADatabase(t *testing.T) {
