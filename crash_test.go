@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -34,7 +33,7 @@ var (
 
 const (
 	crashBuyers    = 16
-	crashPaintings = 60
+	crashPaintings = 200
 	crashHold      = time.Second            // ORDER_HOLD
 	crashPatience  = 3 * time.Second        // how long a buyer waits for an answer
 	crashLatency   = 20 * time.Millisecond  // of the gateway
@@ -696,17 +695,19 @@ func (c *crash) mismatch(order, format string, args ...any) {
 	c.t.Errorf("order %s "+format+"\nits history:\n%s\nat the gateway:\n%s\n", append(append([]any{order}, args...), history, strings.Join(gateway, "\n"))...)
 }
 
+// printFigures says what happened, a line for each of: what was done, what the gateway did wrong, what was answered.
 func (c *crash) printFigures() {
-	var text bytes.Buffer
-	for _, figures := range []map[string]int{c.figures, c.faults} {
-		fmt.Fprintln(&text)
+	answers := map[string]int{}
+	for status, n := range c.answers {
+		answers[fmt.Sprintf("answered %d", status)] = n
+	}
+	answers["not answered"] = answers["answered 0"]
+	delete(answers, "answered 0")
+	for _, figures := range []map[string]int{c.figures, c.faults, answers} {
+		var parts []string
 		for _, name := range slices.Sorted(maps.Keys(figures)) {
-			fmt.Fprintf(&text, "%8d %s\n", figures[name], name)
+			parts = append(parts, fmt.Sprintf("%d %s", figures[name], name))
 		}
+		c.t.Log(strings.Join(parts, ", "))
 	}
-	fmt.Fprintln(&text)
-	for _, status := range slices.Sorted(maps.Keys(c.answers)) {
-		fmt.Fprintf(&text, "%8d answers %d\n", c.answers[status], status)
-	}
-	c.t.Log(text.String())
 }
