@@ -168,7 +168,7 @@ func (b *browser) until(expression string, into any) {
 			if (found) resolve(found);
 			else if (performance.now() > end) reject('not seen: ' + %q + '\n' +
 				[...document.querySelectorAll('main, #notice, dialog')].map(e => e.innerText).join('\n'));
-			else setTimeout(look, 10);
+			else setTimeout(look, 20);
 		})();
 	})`, expression, expression), into)
 }

@@ -160,11 +160,11 @@ func (s *server) localCatalogue(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return localCatalogue{ids, s.localPeople()}, nil
+	return localCatalogue{ids, s.peopleWithTokens()}, nil
 }
 
-// localPeople are the localPeople with new tokens.
-func (s *server) localPeople() []localPerson {
+// peopleWithTokens are the localPeople, each with a new token.
+func (s *server) peopleWithTokens() []localPerson {
 	people := slices.Clone(localPeople)
 	for i, p := range people {
 		var err error
@@ -227,7 +227,7 @@ const localGatewayFile = "gateway.json"
 // welcome prints where the service is, tokens, and the lines that walk from a cart to a cancelled order.
 func (h *localHouse) welcome(s *server, address string, out io.Writer) error {
 	var tokens strings.Builder
-	for _, p := range s.localPeople() {
+	for _, p := range s.peopleWithTokens() {
 		fmt.Fprintf(&tokens, "%s=%s\n", p.Variable, p.Token)
 	}
 	_, err := fmt.Fprint(out, strings.NewReplacer("{url}", "http://"+address, "{tokens}", tokens.String()).Replace(`
