@@ -49,6 +49,7 @@ func openBrowser(t testing.TB, origin string) *browser {
 		"--disable-sync", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--no-startup-window",
 		"--lang=ko", "--user-data-dir="+home, "--remote-debugging-pipe")
 	cmd.ExtraFiles = []*os.File{theirCommands, theirAnswers} // 3 and 4
+	cmd.Env = append(os.Environ(), "HOME="+home)
 	cmd.Stderr = log
 	check(t, cmd.Start())
 	for _, theirs := range []*os.File{theirCommands, theirAnswers, log} {
