@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	_ "embed"
 	"encoding/hex"
 	"errors"
 	"flag"
@@ -269,10 +270,23 @@ func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Lo
 	for _, rt := range s.routes() {
 		s.add(rt)
 	}
+	s.mux.HandleFunc("GET /openapi.json", showOpenAPI)
 	if !c.local { // there it is the page
 		s.add(route{"GET /{$}", anyone, 200, s.about})
 	}
 	return s
+}
+
+// openAPI describes every call for whoever writes a front end.
+//
+//go:embed openapi.json
+var openAPI []byte
+
+// showOpenAPI answers /openapi.json.
+func showOpenAPI(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Cache-Control", "public, max-age=300")
+	w.Write(openAPI)
 }
 
 // randomDigits are 16 hex digits nobody can guess.
@@ -394,7 +408,8 @@ func (s *server) about(*request) (any, error) {
 	return struct {
 		Name    string `json:"name"`
 		Version string `json:"version"`
-	}{"lumiere", version()}, nil
+		OpenAPI string `json:"openapi"`
+	}{"lumiere", version(), "/openapi.json"}, nil
 }
 
 // ---- commands

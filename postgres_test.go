@@ -21,7 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	code := m.Run()
+	code := wantWholeAPI(m.Run())
 	if err := stopTestPostgres(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		code = 1
