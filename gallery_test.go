@@ -42,7 +42,7 @@ func newGallery(t testing.TB, databaseURL string, orders int, now func() time.Ti
 	store, err := openStore(ctx, databaseURL, nil)
 	check(t, err)
 	defer store.Close()
-	check(t, store.migrate(ctx, len(schemaSteps())))
+	check(t, store.migrate(ctx, schemaSteps()))
 	conn, err := pgx.Connect(ctx, databaseURL)
 	check(t, err)
 	defer conn.Close(ctx)

@@ -92,7 +92,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	store, err := openStore(context.Background(), c.databaseURL, s.traced)
 	check(s.t, err)
 	s.t.Cleanup(store.Close)
-	check(s.t, store.migrate(context.Background(), len(schemaSteps())))
+	check(s.t, store.migrate(context.Background(), schemaSteps()))
 	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
 	s.t.Cleanup(s.till.gateway.client.CloseIdleConnections)
 	s.till.lastRound.Store(s.clock.Now().UnixNano())

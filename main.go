@@ -325,7 +325,7 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 		return err
 	}
 	defer store.Close()
-	if err := store.migrate(ctx, len(schemaSteps())); err != nil {
+	if err := store.migrate(ctx, schemaSteps()); err != nil {
 		return fmt.Errorf("database: %w", err)
 	}
 	s := newServer(c, store, nil, log, time.Now)
@@ -448,7 +448,7 @@ func withStore(ctx context.Context, c *config, do func(*Store) error) (err error
 		return err
 	}
 	defer store.Close()
-	if err := store.migrate(ctx, len(schemaSteps())); err != nil {
+	if err := store.migrate(ctx, schemaSteps()); err != nil {
 		return fmt.Errorf("database: %w", err)
 	}
 	return do(store)

@@ -29,6 +29,8 @@ type Store struct {
 	paintings *gather[string, Painting]
 	orders    *gather[orderKey, Order]
 	latest    *gather[string, Order]
+
+	stepLockWait time.Duration
 }
 
 // dbTimeout bounds one call to the database, waiting for a free connection included.
@@ -48,7 +50,7 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, 
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{pool: pool}
+	s := &Store{pool: pool, stepLockWait: stepLockWait}
 	s.paintings = newGather(s.readPaintings)
 	s.orders = newGather(s.readOrders)
 	s.latest = newGather(s.readLatest)
@@ -92,14 +94,46 @@ func (s *Store) schemaVersion(ctx context.Context) (version int, err error) {
 	return version, err
 }
 
-// migrate brings the database to the first upTo steps of schema.sql. Replicas that start together wait for the one
-// that came first. A database with more steps than that belongs to a newer program and is left as it is.
-func (s *Store) migrate(ctx context.Context, upTo int) error {
-	if version, err := s.schemaVersion(ctx); err != nil || version >= upTo {
+// A step waits this long for a lock, since whoever comes after it waits too, then lets them by and tries again, so many
+// times. The wait is shorter than PostgreSQL's deadlock_timeout: of a step and a buyer's call it is the step that gives way.
+const (
+	stepLockWait = 500 * time.Millisecond
+	stepTries    = 10
+)
+
+// migrate brings the database to these steps, those of schema.sql. Replicas that start together wait for the one that
+// came first. A database with more steps than that belongs to a newer program and is left as it is.
+func (s *Store) migrate(ctx context.Context, steps []string) error {
+	version, err := s.schemaVersion(ctx)
+	if err != nil {
 		return err
 	}
+	for n := version + 1; n <= len(steps); n++ {
+		for try := 1; ; try++ {
+			if err = s.applyStep(ctx, n, steps[n-1]); err == nil {
+				break
+			} else if try == stepTries || !lockedOut(err) {
+				return fmt.Errorf("schema step %d: %w", n, err)
+			}
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(s.stepLockWait):
+			}
+		}
+	}
+	return nil
+}
+
+// lockedOut reports whether err means that others had locked what a step needs.
+func lockedOut(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && (pg.Code == "55P03" || pg.Code == "40P01") // lock_not_available, deadlock_detected
+}
+
+// applyStep applies step n in a transaction of its own, unless the database has it.
+func (s *Store) applyStep(ctx context.Context, n int, step string) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		var version int
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(4820561379)`); err != nil {
 			return err
 		}
@@ -107,21 +141,15 @@ func (s *Store) migrate(ctx context.Context, upTo int) error {
 			step integer CONSTRAINT schema_steps_pkey PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
 			return err
 		}
-		if err := tx.QueryRow(ctx, `SELECT coalesce(max(step), 0) FROM schema_steps`).Scan(&version); err != nil {
+		tag, err := tx.Exec(ctx, `INSERT INTO schema_steps (step) VALUES ($1) ON CONFLICT DO NOTHING`, n)
+		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}
-		for i, step := range schemaSteps()[:upTo] {
-			if i+1 <= version {
-				continue
-			}
-			if _, err := tx.Conn().PgConn().Exec(ctx, step).ReadAll(); err != nil {
-				return fmt.Errorf("schema step %d: %w", i+1, err)
-			}
-			if _, err := tx.Exec(ctx, `INSERT INTO schema_steps (step) VALUES ($1)`, i+1); err != nil {
-				return err
-			}
+		if _, err := tx.Exec(ctx, `SELECT set_config('lock_timeout', $1, true)`, fmt.Sprint(s.stepLockWait.Milliseconds())); err != nil {
+			return err
 		}
-		return nil
+		_, err = tx.Conn().PgConn().Exec(ctx, step).ReadAll()
+		return err
 	})
 }
 
