@@ -115,6 +115,7 @@ func TestPage(t *testing.T) {
 	b.run(`document.querySelector('h1').innerText.replace('주문 ', '')`, &number)
 	b.click("^관리자$")
 	b.click("^주문 관리$")
+	b.see("h1", "주문 관리")
 	b.tabTo("^주문번호$")
 	b.do("Input.insertText", object{"text": number})
 	b.press("Enter")
