@@ -275,9 +275,10 @@ func TestHangingUpIsCharged(t *testing.T) {
 	ctx, hangUp := context.WithCancel(t.Context())
 	s.double.faultOnce("payment", fault{before: waitFor(func(context.Context) { hangUp() })})
 	request := httptest.NewRequestWithContext(ctx, "PATCH", "/api/orders/pay", strings.NewReader(`{"imp_uid":"imp_1"}`))
-	s.ServeHTTP(httptest.NewRecorder(), request)
-	if s.limits.inAll.n != 1 {
-		t.Errorf("%v wasted", s.limits.inAll.n)
+	recorder := httptest.NewRecorder()
+	s.ServeHTTP(recorder, request)
+	if s.limits.inAll.n != 1 || recorder.Code != 499 || s.outage.lasts() {
+		t.Errorf("%v wasted, logged as %d, the gateway is silent: %v", s.limits.inAll.n, recorder.Code, s.outage.lasts())
 	}
 }
 

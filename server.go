@@ -113,10 +113,10 @@ func refusalOf(err error) *refusal {
 	switch {
 	case errors.As(err, &r):
 		return r
-	case errors.As(err, &gateway):
-		return &refusal{status: gateway.Status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
 	case errors.Is(err, context.Canceled):
 		return &refusal{status: 499, body: message{messageFault}, cause: err} // the client went away
+	case errors.As(err, &gateway):
+		return &refusal{status: gateway.Status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
 	case unavailable(err):
 		return &refusal{status: http.StatusServiceUnavailable, body: message{messageAway}, retryAfter: 2 * time.Second, cause: err}
 	default:
