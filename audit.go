@@ -364,7 +364,7 @@ func auditCommand(ctx context.Context, c config, within time.Duration, asJSON bo
 			return err
 		}
 		if n := len(report.Mismatches); n > 0 {
-			return fmt.Errorf("%w: %d mismatches", errUnbalanced, n)
+			return fmt.Errorf("%w; mismatches: %d", errUnbalanced, n)
 		}
 		return nil
 	})

@@ -262,7 +262,7 @@ func TestAuditOfMovingBooks(t *testing.T) {
 
 func TestAuditWhenTheGatewayFails(t *testing.T) {
 	s := newDirectShop(t)
-	for range 2 * auditFailures {
+	for range 3 * auditFailures {
 		s.order(newTestID(), s.painting(99000))
 	}
 	for range auditFailures - 1 {
