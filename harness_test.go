@@ -39,6 +39,7 @@ type shop struct {
 	logged *bytes.Buffer // what it logged; read it when nothing runs
 	traced *tracer
 	url    string // empty: without a network
+	called string // the X-Request-Id of its calls; empty: the service makes one
 }
 
 const testSecret = "test-secret-test-secret-test-secret-test"
@@ -152,6 +153,9 @@ func (s *shop) callWith(authorization, method, path string, body any) answer {
 		request.Header.Set("Authorization", authorization)
 	}
 	request.Header.Set("Content-Type", "application/json")
+	if s.called != "" {
+		request.Header.Set("X-Request-Id", s.called)
+	}
 	response, err := s.send(request)
 	check(s.t, err)
 	defer response.Body.Close()
@@ -190,16 +194,28 @@ func newTestID() string { return fmt.Sprintf("61a4debe%016x", ids.Add(1)) }
 // painting puts a painting of this price into the catalogue and returns its id. Its size is 73x61cm, its canvas 20.
 func (s *shop) painting(price int64) string {
 	s.t.Helper()
-	id := newTestID()
-	s.catalogue(id, price, true)
-	return id
+	return s.paintings(1, price)[0]
 }
 
-// catalogue puts a painting into the catalogue, or changes it there.
-func (s *shop) catalogue(id string, price int64, forSale bool) {
+// paintings puts so many paintings into the catalogue at once.
+func (s *shop) paintings(n int, price int64) (ids []string) {
 	s.t.Helper()
-	check(s.t, s.store.ImportPaintings(context.Background(), []Painting{{ID: id, ArtistID: "61a4c82a2c1eaad2e0d0084c", ArtistName: "안영희",
-		Title: "잠식", Image: "/images/bye/1.jpg", Size: "73x61cm", Canvas: 20, Price: price, ForSale: forSale}}))
+	for range n {
+		ids = append(ids, newTestID())
+	}
+	s.catalogue(price, true, ids...)
+	return ids
+}
+
+// catalogue puts paintings into the catalogue, or changes them there.
+func (s *shop) catalogue(price int64, forSale bool, ids ...string) {
+	s.t.Helper()
+	var all []Painting
+	for _, id := range ids {
+		all = append(all, Painting{ID: id, ArtistID: "61a4c82a2c1eaad2e0d0084c", ArtistName: "안영희",
+			Title: "잠식", Image: "/images/bye/1.jpg", Size: "73x61cm", Canvas: 20, Price: price, ForSale: forSale})
+	}
+	check(s.t, s.store.ImportPaintings(context.Background(), all))
 }
 
 // orderBody is a good body of POST /api/orders for paintings of 99,000 won each; number is its result.id.

@@ -475,9 +475,9 @@ func newModelLife(s *shop, seed uint64) *modelLife {
 		l.buyers = append(l.buyers, newTestID())
 		l.names = append(l.names, l.buyers[i], fmt.Sprintf("buyer%d", i+1))
 	}
-	for i := range 4 {
-		l.model.paintings = append(l.model.paintings, &modelPainting{id: s.painting(99000), forSale: true})
-		l.names = append(l.names, l.model.paintings[i].id, fmt.Sprintf("painting%d", i+1))
+	for i, id := range s.paintings(4, 99000) {
+		l.model.paintings = append(l.model.paintings, &modelPainting{id: id, forSale: true})
+		l.names = append(l.names, id, fmt.Sprintf("painting%d", i+1))
 	}
 	l.names = append(l.names, desk, "desk")
 	return l
@@ -872,7 +872,7 @@ func (l *modelLife) playConsole() {
 func (l *modelLife) playCatalogue() {
 	p := pick(l, l.model.paintings)
 	p.forSale = !p.forSale
-	l.catalogue(p.id, 99000, p.forSale)
+	l.catalogue(99000, p.forSale, p.id)
 	l.say("%s is for sale: %v", p.id, p.forSale)
 }
 

@@ -487,6 +487,7 @@ func (s *server) deleteOrder(r *request) (any, error) {
 		} else if err != nil {
 			return nil, err
 		}
+		s.till.at("state read", id)
 		text, err := s.deleteInState(r, state, wanted)
 		if !errors.Is(err, errStale) {
 			return message{text}, err

@@ -96,7 +96,9 @@ func (t *Till) lookAt(ctx context.Context, l Look) (seen, err error) {
 	if unpaid {
 		look = t.Look
 	}
+	t.at("leased", l.ID)
 	settled, seen := look(ctx, byReconciler, l.ID)
+	t.at("looked", l.ID)
 	now := t.now()
 	var gateway *GatewayError
 	switch {
@@ -123,7 +125,6 @@ func (t *Till) lookAt(ctx context.Context, l Look) (seen, err error) {
 
 // end lets an unpaid order's paintings go; that it was paid or deleted meanwhile is no error.
 func (t *Till) end(ctx context.Context, l Look, now, nextLook time.Time) error {
-	t.at("expiring", l.ID)
 	err := t.store.EndUnpaid(ctx, byReconciler, l.ID, "expired", now, nextLook)
 	if errors.Is(err, errStale) {
 		return nil

@@ -21,8 +21,9 @@ type Till struct {
 	every   time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
 	hold    time.Duration // how long an unpaid order keeps its paintings
 
-	// step, when set, is called between the steps of settling and refunding, so that tests can stop one road there.
-	step func(name, impUID string)
+	// step, when set, is called between any two calls to the database or the gateway that change or decide something, about
+	// a payment or an order, so that tests can stop one road there. Nothing is locked then.
+	step func(name, id string)
 
 	lastRound atomic.Int64 // when the reconciler last finished a round, Unix nanoseconds
 }
@@ -135,6 +136,7 @@ func (t *Till) settle(ctx context.Context, by Change, p Payment) (Settlement, er
 // first, since the answer to the one before may have been lost. errRefundPending (with the cause) when it did not
 // succeed: the reconciler goes on with it.
 func (t *Till) Refund(ctx context.Context, by Change, row PaymentRow) error {
+	t.at("leased", row.ImpUID)
 	if row.Attempts > 1 {
 		p, err := t.gateway.Payment(ctx, row.ImpUID)
 		if err != nil {
@@ -157,7 +159,6 @@ func (t *Till) Refund(ctx context.Context, by Change, row PaymentRow) error {
 // payment is looked up, since the money may be back all the same.
 func (t *Till) cancel(ctx context.Context, by Change, row PaymentRow) error {
 	ctx = context.WithoutCancel(ctx)
-	t.at("cancelling", row.ImpUID)
 	p, cause := t.gateway.Cancel(ctx, CancelRequest{ImpUID: row.ImpUID, Remaining: row.Amount - row.Refunded, Won: row.Won, Reason: row.Reason})
 	t.at("cancelled", row.ImpUID)
 	if cause != nil {
@@ -165,6 +166,7 @@ func (t *Till) cancel(ctx context.Context, by Change, row PaymentRow) error {
 		if p, err = t.gateway.Payment(ctx, row.ImpUID); err != nil {
 			return t.refundFailed(ctx, row, cause)
 		}
+		t.at("looked up", row.ImpUID)
 	}
 	settled, err := t.settle(ctx, by, p)
 	switch {
@@ -201,7 +203,6 @@ func (t *Till) Cancel(ctx context.Context, by Change, id string, from int, reaso
 		return err
 	}
 	t.logMoney(by, Books{OrderID: id}, Payment{ImpUID: row.ImpUID, Amount: row.Amount, Cancelled: row.Refunded}, &PaymentRow{State: "kept"}, Entry{State: "refunding", Reason: reason})
-	t.at("booked", row.ImpUID)
 	return t.Refund(ctx, by, row)
 }
 
@@ -220,6 +221,7 @@ func (t *Till) Look(ctx context.Context, by Change, id string) (kept Settlement,
 	if _, err := t.gateway.PaidFor(ctx, id); err != nil {
 		return kept, err
 	}
+	t.at("money found", id)
 	return t.Recheck(ctx, by, id) // others may stand behind the one that was found
 }
 
@@ -255,9 +257,9 @@ func (t *Till) Delete(ctx context.Context, by Change, id string) error {
 	return t.store.EndUnpaid(context.WithoutCancel(ctx), by, id, "deleted", now, now.Add(t.hold))
 }
 
-func (t *Till) at(step, impUID string) {
+func (t *Till) at(step, id string) {
 	if t.step != nil {
-		t.step(step, impUID)
+		t.step(step, id)
 	}
 }
 
