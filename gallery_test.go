@@ -26,6 +26,7 @@ type gallery struct {
 	database string // its connection string
 	address  string // of the service before it
 	tokens   *tokens
+	now      func() time.Time
 	shown    []shownOrder // some of the orders
 
 	mu   sync.Mutex
@@ -37,7 +38,7 @@ type shownOrder struct{ ID, Buyer string }
 
 // newGallery fills an empty database.
 func newGallery(t testing.TB, databaseURL string, orders int, now func() time.Time) *gallery {
-	g := &gallery{t: t, orders: orders, database: databaseURL, tokens: newTokens([]byte(testSecret), now)}
+	g := &gallery{t: t, orders: orders, database: databaseURL, tokens: newTokens([]byte(testSecret), now), now: now}
 	ctx := t.Context()
 	store, err := openStore(ctx, databaseURL, nil)
 	check(t, err)
@@ -70,7 +71,7 @@ const galleryFunctions = `
 // galleryPaintings makes $1 paintings; galleryOrders makes the orders number $2 to $3 for so many.
 const galleryPaintings = `
 	INSERT INTO products (id, artist_id, artist_name, title, image, size, canvas, price, for_sale, order_id)
-	SELECT pg_temp.oid('0a', k), pg_temp.oid('0c', k % 997), '안영희', '작품 ' || k, '/images/bye/' || k || '.jpg', '73x61cm', 20, 99000, true,
+	SELECT pg_temp.oid('0a', k), pg_temp.oid('0c', k % 997), '안영희', '작품 ' || k, '/images/bye/1.jpg', '73x61cm', 20, 99000, true,
 		CASE WHEN k % 10 < 5 OR k > $1 - $1 / 100 THEN pg_temp.oid('0d', 4 * $1 + k) END
 	FROM generate_series(1, $1::bigint) k`
 
@@ -204,9 +205,10 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*client)) t
 				flow(c)
 			}
 			clear(c.taken)
-			for time.Since(begin) < length {
+			for flow(c); time.Since(begin) < length; {
 				flow(c)
 			}
+			g.giveBack(c.painting)
 			mu.Lock()
 			defer mu.Unlock()
 			for name, took := range c.taken {
@@ -219,7 +221,7 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*client)) t
 }
 
 func (g *gallery) token(user string) string {
-	token, err := g.tokens.issue(Caller{ID: user, Admin: user == desk}, time.Now(), time.Hour)
+	token, err := g.tokens.issue(Caller{ID: user, Admin: user == desk}, g.now(), 3*time.Hour)
 	check(g.t, err)
 	return token
 }
@@ -236,35 +238,44 @@ func (g *gallery) takeFree() string {
 	return id
 }
 
+// giveBack says that nobody has the painting any more; "" is none.
+func (g *gallery) giveBack(painting string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if painting != "" {
+		g.free = append(g.free, painting)
+	}
+}
+
 // cart is three paintings.
 func (g *gallery) cart() []string {
 	n := g.orders / 5
 	return []string{paintingID(1 + mathrand.IntN(n)), paintingID(1 + mathrand.IntN(n)), paintingID(1 + mathrand.IntN(n))}
 }
 
-// reads are the questions of one endpoint, about many orders and paintings.
-func (g *gallery) reads(name string) (requests [][]byte) {
-	administrator := g.token(desk)
-	for _, o := range g.shown {
-		cart := "?productId[]=" + strings.Join(g.cart(), "&productId[]=")
-		buyer := g.token(o.Buyer)
-		requests = append(requests, map[string][]byte{
-			"cart-items":   wireRequest("GET", "/api/products/cart-items"+cart, "", ""),
-			"total-price":  wireRequest("GET", "/api/products/total-price"+cart, buyer, ""),
-			"detail":       wireRequest("GET", "/api/orders/"+o.ID, buyer, ""),
-			"latest":       wireRequest("GET", "/api/orders/latest", buyer, ""),
-			"mine":         wireRequest("GET", "/api/orders/mine", buyer, ""),
-			"history":      wireRequest("GET", "/api/orders/"+o.ID+"/history", buyer, ""),
-			"desk":         wireRequest("GET", "/api/orders", administrator, ""),
-			"desk, status": wireRequest("GET", "/api/orders?status=0", administrator, ""),
-		}[name])
-	}
-	return requests
-}
-
-// reading is the flow of a client that asks one question after the other.
+// reading is the flow of a client that asks one call's questions, about many orders and paintings.
 func (g *gallery) reading(name string) func(*client) {
-	requests := g.reads(name)
+	byDesk := g.token(desk)
+	ask := map[string]func(o shownOrder) []byte{
+		"cart-items": func(shownOrder) []byte {
+			return wireRequest("GET", "/api/products/cart-items?productId="+strings.Join(g.cart(), "&productId="), "", "")
+		},
+		"total-price": func(o shownOrder) []byte {
+			return wireRequest("GET", "/api/products/total-price?productId="+strings.Join(g.cart(), "&productId="), g.token(o.Buyer), "")
+		},
+		"detail": func(o shownOrder) []byte { return wireRequest("GET", "/api/orders/"+o.ID, g.token(o.Buyer), "") },
+		"history": func(o shownOrder) []byte {
+			return wireRequest("GET", "/api/orders/"+o.ID+"/history", g.token(o.Buyer), "")
+		},
+		"latest":       func(o shownOrder) []byte { return wireRequest("GET", "/api/orders/latest", g.token(o.Buyer), "") },
+		"mine":         func(o shownOrder) []byte { return wireRequest("GET", "/api/orders/mine", g.token(o.Buyer), "") },
+		"desk":         func(shownOrder) []byte { return wireRequest("GET", "/api/orders", byDesk, "") },
+		"desk, status": func(shownOrder) []byte { return wireRequest("GET", "/api/orders?status=0", byDesk, "") },
+	}[name]
+	requests := make([][]byte, len(g.shown))
+	for i, o := range g.shown {
+		requests[i] = ask(o)
+	}
 	return func(c *client) { c.call(name, requests[mathrand.IntN(len(requests))], http.StatusOK) }
 }
 
@@ -277,12 +288,16 @@ func (c *client) order(buyer, painting string) string {
 	return made.OrderID
 }
 
-func (c *client) pay(order string) {
-	c.call("pay", wireRequest("PATCH", "/api/orders/pay", "", `{"imp_uid":"imp_`+order+`"}`), 200)
+// pay reports that an order is paid.
+func (c *client) pay(buyer, order string) {
+	c.call("pay", wireRequest("PATCH", "/api/orders/pay", c.token(buyer), `{"imp_uid":"imp_`+order+`"}`), 200)
 }
 
 // checkout is an order of a new buyer's, and its payment.
-func checkout(c *client) { c.pay(c.order(newTestID(), c.takeFree())) }
+func checkout(c *client) {
+	buyer := newTestID()
+	c.pay(buyer, c.order(buyer, c.takeFree()))
+}
 
 // life leads an order through everything that may become of it, and another one to its end unpaid. The painting is the
 // client's for good, so that the tables grow little.
@@ -292,7 +307,7 @@ func life(c *client) {
 	}
 	buyer := newTestID()
 	order := c.order(buyer, c.painting)
-	c.pay(order)
+	c.pay(buyer, order)
 	path, byBuyer, byDesk := "/api/orders/"+order, c.token(buyer), c.token(desk)
 	for status := statusPreparing; status <= statusDelivered; status++ {
 		c.call("step", wireRequest("PATCH", path, byDesk, fmt.Sprintf(`{"status":%d}`, status)), 200)
