@@ -1,0 +1,551 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Random lives of a small shop. Each step goes to the service and to the model of model_test.go; the answer, the books, the
+// history and the money at the gateway must then be what the model says. A failure prints the seed of the one life in which
+// it happened and that life's steps.
+
+var (
+	modelSeed  = flag.Uint64("model.seed", 0, "seed of the first life that TestModel plays; 0: another each time")
+	modelSteps = flag.Int("model.steps", 2000, "how many random steps TestModel plays")
+)
+
+// lifeSteps is how many steps a life has before all is settled; the next one begins with new buyers and paintings.
+const lifeSteps = 60
+
+func TestModel(t *testing.T) {
+	t.Parallel()
+	seed := cmp.Or(*modelSeed, rand.Uint64()>>32)
+	s := newDirectShop(t)
+	counts := map[string]int{}
+	for steps := 0; steps < *modelSteps; steps += lifeSteps {
+		l := newModelLife(s, seed)
+		for range lifeSteps {
+			l.step()
+		}
+		l.settleDown()
+		for move, n := range l.counts {
+			counts[move] += n
+		}
+		s.logged.Reset()
+		seed++
+	}
+	t.Logf("the last life's seed was %d; moves: %v", seed-1, counts)
+}
+
+// modelLife is a shop's life: the model beside the service, and what has been done so far.
+type modelLife struct {
+	*shop
+	model  model
+	seed   uint64
+	random *rand.Rand
+	buyers []string
+	names  []string // of ids, for strings.NewReplacer
+	trace  []string
+	counts map[string]int
+}
+
+// newModelLife begins a life with three buyers and four paintings.
+func newModelLife(s *shop, seed uint64) *modelLife {
+	l := &modelLife{shop: s, seed: seed, random: rand.New(rand.NewPCG(seed, 0)), counts: map[string]int{}}
+	for i := range 3 {
+		l.buyers = append(l.buyers, newTestID())
+		l.names = append(l.names, l.buyers[i], fmt.Sprintf("buyer%d", i+1))
+	}
+	for i, id := range s.paintings(4, 99000) {
+		l.model.paintings = append(l.model.paintings, &modelPainting{id: id, forSale: true})
+		l.names = append(l.names, id, fmt.Sprintf("painting%d", i+1))
+	}
+	l.names = append(l.names, desk, "desk")
+	return l
+}
+
+// moves are what can happen, and how often.
+var moves = []struct {
+	often int
+	name  string
+	play  func(*modelLife)
+}{
+	{20, "create", (*modelLife).playCreate},
+	{5, "show", (*modelLife).playShow},
+	{20, "charge", (*modelLife).playCharge},
+	{20, "report", (*modelLife).playReport},
+	{20, "notice", (*modelLife).playNotice},
+	{20, "delete", (*modelLife).playDelete},
+	{12, "step", (*modelLife).playStep},
+	{6, "console", (*modelLife).playConsole},
+	{2, "catalogue", (*modelLife).playCatalogue},
+	{8, "wait", (*modelLife).playWait},
+	{10, "reconcile", (*modelLife).playReconcile},
+}
+
+// step plays a random move and compares.
+func (l *modelLife) step() {
+	l.t.Helper()
+	l.tick(5 * time.Second) // a look-up repeated within 3 seconds may be answered from the one before
+	l.model.trouble = noTrouble
+	if l.random.IntN(5) == 0 {
+		l.model.trouble = pick(l, troubles)
+	}
+	l.double.setFaults(l.model.trouble.faults())
+	all := 0
+	for _, m := range moves {
+		all += m.often
+	}
+	n := l.random.IntN(all)
+	for _, m := range moves {
+		if n -= m.often; n < 0 {
+			l.counts[m.name]++
+			m.play(l)
+			break
+		}
+	}
+	l.compare()
+}
+
+// faults is the trouble as the gateway's double has it.
+func (t trouble) faults() func(call, id string) fault {
+	cancelled := map[string]bool{}
+	return func(call, id string) fault {
+		switch {
+		case call == "cancel":
+			cancelled[id] = true
+			return t.cancel
+		case call != "token" && (t.lookUp || t.after && cancelled[id]):
+			return fault{before: answer500}
+		}
+		return fault{}
+	}
+}
+
+func (l *modelLife) tick(d time.Duration) {
+	l.clock.advance(d)
+	l.model.now = l.clock.Now()
+}
+
+func pick[T any](l *modelLife, from []T) T { return from[l.random.IntN(len(from))] }
+
+// lately picks one of the last ten; nil when there is none.
+func lately[T any](l *modelLife, from []*T) *T {
+	if len(from) == 0 {
+		return nil
+	}
+	return pick(l, from[max(0, len(from)-10):])
+}
+
+// user is mostly the order's buyer, or else the desk, another or nobody.
+func (l *modelLife) user(o *modelOrder) string {
+	switch n := l.random.IntN(20); {
+	case n < 13 && o != nil:
+		return o.buyer
+	case n < 17:
+		return desk
+	case n < 19:
+		return pick(l, l.buyers)
+	}
+	return ""
+}
+
+// id is the order's, or that of no order.
+func (o *modelOrder) orderID() string {
+	if o == nil {
+		return "61a7adc903b7708e5dbba693"
+	}
+	return o.id
+}
+
+// say adds a line to the trace.
+func (l *modelLife) say(format string, args ...any) {
+	line := fmt.Sprintf(format, args...)
+	if l.model.trouble.name != "" {
+		line += " while " + l.model.trouble.name
+	}
+	l.trace = append(l.trace, fmt.Sprintf("%3d %s  %s", len(l.trace)+1, l.model.now.Format("02 15:04:05"), line))
+}
+
+// want says what was done and fails unless it was answered as the model says.
+func (l *modelLife) want(a answer, r reply, format string, args ...any) {
+	l.t.Helper()
+	l.say(format+" → %d %s", append(args, a.status, a.message())...)
+	if a.status != r.status || a.message() != r.message {
+		l.fail("the model answers %d %s", r.status, r.message)
+	}
+}
+
+// fail ends the test with the life so far.
+func (l *modelLife) fail(format string, args ...any) {
+	l.t.Helper()
+	l.t.Fatal(strings.NewReplacer(l.names...).Replace(fmt.Sprintf("%s\n%s\nplay this life again: go test -run TestModel -model.seed=%d -model.steps=1",
+		strings.Join(l.trace, "\n"), fmt.Sprintf(format, args...), l.seed)))
+}
+
+// compare fails unless the books, the history and the gateway are as the model says.
+func (l *modelLife) compare() {
+	l.t.Helper()
+	var want, orders, paintings []string
+	for _, o := range l.model.orders {
+		orders = append(orders, o.id)
+		want = append(want, fmt.Sprintf("order %s %d %s cancelling=%v: %s", o.id, o.status, o.ended, o.cancelling, strings.Join(o.history, ", ")))
+	}
+	for _, p := range l.model.paintings {
+		paintings = append(paintings, p.id)
+		owner := ""
+		if p.owner != nil {
+			owner = p.owner.id
+		}
+		want = append(want, fmt.Sprintf("painting %s is with order %s", p.id, owner))
+	}
+	for _, p := range l.model.payments {
+		if p.state != "" {
+			booked := p.booked
+			if p.foreign {
+				booked = 0
+			}
+			want = append(want, fmt.Sprintf("payment %s %s %s, %d back", p.impUID, p.state, p.reason, booked))
+		}
+		want = append(want, fmt.Sprintf("the gateway gave back %d of %s", p.back, p.impUID))
+	}
+	rows, _ := l.store.pool.Query(context.Background(), `
+		SELECT format('order %s %s %s cancelling=%s: %s', id, status, ended, (cancelling_since IS NOT NULL)::text,
+			(SELECT string_agg(why, ', ' ORDER BY h.id) FROM history h WHERE h.order_id = o.id)) FROM orders o WHERE id = ANY($1)
+		UNION ALL SELECT format('painting %s is with order %s', id, order_id) FROM products WHERE id = ANY($2)
+		UNION ALL SELECT format('payment %s %s %s, %s back', imp_uid, state, reason, refunded) FROM payments WHERE order_id = ANY($1)`, orders, paintings)
+	got, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	check(l.t, err)
+	for _, p := range l.model.payments {
+		got = append(got, fmt.Sprintf("the gateway gave back %d of %s", l.back(p.impUID), p.impUID))
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		only := func(a, b []string) string {
+			return strings.Join(slices.DeleteFunc(slices.Clone(a), func(s string) bool { return slices.Contains(b, s) }), "\n")
+		}
+		l.fail("the service has\n%s\nthe model has\n%s", only(got, want), only(want, got))
+	}
+}
+
+func (l *modelLife) playCreate() {
+	o := &modelOrder{status: -1, buyer: pick(l, l.buyers), number: newNumber(), made: l.model.now, until: l.model.now.Add(l.config.hold)}
+	for _, i := range l.random.Perm(len(l.model.paintings))[:1+l.random.IntN(2)] {
+		o.paintings = append(o.paintings, l.model.paintings[i])
+	}
+	if again := lately(l, l.model.orders); again != nil && l.random.IntN(4) == 0 { // a number used before, perhaps the very same order
+		o.buyer, o.number = again.buyer, again.number
+		if l.random.IntN(2) == 0 {
+			o.paintings = again.paintings
+		}
+	}
+	a := l.call(o.buyer, "POST", "/api/orders", orderBody(o.number, o.paintingIDs()...))
+	var made orderCreated
+	json.Unmarshal([]byte(a.body), &made)
+	o.id = made.OrderID
+	if l.model.live(o.buyer, func(x *modelOrder) bool { return x.id == o.id }) == nil && o.id != "" {
+		l.names = append(l.names, o.id, fmt.Sprintf("order%d", len(l.model.orders)+1))
+	}
+	want, is := l.model.create(o)
+	l.want(a, want, "%s orders %v under %s: %s", o.buyer, o.paintingIDs(), o.number, o.id)
+	if is != nil && is.id != o.id {
+		l.fail("the model answers order %s", is.id)
+	}
+	if want == paintingsTaken {
+		l.compareTaken(a, o)
+	}
+}
+
+// compareTaken fails unless the refusal of order o says which paintings are taken and how.
+func (l *modelLife) compareTaken(a answer, o *modelOrder) {
+	l.t.Helper()
+	type product struct {
+		ID     string `json:"_id"`
+		Reason string
+		Until  string
+	}
+	var want []product
+	for _, p := range o.paintings {
+		switch {
+		case !p.takenFor(o.buyer):
+		case !p.forSale || !p.owner.unpaid():
+			want = append(want, product{p.id, "sold", ""})
+		default:
+			want = append(want, product{p.id, "held", p.owner.until.Format(timeFormat)})
+		}
+	}
+	var got struct{ Products []product }
+	check(l.t, json.Unmarshal([]byte(a.body), &got))
+	if !slices.Equal(got.Products, want) {
+		l.fail("answered %v, the model %v", got.Products, want)
+	}
+}
+
+// playShow compares one of the calls that show something.
+func (l *modelLife) playShow() {
+	buyer := pick(l, l.buyers)
+	newest := func(fits func(*modelOrder) bool, most int) (ids []string) {
+		for _, o := range slices.Backward(l.model.orders) {
+			if fits(o) && len(ids) < most {
+				ids = append(ids, o.id)
+			}
+		}
+		return ids
+	}
+	his := func(o *modelOrder) bool { return o.buyer == buyer && o.ended == "" }
+	var want, got any
+	switch l.random.IntN(5) {
+	case 0:
+		o := lately(l, l.model.orders)
+		user := l.user(o)
+		status := 404
+		if user == "" {
+			status = 401
+		} else if o.seenBy(user) {
+			status = 200
+		}
+		a := l.call(user, "GET", "/api/orders/"+o.orderID(), nil)
+		l.say("%s looks at order %s → %d", user, o.orderID(), a.status)
+		var detail struct{ Result struct{ Status int } }
+		check(l.t, json.Unmarshal([]byte(a.body), &detail))
+		if want, got = status, a.status; status == 200 {
+			want, got = o.status, detail.Result.Status
+		}
+	case 1:
+		l.say("%s looks at his newest order", buyer)
+		var latest struct {
+			ID string `json:"_id"`
+		}
+		check(l.t, json.Unmarshal([]byte(l.call(buyer, "GET", "/api/orders/latest", nil).body), &latest))
+		want, got = strings.Join(newest(his, 1), ""), latest.ID
+	case 2:
+		l.say("%s lists his orders", buyer)
+		list := l.list(buyer, "/api/orders/mine")
+		count := map[int]int{}
+		for _, o := range l.model.orders {
+			if his(o) {
+				count[o.status]++
+			}
+		}
+		want = fmt.Sprint(newest(his, 3), count[0], count[1], count[2], count[3])
+		got = fmt.Sprint(list.ids(), list.Status["paid"], list.Status["ready"], list.Status["coming"], list.Status["done"])
+	case 3:
+		l.say("the desk lists the orders")
+		ids, list := newest(func(o *modelOrder) bool { return o.status >= 0 }, 10), l.list(desk, "/api/orders").ids()
+		want, got = fmt.Sprint(ids), fmt.Sprint(list[:min(len(ids), len(list))]) // those of earlier lives follow
+	case 4:
+		l.say("%s looks at the paintings", buyer)
+		stock := map[string]bool{}
+		query := ""
+		for _, p := range l.model.paintings {
+			stock[p.id] = !p.takenFor(buyer)
+			query += "&productId=" + p.id
+		}
+		var items []cartItem
+		check(l.t, json.Unmarshal([]byte(l.call(buyer, "GET", "/api/products/cart-items?"+query, nil).body), &items))
+		shown := map[string]bool{}
+		for _, item := range items {
+			shown[item.ID] = item.InStock
+		}
+		want, got = fmt.Sprint(stock), fmt.Sprint(shown)
+	}
+	if want != got {
+		l.fail("the service shows %v, the model %v", got, want)
+	}
+}
+
+// playCharge has a payment window end in one of the ways there are; nobody is told.
+func (l *modelLife) playCharge() {
+	p := &modelPayment{order: lately(l, l.model.orders), status: "paid", changed: l.model.now}
+	for _, waiting := range l.model.payments {
+		if waiting.status == "ready" && l.random.IntN(4) == 0 {
+			waiting.status, waiting.changed = "paid", l.model.now
+			l.double.set(waiting.impUID, func(p *pretendPayment) { p.Status, p.PaidAt = "paid", l.model.now })
+			l.say("%s is paid after all", waiting.impUID)
+			return
+		}
+	}
+	merchant, kind := "another-shops-order", l.random.IntN(20)
+	if kind == 0 {
+		p.order = nil
+	}
+	if p.order != nil {
+		merchant, p.amount = p.order.id, p.order.total()
+	}
+	currency := "KRW"
+	switch {
+	case p.order == nil:
+		p.amount = 5000
+	case kind < 3:
+		p.amount += 1 - 2*l.random.Int64N(2)
+	case kind == 3:
+		currency, p.foreign, p.amount = "USD", true, 80
+	case kind == 4:
+		p.sandbox = true
+	case kind == 5:
+		p.status = "failed"
+	case kind < 8:
+		p.status = "ready"
+	}
+	p.impUID = l.double.pay(pretendPayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status})
+	l.model.payments = append(l.model.payments, p)
+	l.names = append(l.names, p.impUID, fmt.Sprintf("payment%d", len(l.model.payments)))
+	l.say("%s: %d %s for order %s, %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, p.sandbox)
+}
+
+// playReport is a browser that reports a payment, again or for the first time.
+func (l *modelLife) playReport() { l.playSeen("the browser reports", l.model.report, l.shop.report) }
+
+// playNotice is the gateway's notice of a payment: late, repeated, in any order.
+func (l *modelLife) playNotice() {
+	l.playSeen("the gateway gives notice of", l.model.noticed, l.notice)
+}
+
+func (l *modelLife) playSeen(what string, model func(*modelPayment) reply, service func(string) answer) {
+	p, impUID := lately(l, l.model.payments), "imp_unknown"
+	if p != nil {
+		impUID = p.impUID
+	}
+	want := model(p)
+	l.want(service(impUID), want, what+" %s", impUID)
+}
+
+func (l *modelLife) playDelete() {
+	o := lately(l, l.model.orders)
+	user := l.user(o)
+	var wanted *int
+	var body any
+	if n := l.random.IntN(8); n < 6 {
+		n = []int{4, 5, 5, 4, 4, 3}[n]
+		wanted, body = &n, map[string]int{"status": n}
+	}
+	want := l.model.delete(user, o, wanted)
+	l.want(l.call(user, "DELETE", "/api/orders/"+o.orderID(), body), want, "%s deletes order %s with %v", user, o.orderID(), body)
+}
+
+func (l *modelLife) playStep() {
+	o := lately(l, l.model.orders)
+	user, to := l.user(o), 1+l.random.IntN(4)
+	if o != nil && l.random.IntN(2) == 0 {
+		user, to = desk, o.status+1
+	}
+	want := l.model.step(user, o, to)
+	l.want(l.call(user, "PATCH", "/api/orders/"+o.orderID(), map[string]int{"status": to}), want, "%s moves order %s to %d", user, o.orderID(), to)
+}
+
+// playConsole is a refund by hand in the gateway's console; its notice may come later, or never.
+func (l *modelLife) playConsole() {
+	p := lately(l, l.model.payments)
+	if p == nil || p.status != "paid" || p.back == p.amount {
+		return
+	}
+	back := p.amount - p.back
+	if l.random.IntN(2) == 0 {
+		back = min(back, 1+l.random.Int64N(back))
+	}
+	p.back, p.changed = p.back+back, l.model.now
+	check(l.t, l.double.refundInConsole(p.impUID, back))
+	l.say("the console gives back %d of %s", back, p.impUID)
+}
+
+// playCatalogue sells a painting elsewhere, or takes that back.
+func (l *modelLife) playCatalogue() {
+	p := pick(l, l.model.paintings)
+	p.forSale = !p.forSale
+	l.catalogue(99000, p.forSale, p.id)
+	l.say("%s is for sale: %v", p.id, p.forSale)
+}
+
+// playWait lets time pass in which no replica's reconciler gets anywhere.
+func (l *modelLife) playWait() {
+	l.tick(pick(l, []time.Duration{time.Minute, 10 * time.Minute, 31 * time.Minute, 65 * time.Minute}))
+	l.say("time passes")
+}
+
+func (l *modelLife) playReconcile() {
+	l.tick(pick(l, []time.Duration{time.Second, time.Minute, 10 * time.Minute, 31 * time.Minute, 2 * time.Hour, 25 * time.Hour}))
+	l.round()
+}
+
+// round is the reconciler's, one refund and one order after the other: which one is due the service says, what becomes
+// of it the model.
+func (l *modelLife) round() {
+	l.t.Helper()
+	l.say("the reconciler's round")
+	ctx := context.Background()
+	for {
+		rows, err := l.store.ClaimRefunds(ctx, 1, l.model.now, l.model.now.Add(refundLease))
+		check(l.t, err)
+		if len(rows) == 0 {
+			break
+		}
+		i := slices.IndexFunc(l.model.payments, func(p *modelPayment) bool { return p.impUID == rows[0].ImpUID && p.state == "refunding" })
+		if i < 0 {
+			l.fail("a refund of %s", rows[0].ImpUID)
+		}
+		l.say("  refunds %s again", rows[0].ImpUID)
+		err = l.till.Refund(ctx, byReconciler, rows[0])
+		if status := l.model.refundAgain(l.model.payments[i]); (status == 200) != (err == nil) {
+			l.fail("%v, by the model %d", err, status)
+		}
+	}
+	for {
+		looks, err := l.store.ClaimLooks(ctx, 1, l.model.now, l.model.now.Add(refundLease))
+		check(l.t, err)
+		if len(looks) == 0 {
+			break
+		}
+		i := slices.IndexFunc(l.model.orders, func(o *modelOrder) bool { return o.id == looks[0].ID })
+		l.say("  looks at order %s", looks[0].ID)
+		_, err = l.till.lookAt(ctx, looks[0])
+		check(l.t, err)
+		l.model.reconcile(l.model.orders[i], l.config.hold)
+		l.compare()
+	}
+	for _, o := range l.model.orders {
+		if o.unpaid() && !l.model.now.Before(o.until) && !l.model.now.Before(o.silent.Add(l.config.reconcile)) {
+			l.fail("order %s is unpaid and its hold is over", o.id)
+		}
+	}
+}
+
+// settleDown ends a life: the reconciler has all the time it needs and the gateway answers. Then every won that the
+// gateway has for an order pays for it, and the rest is back.
+func (l *modelLife) settleDown() {
+	l.t.Helper()
+	l.model.trouble = noTrouble
+	l.double.setFaults(nil)
+	for range 4 {
+		l.tick(25 * time.Hour)
+		l.round()
+		l.compare()
+	}
+	for _, o := range l.model.orders {
+		if o.unpaid() || o.cancelling {
+			l.fail("order %s is not settled", o.id)
+		}
+	}
+	for _, p := range l.model.payments {
+		switch {
+		case !p.moved() || p.changed.After(p.order.made.Add(lastLook)): // nobody promises to find it
+		case p.state == "kept" && p.booked == p.back && p.order.status >= 0 && p.order.status <= 4:
+		case p.state == "refunded" && p.back == p.amount:
+		default:
+			l.fail("payment %s is %s, %d of %d back", p.impUID, p.state, p.back, p.amount)
+		}
+	}
+	if n := queryText(l.t, l.config.databaseURL, `SELECT count(*) FROM orders WHERE next_look_at IS NOT NULL`); n != "0" {
+		l.fail("%s orders are still to be looked at", n)
+	}
+}
