@@ -262,10 +262,13 @@ func (b *browser) fits(size object) {
 	}
 }
 
-// resize makes the window this large; what it shows must fit either size.
+// resize makes the window this large, the phone's or the wide one's; what it shows must fit both.
 func (b *browser) resize(to object) {
 	b.t.Helper()
-	b.fits(wide)
-	b.fits(phone)
+	other := phone
+	if to["width"] == phone["width"] {
+		other = wide
+	}
+	b.fits(other)
 	b.fits(to)
 }
