@@ -334,29 +334,29 @@ func TestStepIsAppliedWholeOrNotAtAll(t *testing.T) {
 
 func TestStepLetsOthersBy(t *testing.T) {
 	s := newShop(t)
-	steps := append(schemaSteps(), `ALTER TABLE orders ADD COLUMN note text`)
 	report, err := pgx.Connect(t.Context(), s.config.databaseURL)
 	check(t, err)
 	defer report.Close(context.Background())
-	_, err = report.Exec(t.Context(), `BEGIN; SELECT count(*) FROM orders`)
+	const begin = `BEGIN; SELECT count(*) FROM orders` // a long look at the table, which a step wants to change
+	_, err = report.Exec(t.Context(), begin)
 	check(t, err)
-
-	impatient := openTestStore(t, s.config.databaseURL)
-	impatient.stepLockWait = 10 * time.Millisecond
-	if err := impatient.migrate(t.Context(), steps); !lockedOut(err) {
-		t.Errorf("while others hold the table: %v", err)
-	}
-
-	starting := openTestStore(t, s.config.databaseURL)
-	starting.stepLockWait = time.Second
+	steps := append(schemaSteps(), `ALTER TABLE orders ADD COLUMN note text`)
+	s.store.stepLockWait = time.Second
 	migrated := make(chan error, 1)
-	go func() { migrated <- starting.migrate(t.Context(), steps) }()
+	go func() { migrated <- s.store.migrate(t.Context(), steps) }()
 	for queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
 		AND relation = 'orders'::regclass`) == "0" {
 	}
-	s.order(buyerA, s.painting(99000)) // it came after the step, and would wait for as long as the report
+	s.order(buyerA, s.painting(99000)) // it comes after the step, and would wait for as long as the report
 	_, err = report.Exec(t.Context(), `ROLLBACK`)
 	check(t, err)
 	check(t, <-migrated)
 	s.order(buyerA, s.painting(99000))
+
+	_, err = report.Exec(t.Context(), begin)
+	check(t, err)
+	s.store.stepLockWait = time.Millisecond
+	if err := s.store.migrate(t.Context(), append(steps, `DROP TABLE orders CASCADE`)); !lockedOut(err) {
+		t.Errorf("a step that never gets its lock: %v", err)
+	}
 }
