@@ -628,8 +628,21 @@ type Entry struct {
 	Cancel bool   // the order is cancelled with it and its paintings are free
 }
 
+// lockRevivable says whether the paintings of the tombstone $1 are still to be had, and locks those and what its buyer's
+// unpaid order holds.
+const lockRevivable = `
+	WITH o AS (SELECT user_id, number, product_ids FROM orders WHERE id = $1 AND ended IS NOT NULL),
+	unpaid AS (SELECT u.id, u.product_ids FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
+	locked AS (
+		SELECT p.id, p.for_sale AND (p.order_id IS NULL OR p.order_id IS NOT DISTINCT FROM (SELECT id FROM unpaid)) AS free
+		FROM products p WHERE p.id = ANY((SELECT product_ids FROM o)::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
+		ORDER BY p.id FOR NO KEY UPDATE)
+	SELECT coalesce(bool_and(l.free), false) AND NOT EXISTS (
+			SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND x.status >= 0)
+	FROM o JOIN locked l ON l.id = ANY(o.product_ids)`
+
 // Settle reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
-// that: two round trips, one transaction, and nothing asked of anybody else in between. A refund that is decided is
+// that: two round trips (three for a tombstone), one transaction, and nothing asked of anybody else in between. A refund that is decided is
 // leased to the caller until lease. errNotFound: the order is not ours.
 func (s *Store) Settle(ctx context.Context, by Change, p Payment, now, lease time.Time, decide func(Books) Entry) (books Books, entry Entry, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
@@ -652,24 +665,16 @@ func (s *Store) Settle(ctx context.Context, by Change, p Payment, now, lease tim
 		books.Payments, err = pgx.CollectRows(rows, scanPayment)
 		return err
 	})
-	// Only a tombstone has to ask whether its paintings are still to be had.
-	read.Queue(`
-		WITH o AS (SELECT user_id, number, product_ids FROM orders WHERE id = $1 AND ended IS NOT NULL),
-		unpaid AS (SELECT u.id, u.product_ids FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
-		locked AS (
-			SELECT p.id, p.for_sale AND (p.order_id IS NULL OR p.order_id IS NOT DISTINCT FROM (SELECT id FROM unpaid)) AS free
-			FROM products p WHERE p.id = ANY((SELECT product_ids FROM o)::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
-			ORDER BY p.id FOR NO KEY UPDATE)
-		SELECT coalesce(bool_and(l.free), false) AND NOT EXISTS (
-				SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND x.status >= 0)
-		FROM o JOIN locked l ON l.id = ANY(o.product_ids)`, id).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&books.Revivable)
-	})
 	if err := conn.SendBatch(ctx, read).Close(); errors.Is(err, pgx.ErrNoRows) {
 		_, err = conn.Exec(ctx, `ROLLBACK`)
 		return books, entry, errors.Join(errNotFound, err)
 	} else if err != nil {
 		return books, entry, err
+	}
+	if books.Ended {
+		if err := conn.QueryRow(ctx, lockRevivable, id).Scan(&books.Revivable); err != nil {
+			return books, entry, err
+		}
 	}
 
 	entry = decide(books)
