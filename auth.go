@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
@@ -19,11 +20,25 @@ type Caller struct {
 type tokens struct {
 	secret []byte
 	parser *jwt.Parser
+	now    func() time.Time
+
+	mu   sync.Mutex
+	good map[string]goodToken // verified before: a page makes many calls with one token
 }
+
+// goodToken is what a verified token says.
+type goodToken struct {
+	caller  Caller
+	expires time.Time
+}
+
+// goodTokens bounds how many are remembered; beyond, all are forgotten and verified anew.
+const goodTokens = 10_000
 
 // newTokens uses secret and tells the time with now.
 func newTokens(secret []byte, now func() time.Time) *tokens {
-	return &tokens{secret, jwt.NewParser(jwt.WithValidMethods([]string{"HS256"}), jwt.WithExpirationRequired(), jwt.WithTimeFunc(now))}
+	parser := jwt.NewParser(jwt.WithValidMethods([]string{"HS256"}), jwt.WithExpirationRequired(), jwt.WithTimeFunc(now))
+	return &tokens{secret: secret, parser: parser, now: now, good: map[string]goodToken{}}
 }
 
 // claims are what a token says. IsAdmin is any so that only the JSON boolean true makes an administrator, without a
@@ -43,15 +58,37 @@ func (t *tokens) caller(r *http.Request) (Caller, error) {
 	if !strings.EqualFold(scheme, "Bearer") {
 		return Caller{}, errNoToken
 	}
-	var c claims
-	if _, err := t.parser.ParseWithClaims(strings.TrimSpace(token), &c, func(*jwt.Token) (any, error) { return t.secret, nil }); err != nil {
+	token = strings.TrimSpace(token)
+	t.mu.Lock()
+	known, ok := t.good[token]
+	t.mu.Unlock()
+	if ok && t.now().Before(known.expires) {
+		return known.caller, nil
+	}
+	verified, err := t.verify(token)
+	if err != nil {
 		return Caller{}, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.good) >= goodTokens {
+		clear(t.good)
+	}
+	t.good[token] = verified
+	return verified.caller, nil
+}
+
+// verify reads a token that has not been seen before.
+func (t *tokens) verify(token string) (goodToken, error) {
+	var c claims
+	if _, err := t.parser.ParseWithClaims(token, &c, func(*jwt.Token) (any, error) { return t.secret, nil }); err != nil {
+		return goodToken{}, err
 	}
 	id, ok := parseID(c.ID)
 	if !ok {
-		return Caller{}, errors.New("the token's id is not an ObjectId")
+		return goodToken{}, errors.New("the token's id is not an ObjectId")
 	}
-	return Caller{ID: id, Admin: c.IsAdmin == true}, nil
+	return goodToken{Caller{ID: id, Admin: c.IsAdmin == true}, c.ExpiresAt.Time}, nil
 }
 
 // issue makes a token for caller that is good for ttl from now.

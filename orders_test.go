@@ -925,4 +925,18 @@ func TestTokens(t *testing.T) {
 	s.want(s.callWith(stranger(true), "GET", "/api/orders/"+order, nil), 200, "")
 	s.want(s.callWith(stranger(true), "DELETE", "/api/orders/"+order, nil), 200, "")
 	s.wantMoney(impUID, 109000)
+
+	// Good tokens are remembered, each with its own end, and not too many.
+	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), 200, "")
+	s.clock.advance(time.Hour - time.Millisecond)
+	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), 200, "")
+	s.clock.advance(time.Millisecond)
+	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), http.StatusUnauthorized, messageSignIn)
+	for i := len(s.tokens.good); i < goodTokens; i++ {
+		s.tokens.good[strconv.Itoa(i)] = goodToken{}
+	}
+	s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 200, "")
+	if n := len(s.tokens.good); n != 1 {
+		t.Errorf("%d tokens are remembered", n)
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -210,6 +211,7 @@ func (g *gather[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
 // fly sends out flights until none is waiting.
 func (g *gather[K, V]) fly() {
 	for {
+		runtime.Gosched() // whoever is about to ask joins; nobody else waits
 		g.mu.Lock()
 		if len(g.waiting) == 0 {
 			g.flying = false
@@ -311,16 +313,16 @@ func (s *Store) ImportPaintings(ctx context.Context, paintings []Painting) error
 
 // ---- orders, read
 
-// Order is an order as it is shown. The documents are the JSON that is answered.
+// Order is an order as it is shown. The documents are JSON as it is answered, and not read on the way.
 type Order struct {
 	ID, UserID, Number        string
 	Status                    int
 	CreatedAt, UpdatedAt      time.Time
 	PaidAt                    *time.Time
 	ShippingPrice, Total      int64 // won
-	Items, DeliveryInfo       json.RawMessage
-	DeliveryDetails           json.RawMessage // nil when none was given
-	OrdererInfo               json.RawMessage
+	Items, DeliveryInfo       []byte
+	DeliveryDetails           []byte // nil when none was given
+	OrdererInfo               []byte
 	OrdererName, OrdererEmail string // of OrdererInfo, for the desk
 }
 
