@@ -265,7 +265,7 @@ func (s *Store) readPaintings(ctx context.Context, ids []string) (map[string]Pai
 	rows, _ := s.pool.Query(ctx, `
 		SELECT p.id, p.artist_id, p.artist_name, p.title, p.image, p.size, p.canvas, p.price, p.for_sale,
 			p.order_id IS NOT NULL, coalesce(h.user_id, ''), h.held_until
-		FROM products p LEFT JOIN orders h ON h.id = p.order_id AND h.status = -1
+		FROM products p LEFT JOIN orders h ON h.id = p.order_id AND h.status = -1 AND h.ended IS NULL
 		WHERE p.id = ANY ((SELECT $1::text[])::text[])`, ids)
 	found := make(map[string]Painting, len(ids))
 	var p Painting
