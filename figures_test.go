@@ -226,7 +226,7 @@ func (f *yardstick) starts(g *gallery) {
 	f.row("start against an existing database", "ready in under 0.15 s", fmt.Sprintf("%.3f s", median(took)), median(took) < 0.15)
 }
 
-// sqlID is the id of a gallery's row of this kind and number, in SQL.
+// sqlID is galleryID in SQL.
 func sqlID(kind, number string) string {
 	return `'61a4` + kind + `' || lpad(to_hex((` + number + `)::bigint), 18, '0')`
 }
@@ -257,9 +257,10 @@ func (f *yardstick) againstStatement(g *gallery, name string) {
 		}
 		return err
 	})
+	script := f.wrkScript(g.requests(name))
 	var ratios, rates, bare, slowest []float64
 	for range figuresRounds {
-		rate, p99 := f.wrk(g, name)
+		rate, p99 := f.wrk(g, script)
 		rates, slowest = append(rates, rate), append(slowest, p99.Seconds()*1000)
 		bare = append(bare, statement.pgbench(f, g, 0, readingKeys, keys))
 		ratios = append(ratios, rate/bare[len(bare)-1])
@@ -269,19 +270,24 @@ func (f *yardstick) againstStatement(g *gallery, name string) {
 		median(ratios) >= 1 && median(slowest) < 10)
 }
 
-// wrk asks one call's questions from as many connections as pgbench, and returns how many are answered a second and how
-// long 99 in 100 take at most.
-func (f *yardstick) wrk(g *gallery, name string) (rate float64, p99 time.Duration) {
+// wrkScript writes what has wrk draw from these requests, and returns the file.
+func (f *yardstick) wrkScript(requests [][]byte) (file string) {
 	var script strings.Builder
 	script.WriteString("local requests = {\n")
-	for _, request := range g.requests(name) {
+	for _, request := range requests {
 		fmt.Fprintf(&script, "%q,\n", request)
 	}
 	script.WriteString("}\nfunction request() return requests[math.random(#requests)] end\n")
-	file := filepath.Join(f.dir, "requests.lua")
+	file = filepath.Join(f.dir, "requests.lua")
 	check(f.t, os.WriteFile(file, []byte(script.String()), 0o600))
+	return file
+}
+
+// wrk makes a script's requests from as many connections as pgbench, and returns how many are answered a second and how
+// long 99 in 100 take at most.
+func (f *yardstick) wrk(g *gallery, script string) (rate float64, p99 time.Duration) {
 	out, err := exec.Command("wrk", "--threads=1", "--connections="+strconv.Itoa(figuresClients), "--duration=6s", "--latency",
-		"--script="+file, "http://"+g.address).CombinedOutput()
+		"--script="+script, "http://"+g.address).CombinedOutput()
 	found := regexp.MustCompile(`(?s)99% +(\S+)\n.*Requests/sec: +([\d.]+)`).FindSubmatch(out)
 	if err != nil || found == nil || bytes.Contains(out, []byte("Non-2xx")) || bytes.Contains(out, []byte("Socket errors")) {
 		f.t.Fatalf("wrk: %v\n%s", err, out)

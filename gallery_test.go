@@ -40,10 +40,9 @@ type shownOrder struct{ ID, Buyer string }
 func newGallery(t testing.TB, databaseURL string, orders int, now func() time.Time) *gallery {
 	g := &gallery{t: t, orders: orders, database: databaseURL, tokens: newTokens([]byte(testSecret), now), now: now}
 	ctx := t.Context()
-	store, err := openStore(ctx, databaseURL, nil)
+	store, err := openMigratedStore(ctx, databaseURL)
 	check(t, err)
 	defer store.Close()
-	check(t, store.migrate(ctx, schemaSteps()))
 	conn, err := pgx.Connect(ctx, databaseURL)
 	check(t, err)
 	defer conn.Close(ctx)
@@ -119,12 +118,15 @@ func (g *gallery) fill(conn *pgx.Conn) {
 }
 
 // paintingID is the id of the painting number k, from 1.
-func paintingID(k int) string { return fmt.Sprintf("61a40a%018x", k) }
+func paintingID(k int) string { return galleryID("0a", k) }
+
+// galleryID is the id of a gallery's row of this kind and number, as pg_temp.oid.
+func galleryID(kind string, n int) string { return fmt.Sprintf("61a4%s%018x", kind, n) }
 
 // orderAt is the order number n, an even one and so not expired, but none of the unpaid ones at the end. readingKeys draws
 // the same for pgbench.
 func (g *gallery) orderAt(n int) shownOrder {
-	return shownOrder{ID: fmt.Sprintf("61a40d%018x", n), Buyer: fmt.Sprintf("61a40b%018x", n*7919%(g.orders/10))}
+	return shownOrder{ID: galleryID("0d", n), Buyer: galleryID("0b", n*7919%(g.orders/10))}
 }
 
 // sample chooses the orders and the free paintings that are asked for.

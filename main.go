@@ -321,14 +321,11 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 		}
 		defer metricsListener.Close()
 	}
-	store, err := openStore(ctx, c.databaseURL, nil)
+	store, err := openMigratedStore(ctx, c.databaseURL)
 	if err != nil {
 		return err
 	}
 	defer store.Close()
-	if err := store.migrate(ctx, schemaSteps()); err != nil {
-		return fmt.Errorf("database: %w", err)
-	}
 	s := newServer(c, store, nil, log, time.Now)
 	if house != nil {
 		if err := house.furnish(ctx, s, listener.Addr().String(), out); err != nil {
@@ -444,14 +441,11 @@ func withStore(ctx context.Context, c *config, do func(*Store) error) (err error
 		}
 		defer leave()
 	}
-	store, err := openStore(ctx, c.databaseURL, nil)
+	store, err := openMigratedStore(ctx, c.databaseURL)
 	if err != nil {
 		return err
 	}
 	defer store.Close()
-	if err := store.migrate(ctx, schemaSteps()); err != nil {
-		return fmt.Errorf("database: %w", err)
-	}
 	return do(store)
 }
 

@@ -58,6 +58,19 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, 
 	return s, nil
 }
 
+// openMigratedStore is openStore, and brings the schema up to date.
+func openMigratedStore(ctx context.Context, url string) (*Store, error) {
+	s, err := openStore(ctx, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.migrate(ctx, schemaSteps()); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("database: %w", err)
+	}
+	return s, nil
+}
+
 // Close waits for running statements and closes every connection.
 func (s *Store) Close() { s.pool.Close() }
 
@@ -644,8 +657,8 @@ const lockRevivable = `
 	FROM o JOIN locked l ON l.id = ANY(o.product_ids)`
 
 // Settle reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
-// that: two round trips (three for a tombstone), one transaction, and nothing asked of anybody else in between. A refund that is decided is
-// leased to the caller until lease. errNotFound: the order is not ours.
+// that: two round trips (three for a tombstone), one transaction, and nothing asked of anybody else in between. A refund
+// that is decided is leased to the caller until lease. errNotFound: the order is not ours.
 func (s *Store) Settle(ctx context.Context, by Change, p Payment, now, lease time.Time, decide func(Books) Entry) (books Books, entry Entry, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
