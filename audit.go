@@ -26,10 +26,10 @@ type auditor struct {
 }
 
 const (
-	// auditLooks is how often an order is looked at until its books and the gateway match: the service goes on meanwhile,
+	// auditChecks is how often an order is looked at until its books and the gateway match: the service goes on meanwhile,
 	// and a payment on its way is no mismatch.
-	auditLooks = 3
-	auditPause = 500 * time.Millisecond
+	auditChecks = 3
+	auditPause  = 500 * time.Millisecond
 	// auditFailures is how many looks may fail before the audit gives up.
 	auditFailures = 10
 )
@@ -101,7 +101,7 @@ type auditReport struct {
 
 // auditedOrder is what a look at one order saw.
 type auditedOrder struct {
-	books      AuditBooks
+	ledger     auditLedger
 	there      []Payment
 	mismatches []mismatch
 	err        error
@@ -115,7 +115,7 @@ func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, erro
 	if err != nil {
 		return report, err
 	}
-	orders, err := a.lookUntilTheyMatch(ctx, ids)
+	orders, err := a.checkUntilTheyMatch(ctx, ids)
 	if err != nil {
 		return report, err
 	}
@@ -137,19 +137,19 @@ func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, erro
 	return report, err
 }
 
-// lookUntilTheyMatch looks at every order, and again at those that do not match.
-func (a *auditor) lookUntilTheyMatch(ctx context.Context, ids []string) ([]auditedOrder, error) {
+// checkUntilTheyMatch looks at every order, and again at those that do not match.
+func (a *auditor) checkUntilTheyMatch(ctx context.Context, ids []string) ([]auditedOrder, error) {
 	orders, open := make([]auditedOrder, len(ids)), make([]int, len(ids))
 	for i := range open {
 		open[i] = i
 	}
-	for look := range auditLooks {
+	for look := range auditChecks {
 		if look > 0 {
 			if err := a.pause(ctx); err != nil {
 				return nil, err
 			}
 		}
-		if err := a.lookAt(ctx, ids, open, orders); err != nil {
+		if err := a.checkOrders(ctx, ids, open, orders); err != nil {
 			return nil, err
 		}
 		var again []int
@@ -170,8 +170,8 @@ func (a *auditor) lookUntilTheyMatch(ctx context.Context, ids []string) ([]audit
 	return orders, nil
 }
 
-// lookAt looks at the orders with the numbers in open, as many at once as the gateway's client has slots.
-func (a *auditor) lookAt(ctx context.Context, ids []string, open []int, orders []auditedOrder) error {
+// checkOrders looks at the orders with the numbers in open, as many at once as the gateway's client has slots.
+func (a *auditor) checkOrders(ctx context.Context, ids []string, open []int, orders []auditedOrder) error {
 	var next, failed atomic.Int64
 	defer a.tell(&next, len(open))()
 	var workers sync.WaitGroup
@@ -179,7 +179,7 @@ func (a *auditor) lookAt(ctx context.Context, ids []string, open []int, orders [
 		workers.Go(func() {
 			for n := next.Add(1); n <= int64(len(open)) && failed.Load() < auditFailures; n = next.Add(1) {
 				i := open[n-1]
-				if orders[i] = a.look(ctx, ids[i]); orders[i].err != nil {
+				if orders[i] = a.checkOrder(ctx, ids[i]); orders[i].err != nil {
 					failed.Add(1)
 				}
 			}
@@ -196,20 +196,20 @@ func (a *auditor) lookAt(ctx context.Context, ids []string, open []int, orders [
 	return ctx.Err()
 }
 
-// look compares an order's books with the gateway. They are read before and after the gateway's answer: when they moved
+// checkOrder compares an order's books with the gateway. They are read before and after the gateway's answer: when they moved
 // between, nobody knows which of them the answer belongs to.
-func (a *auditor) look(ctx context.Context, id string) (o auditedOrder) {
-	before, err := a.store.AuditBooks(ctx, id)
+func (a *auditor) checkOrder(ctx context.Context, id string) (o auditedOrder) {
+	before, err := a.store.readLedger(ctx, id)
 	if err != nil {
 		return auditedOrder{err: err}
 	}
 	if o.there, err = a.gateway.PaymentsFor(ctx, id); err != nil {
 		return auditedOrder{err: err}
 	}
-	if o.books, err = a.store.AuditBooks(ctx, id); err != nil {
+	if o.ledger, err = a.store.readLedger(ctx, id); err != nil {
 		return auditedOrder{err: err}
 	}
-	if reflect.DeepEqual(before, o.books) {
+	if reflect.DeepEqual(before, o.ledger) {
 		o.compare()
 	} else {
 		o.mismatch(mismatchMoving, "", 0)
@@ -221,14 +221,14 @@ func (a *auditor) look(ctx context.Context, id string) (o auditedOrder) {
 func (a *auditor) leaveToReconciler(ctx context.Context, o auditedOrder) error {
 	for _, m := range o.mismatches {
 		if m.Remedy == remedySettle {
-			return a.store.LookNow(ctx, m.Order, a.now())
+			return a.store.checkSoon(ctx, m.Order, a.now())
 		}
 	}
 	return nil
 }
 
 func (o *auditedOrder) mismatch(kind mismatchKind, impUID string, amount int64) *mismatch {
-	o.mismatches = append(o.mismatches, mismatch{Order: o.books.OrderID, ImpUID: impUID, Amount: amount,
+	o.mismatches = append(o.mismatches, mismatch{Order: o.ledger.OrderID, ImpUID: impUID, Amount: amount,
 		Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
 	return &o.mismatches[len(o.mismatches)-1]
 }
@@ -240,11 +240,11 @@ func (o *auditedOrder) compare() {
 		there[p.ImpUID] = p
 	}
 	paid, kept := false, false
-	for _, row := range o.books.Payments {
+	for _, row := range o.ledger.Payments {
 		p, known := there[row.ImpUID]
 		delete(there, row.ImpUID)
 		kept = kept || row.State == "kept"
-		paid = paid || row.State == "kept" || row.State == "refunding" && o.books.Cancelling
+		paid = paid || row.State == "kept" || row.State == "refunding" && o.ledger.Cancelling
 		o.comparePayment(row, p, known)
 	}
 	again := paid
@@ -259,12 +259,12 @@ func (o *auditedOrder) compare() {
 		again = true
 		o.mismatch(kind, p.ImpUID, p.Amount-p.Cancelled)
 	}
-	live := o.books.Status >= statusPaid && o.books.Status < statusCancelled
+	live := o.ledger.Status >= statusPaid && o.ledger.Status < statusCancelled
 	switch {
 	case live && !paid:
-		o.mismatch(mismatchUnpaid, "", o.books.Total)
+		o.mismatch(mismatchUnpaid, "", o.ledger.Total)
 	case !live && kept:
-		o.mismatch(mismatchNoOrder, "", o.books.Total)
+		o.mismatch(mismatchNoOrder, "", o.ledger.Total)
 	}
 }
 
@@ -287,7 +287,7 @@ func (o *auditedOrder) comparePayment(row AuditPayment, p Payment, known bool) {
 		o.mismatch(mismatchCancelled, row.ImpUID, left)
 	case p.Cancelled > row.Refunded:
 		o.mismatch(mismatchPartBack, row.ImpUID, p.Cancelled-row.Refunded)
-	case !p.Won() || p.Amount != row.Amount || p.Amount != o.books.Total || p.Cancelled != row.Refunded:
+	case !p.Won() || p.Amount != row.Amount || p.Amount != o.ledger.Total || p.Cancelled != row.Refunded:
 		o.mismatch(mismatchAmount, row.ImpUID, p.Amount)
 	}
 }
@@ -295,7 +295,7 @@ func (o *auditedOrder) comparePayment(row AuditPayment, p Payment, known bool) {
 // add takes an order into the report. Money that came and went back without us is in neither side's sum.
 func (r *auditReport) add(o auditedOrder) {
 	booked := map[string]bool{}
-	for _, row := range o.books.Payments {
+	for _, row := range o.ledger.Payments {
 		booked[row.ImpUID] = true
 		r.Books.Taken += row.Amount
 		r.Books.Refunded += row.Refunded

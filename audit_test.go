@@ -16,7 +16,7 @@ import (
 
 // auditor is one that takes no pauses.
 func (s *shop) auditor() *auditor {
-	return &auditor{store: s.store, gateway: s.till.gateway, now: s.clock.Now, progress: io.Discard, progressEvery: time.Hour,
+	return &auditor{store: s.store, gateway: s.settler.gateway, now: s.clock.Now, progress: io.Discard, progressEvery: time.Hour,
 		pause: func(context.Context) error { return nil }}
 }
 
@@ -127,7 +127,7 @@ func TestAuditFindsMismatches(t *testing.T) {
 	check(t, s.double.refundInConsole(impUID, 9000))
 	settled("partly refunded in the console", o, mismatchPartBack)
 	o, impUID = paid()
-	_, err := s.store.BeginCancel(t.Context(), Change{Who: "buyer"}, o, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
+	_, err := s.store.bookRefund(t.Context(), Change{Who: "buyer"}, o, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
 	check(t, err)
 	check(t, s.double.refundInConsole(impUID, 0))
 	settled("refund booked, made by another hand", o, mismatchDueDone)
@@ -178,7 +178,7 @@ func TestAuditFindsMismatches(t *testing.T) {
 		}
 	}
 	first, second := found(), found()
-	check(t, s.till.Round(t.Context()))
+	check(t, s.settler.reconcileRound(t.Context()))
 	third := found()
 	for _, r := range rows {
 		want("at first", r.name, first[r.order], r.found)
@@ -371,7 +371,7 @@ kept              218,000          109,000
 		t.Errorf("%+v", report)
 	}
 	s.clock.nanoseconds.Store(time.Now().UnixNano())
-	check(t, s.till.Round(t.Context()))
+	check(t, s.settler.reconcileRound(t.Context()))
 	if out, err := s.auditCommand("-json"); err != nil || !strings.Contains(out, `"mismatches": []`) {
 		t.Errorf("balanced: %v\n%s", err, out)
 	}

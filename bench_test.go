@@ -137,9 +137,9 @@ func TestPlans(t *testing.T) {
 	if slices.Min(eachRound[rounds-4:]) > 0 { // statistics that change have all planned once more, now and then
 		t.Errorf("so many statements are planned in each round: %v; if none is named below, they are the triggers'", eachRound)
 	}
-	_, err := s.store.Money(t.Context(), s.now())
+	_, err := s.store.readOpenBalances(t.Context(), s.now())
 	check(t, err)
-	check(t, s.till.Round(t.Context()))
+	check(t, s.settler.reconcileRound(t.Context()))
 	rows, _ := s.store.pool.Query(t.Context(), `
 		SELECT custom_plans || ' of ' || generic_plans + custom_plans || ': ' || statement FROM pg_prepared_statements
 		WHERE custom_plans > 5 AND generic_plans + custom_plans >= $1 AND statement NOT LIKE '% OFFSET $%'`, rounds)
@@ -191,7 +191,7 @@ func BenchmarkCalls(b *testing.B) {
 	s.log = slog.New(slog.DiscardHandler)
 	gateway := httptest.NewServer(http.HandlerFunc(instantGateway))
 	b.Cleanup(gateway.Close)
-	s.till.gateway.url = gateway.URL
+	s.settler.gateway.url = gateway.URL
 	g := newGallery(b, s.config.databaseURL, 5000, s.now)
 	g.address = strings.TrimPrefix(s.url, "http://")
 	some := func() shownOrder { return g.shown[mathrand.IntN(len(g.shown))] }

@@ -151,7 +151,7 @@ func (s *server) stepOrder(r *request) (any, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	s.till.at("state read", id)
+	s.settler.testHook("state read", id)
 	wrongStep := refuse(http.StatusBadRequest, "변경실패, 진행 단계가 알맞지 않습니다")
 	if wanted == nil {
 		return nil, wrongStep

@@ -141,7 +141,7 @@ func TestDeskList(t *testing.T) {
 			t.Errorf("%q: %+v", row.query, l)
 		}
 	}
-	check(t, s.store.FoldTally(t.Context()))
+	check(t, s.store.compactStatusCounts(t.Context()))
 	if l := s.list(desk, "/api/orders"); l.Pages != 2 {
 		t.Errorf("after folding: %d pages", l.Pages)
 	}

@@ -12,18 +12,18 @@ import (
 	"time"
 )
 
-// flights is a gather whose queries are seen: each takes its answer from the test.
-type flights struct {
-	*gather[int, string]
+// queryStub is the query of a batcher queries are seen: each takes its answer from the test.
+type queryStub struct {
+	*batcher[int, string]
 	t       *testing.T
 	started chan []int                               // the keys of each query
 	answers chan func([]int) (map[int]string, error) // what it does then
 	until   []time.Time
 }
 
-func newFlights(t *testing.T) *flights {
-	f := &flights{t: t, started: make(chan []int), answers: make(chan func([]int) (map[int]string, error))}
-	f.gather = newGather(func(ctx context.Context, keys []int) (map[int]string, error) {
+func newQueryStub(t *testing.T) *queryStub {
+	f := &queryStub{t: t, started: make(chan []int), answers: make(chan func([]int) (map[int]string, error))}
+	f.batcher = newBatcher(func(ctx context.Context, keys []int) (map[int]string, error) {
 		until, _ := ctx.Deadline()
 		f.until = append(f.until, until)
 		f.started <- keys
@@ -43,8 +43,8 @@ func names(keys []int) (map[int]string, error) {
 	return found, nil
 }
 
-// ask has a caller ask for keys; what he is answered comes from the channel. It returns once his keys are in a query.
-func (f *flights) ask(ctx context.Context, keys ...int) <-chan any {
+// query has a caller ask for keys; what he is answered comes from the channel. It returns once his keys are in a query.
+func (f *queryStub) query(ctx context.Context, keys ...int) <-chan any {
 	answer := make(chan any, 1)
 	before := f.collected()
 	go func() {
@@ -66,7 +66,7 @@ func (f *flights) ask(ctx context.Context, keys ...int) <-chan any {
 }
 
 // collected is how many keys wait for a query to return.
-func (f *flights) collected() (n int) {
+func (f *queryStub) collected() (n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, w := range f.waiting {
@@ -76,7 +76,7 @@ func (f *flights) collected() (n int) {
 }
 
 // first has a caller ask alone, and returns once his query is under way.
-func (f *flights) first() <-chan any {
+func (f *queryStub) first() <-chan any {
 	answer := make(chan any, 1)
 	go func() {
 		found, err := f.get(context.Background(), 0)
@@ -88,12 +88,12 @@ func (f *flights) first() <-chan any {
 	return answer
 }
 
-func TestGatherSharesAQuery(t *testing.T) {
-	f := newFlights(t)
+func TestBatchSharesAQuery(t *testing.T) {
+	f := newQueryStub(t)
 	lone := f.first()
 	var answers []<-chan any
 	for k := range 50 {
-		answers = append(answers, f.ask(t.Context(), k, k+1))
+		answers = append(answers, f.query(t.Context(), k, k+1))
 	}
 	joined := time.Now()
 	f.answers <- names
@@ -115,11 +115,11 @@ func TestGatherSharesAQuery(t *testing.T) {
 	}
 }
 
-func TestGatherCallerGoesAway(t *testing.T) {
-	f := newFlights(t)
+func TestBatchCallerGoesAway(t *testing.T) {
+	f := newQueryStub(t)
 	lone := f.first()
 	ctx, goAway := context.WithCancel(t.Context())
-	gone, stays := f.ask(ctx, 2), f.ask(t.Context(), 4)
+	gone, stays := f.query(ctx, 2), f.query(t.Context(), 4)
 	goAway()
 	if err := <-gone; err != context.Canceled {
 		t.Errorf("the caller who went away got %v", err)
@@ -133,19 +133,19 @@ func TestGatherCallerGoesAway(t *testing.T) {
 	}
 }
 
-func TestGatherFails(t *testing.T) {
+func TestBatchFails(t *testing.T) {
 	fault := errors.New("the database is away")
 	for name, fail := range map[string]func([]int) (map[int]string, error){
 		"an error": func([]int) (map[int]string, error) { return nil, fault },
 		"a panic":  func([]int) (map[int]string, error) { panic(fault) },
 	} {
-		f := newFlights(t)
+		f := newQueryStub(t)
 		lone := f.first()
-		a, b := f.ask(t.Context(), 2), f.ask(t.Context(), 4)
+		a, b := f.query(t.Context(), 2), f.query(t.Context(), 4)
 		f.answers <- names
 		<-lone
 		<-f.started
-		c := f.ask(t.Context(), 6)
+		c := f.query(t.Context(), 6)
 		f.answers <- fail
 		for _, answer := range []<-chan any{a, b} {
 			if err, ok := (<-answer).(error); !ok || !strings.Contains(err.Error(), fault.Error()) {
@@ -160,17 +160,17 @@ func TestGatherFails(t *testing.T) {
 	}
 }
 
-func TestGatherIsBounded(t *testing.T) {
-	f := newFlights(t)
+func TestBatchIsBounded(t *testing.T) {
+	f := newQueryStub(t)
 	lone := f.first()
 	var answers []<-chan any
 	for range 7 {
-		answers = append(answers, f.ask(t.Context(), make([]int, gatherMost/3)...))
+		answers = append(answers, f.query(t.Context(), make([]int, maxBatchKeys/3)...))
 	}
 	f.answers <- names
 	<-lone
 	for _, want := range []int{3, 3, 1} {
-		if keys := <-f.started; len(keys) != want*(gatherMost/3) {
+		if keys := <-f.started; len(keys) != want*(maxBatchKeys/3) {
 			t.Fatalf("a query has %d keys", len(keys))
 		}
 		f.answers <- names
@@ -181,9 +181,9 @@ func TestGatherIsBounded(t *testing.T) {
 }
 
 // What a caller has written, or seen written, before he asks is in what he is answered.
-func TestGatherIsNeverOlderThanItsQuestion(t *testing.T) {
+func TestBatchIsNeverOlderThanItsQuestion(t *testing.T) {
 	var written atomic.Int64
-	g := newGather(func(_ context.Context, keys []int) (map[int]int64, error) {
+	g := newBatcher(func(_ context.Context, keys []int) (map[int]int64, error) {
 		seen := written.Load()
 		runtime.Gosched()
 		return map[int]int64{0: seen}, nil

@@ -95,8 +95,8 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	s.t.Cleanup(store.Close)
 	check(s.t, store.migrate(context.Background(), schemaSteps()))
 	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
-	s.t.Cleanup(s.till.gateway.client.CloseIdleConnections)
-	s.till.lastRound.Store(s.clock.Now().UnixNano())
+	s.t.Cleanup(s.settler.gateway.client.CloseIdleConnections)
+	s.settler.lastRound.Store(s.clock.Now().UnixNano())
 }
 
 // token is a good token of user's.

@@ -36,7 +36,7 @@ func (s *server) readyz(r *request) (any, error) {
 	case version < len(schemaSteps()):
 		state.Database = "schema older than the program"
 	}
-	if s.till.behind() {
+	if s.settler.stalled() {
 		state.Reconciler = "has not finished a round for ten intervals"
 	}
 	if s.outage.lasts() {
@@ -71,7 +71,7 @@ type outage struct {
 
 // observe takes note of how one call to the gateway ended.
 func (o *outage) observe(log *slog.Logger, now time.Time, err error) {
-	silent := !answered(err)
+	silent := !gatewayResponded(err)
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if silent && !o.silent {

@@ -81,22 +81,22 @@ func TestNotReadyWithAStuckReconciler(t *testing.T) {
 	if a := s.want(s.ready(), 503, ""); !strings.Contains(a.body, "ten intervals") {
 		t.Errorf("answered %s", a.body)
 	}
-	check(t, s.till.Round(t.Context()))
+	check(t, s.settler.reconcileRound(t.Context()))
 	s.want(s.ready(), 200, "")
 }
 
 // A backlog is worked off round by round.
 func TestRoundEnds(t *testing.T) {
 	s := newShop(t)
-	const orders = 3 * reconcileMost
+	const orders = 3 * maxParallel
 	for range orders {
 		s.order(newTestID(), s.painting(99000))
 	}
 	s.clock.advance(s.config.hold)
 	s.double.setFaults(func(string, string) fault { s.clock.advance(s.config.reconcile); return fault{} })
 	for round := 1; round <= 3; round++ {
-		check(t, s.till.Round(t.Context()))
-		if n := s.double.calls("find"); n != round*reconcileMost {
+		check(t, s.settler.reconcileRound(t.Context()))
+		if n := s.double.calls("find"); n != round*maxParallel {
 			t.Errorf("after round %d the gateway was asked about %d orders", round, n)
 		}
 	}

@@ -101,7 +101,7 @@ func (c *crossing) payOnce() {
 // round has the reconciler do what is due.
 func (c *crossing) round() {
 	c.t.Helper()
-	check(c.t, c.till.Round(c.t.Context()))
+	check(c.t, c.settler.reconcileRound(c.t.Context()))
 }
 
 func (c *crossing) delete(body string) (answer, string) {
@@ -232,7 +232,7 @@ func (c *crossing) wantWhole() {
 func cross(c *crossing, first, second road, stop int) {
 	arrived, release := make(chan struct{}), make(chan struct{})
 	var steps atomic.Int32
-	c.till.step = func(string, string) {
+	c.settler.onTestHook = func(string, string) {
 		if steps.Add(1) == int32(stop) {
 			close(arrived)
 			<-release
@@ -251,7 +251,7 @@ func cross(c *crossing, first, second road, stop int) {
 	wantSecond := c.run("second", second)
 	close(release)
 	wantFirst := <-done
-	c.till.step = nil
+	c.settler.onTestHook = nil
 	wantFirst()
 	wantSecond()
 }
@@ -267,13 +267,13 @@ func (c *crossing) run(name string, r road) (wantTrue func()) {
 // steps are those that a road has.
 func (c *crossing) steps(r road) (names []string) {
 	var mu sync.Mutex
-	c.till.step = func(name, _ string) {
+	c.settler.onTestHook = func(name, _ string) {
 		mu.Lock()
 		defer mu.Unlock()
 		names = append(names, name)
 	}
 	wantTrue := c.run("alone", r)
-	c.till.step = nil
+	c.settler.onTestHook = nil
 	wantTrue()
 	return names
 }

@@ -302,7 +302,7 @@ func TestLimiterAtOnce(t *testing.T) {
 					defer looking.Add(-1)
 					return Payment{}, []error{nil, ErrNoPayment, ErrNoPayment, &GatewayError{Status: 503, Err: errors.New("down")}}[i%4]
 				})
-				if err != nil && !errors.Is(err, errTooMany) && !errors.Is(err, ErrNoPayment) && answered(err) {
+				if err != nil && !errors.Is(err, errTooMany) && !errors.Is(err, ErrNoPayment) && gatewayResponded(err) {
 					t.Error(err)
 				}
 			}

@@ -485,7 +485,7 @@ func (l *modelLife) round() {
 	l.say("the reconciler's round")
 	ctx := context.Background()
 	for {
-		rows, err := l.store.ClaimRefunds(ctx, 1, l.model.now, l.model.now.Add(refundLease))
+		rows, err := l.store.claimDueRefunds(ctx, 1, l.model.now, l.model.now.Add(refundLease))
 		check(l.t, err)
 		if len(rows) == 0 {
 			break
@@ -495,20 +495,20 @@ func (l *modelLife) round() {
 			l.fail("a refund of %s", rows[0].ImpUID)
 		}
 		l.say("  refunds %s again", rows[0].ImpUID)
-		err = l.till.Refund(ctx, byReconciler, rows[0])
+		err = l.settler.attemptRefund(ctx, byReconciler, rows[0])
 		if status := l.model.refundAgain(l.model.payments[i]); (status == 200) != (err == nil) {
 			l.fail("%v, by the model %d", err, status)
 		}
 	}
 	for {
-		looks, err := l.store.ClaimLooks(ctx, 1, l.model.now, l.model.now.Add(refundLease))
+		looks, err := l.store.claimDueChecks(ctx, 1, l.model.now, l.model.now.Add(refundLease))
 		check(l.t, err)
 		if len(looks) == 0 {
 			break
 		}
 		i := slices.IndexFunc(l.model.orders, func(o *modelOrder) bool { return o.id == looks[0].ID })
 		l.say("  looks at order %s", looks[0].ID)
-		_, err = l.till.lookAt(ctx, looks[0])
+		_, err = l.settler.checkOrder(ctx, looks[0])
 		check(l.t, err)
 		l.model.reconcile(l.model.orders[i], l.config.hold)
 		l.compare()
@@ -538,7 +538,7 @@ func (l *modelLife) settleDown() {
 	}
 	for _, p := range l.model.payments {
 		switch {
-		case !p.moved() || p.changed.After(p.order.made.Add(lastLook)): // nobody promises to find it
+		case !p.moved() || p.changed.After(p.order.made.Add(lastCheck)): // nobody promises to find it
 		case p.state == "kept" && p.booked == p.back && p.order.status >= 0 && p.order.status <= 4:
 		case p.state == "refunded" && p.back == p.amount:
 		default:

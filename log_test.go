@@ -29,7 +29,7 @@ func (s *shop) lines(msg string) (lines []map[string]any) {
 // and by which road.
 func (s *shop) movements() (all []string) {
 	for _, l := range s.lines("money") {
-		all = append(all, fmt.Sprintf("%s %v/%v %s>%s %s", l["imp_uid"], l["refunded"], l["amount"], l["from"], l["to"], l["road"]))
+		all = append(all, fmt.Sprintf("%s %v/%v %s>%s %s", l["imp_uid"], l["refunded"], l["amount"], l["from"], l["to"], l["source"]))
 	}
 	return all
 }
@@ -69,7 +69,7 @@ func TestEachMovementOfMoneyIsLoggedOnce(t *testing.T) {
 		t.Errorf("logged\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 	for _, l := range s.lines("money") {
-		if l["level"] != "INFO" || l["order"] == "" || (l["road"] != "reconciler") != (l["request"] != "") {
+		if l["level"] != "INFO" || l["order"] == "" || (l["source"] != "reconciler") != (l["request"] != "") {
 			t.Error(l)
 		}
 	}
@@ -142,7 +142,7 @@ func TestLogLevel(t *testing.T) {
 		var logged bytes.Buffer
 		s := newShop(t)
 		s.log = newLog(config{logLevel: level}, &logged)
-		s.till.log = s.log
+		s.settler.log = s.log
 		s.log.Info("serving")
 		s.paid(buyerA)
 		s.logged = &logged

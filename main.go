@@ -267,7 +267,7 @@ func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Lo
 	}
 	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
 		Now: now, Transport: toGateway, Observe: s.observeGateway})
-	s.till = &Till{store: store, gateway: gateway, now: now, log: log, every: c.reconcile, hold: c.hold}
+	s.settler = &settler{store: store, gateway: gateway, now: now, log: log, interval: c.reconcile, hold: c.hold}
 	for _, rt := range s.routes() {
 		s.add(rt)
 	}
@@ -340,7 +340,7 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	besides, stop := context.WithCancel(ctx)
 	defer stop()
 	var beside sync.WaitGroup
-	beside.Go(func() { s.till.Reconcile(besides) })
+	beside.Go(func() { s.settler.reconcile(besides) })
 	if metricsListener != nil {
 		beside.Go(func() {
 			if err := serveHTTP(besides, httpServer(s.metricsHandler(), log), metricsListener); err != nil {

@@ -100,15 +100,15 @@ func (s *server) metricsHandler() http.Handler {
 	return mux
 }
 
-// moneyTimeout bounds the one statement that a scrape costs the database. Prometheus waits for 10 seconds.
-const moneyTimeout = 2 * time.Second
+// openBalancesTimeout bounds the one statement that a scrape costs the database. Prometheus waits for 10 seconds.
+const openBalancesTimeout = 2 * time.Second
 
 // exposition is all figures as text. Those of money are missing while the database does not answer.
 func (s *server) exposition(ctx context.Context) []byte {
-	ctx, cancel := context.WithTimeout(ctx, moneyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, openBalancesTimeout)
 	defer cancel()
 	now := s.now()
-	money, err := s.store.Money(ctx, now)
+	money, err := s.store.readOpenBalances(ctx, now)
 	if err != nil {
 		s.log.Error("figures of money", "error", err)
 	}
@@ -122,7 +122,7 @@ func (s *server) exposition(ctx context.Context) []byte {
 	e.family("lumiere_gateway_silent", "gauge", "1 when the last call to the gateway got no usable answer, else 0.")
 	e.sample("", gauge(s.outage.lasts()))
 	e.family("lumiere_reconciler_round_age_seconds", "gauge", "Time since this replica's reconciler last finished a round.")
-	e.sample("", now.Sub(time.Unix(0, s.till.lastRound.Load())).Seconds())
+	e.sample("", now.Sub(time.Unix(0, s.settler.lastRound.Load())).Seconds())
 	if err == nil {
 		money.expose(e)
 	}
@@ -182,7 +182,7 @@ func (s *server) exposePool(e *exposition) {
 var paidStatuses = [...]string{"paid", "preparing", "shipping", "delivered", "return requested", "cancelled"}
 
 // expose writes the figures of money. They are the database's: every replica says the same.
-func (m Money) expose(e *exposition) {
+func (m openBalances) expose(e *exposition) {
 	e.family("lumiere_holds", "gauge", "Unpaid orders that hold paintings now.")
 	e.sample("", float64(m.Holds))
 	e.family("lumiere_refunds_waiting", "gauge", "Payments whose refund is booked and not done yet.")

@@ -199,7 +199,7 @@ func TestMetrics(t *testing.T) {
 		`lumiere_orders{status="cancelled"}`:                       0,
 	})
 	s.double.setFaults(nil)
-	check(t, s.till.Round(t.Context()))
+	check(t, s.settler.reconcileRound(t.Context()))
 	s.scrape().want(t, figures{
 		`lumiere_reconciler_round_age_seconds`: 0, `lumiere_holds`: 0, `lumiere_refunds_waiting`: 0,
 		`lumiere_oldest_unsettled_payment_seconds{kind="refund"}`: 0, `lumiere_oldest_unsettled_payment_seconds{kind="unknown"}`: 0,
@@ -251,14 +251,14 @@ func TestMoneyReadsNoWholeTable(t *testing.T) {
 		SELECT id, id, CASE WHEN n % 500 = 1 THEN 'refunding' ELSE 'kept' END, CASE WHEN n % 500 = 1 THEN 'amount differs' END, 'KRW', 1, now(), now(), now(), now()
 		FROM (SELECT id, row_number() OVER () AS n FROM orders WHERE status = 3) o;
 		ANALYZE orders; ANALYZE payments`)
-	rows, err := s.store.pool.Query(t.Context(), "EXPLAIN "+moneyQuery, s.now(), cancelReasons)
+	rows, err := s.store.pool.Query(t.Context(), "EXPLAIN "+openBalancesQuery, s.now(), cancelReasons)
 	check(t, err)
 	plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	check(t, err)
 	if text := strings.Join(plan, "\n"); strings.Contains(text, "Seq Scan on orders") || strings.Contains(text, "Seq Scan on payments") {
 		t.Error(text)
 	}
-	m, err := s.store.Money(t.Context(), s.now())
+	m, err := s.store.readOpenBalances(t.Context(), s.now())
 	if err != nil || m.Holds != 4 || m.Refunds != 4 || m.Orders[statusDelivered] != 1996 {
 		t.Errorf("%+v, %v", m, err)
 	}

@@ -30,7 +30,7 @@ func (s *shop) row(impUID string) string {
 func (s *shop) later(d time.Duration) {
 	s.t.Helper()
 	s.clock.advance(d)
-	check(s.t, s.till.Round(s.t.Context()))
+	check(s.t, s.settler.reconcileRound(s.t.Context()))
 }
 
 // refuseCancels has the gateway refuse every refund, until its faults are set anew.
@@ -132,7 +132,7 @@ func TestCancelThroughTrouble(t *testing.T) {
 func TestRefundGoesOnAfterTheProcessDied(t *testing.T) {
 	s := newShop(t)
 	order, impUID, _ := s.paid(buyerA)
-	row, err := s.store.BeginCancel(t.Context(), Change{Who: "buyer"}, order, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
+	row, err := s.store.bookRefund(t.Context(), Change{Who: "buyer"}, order, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
 	check(t, err)
 	if row.ImpUID != impUID {
 		t.Fatal(row)

@@ -369,7 +369,7 @@ func (s *server) pay(r *request) (any, error) {
 	if !validImpUID(body.ImpUID) {
 		return nil, badField("imp_uid", "결제 번호가 올바르지 않습니다")
 	}
-	settled, err := s.settleReported(r, Change{Who: "buyer", Request: r.id}, body.ImpUID)
+	settled, err := s.lookUpAndSettle(r, Change{Who: "buyer", Request: r.id}, body.ImpUID)
 	switch {
 	case errors.Is(err, ErrNoPayment), errors.Is(err, errNotOurs):
 		return nil, refuse(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
@@ -384,17 +384,17 @@ func (s *server) pay(r *request) (any, error) {
 	}
 }
 
-// settleReported settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
-func (s *server) settleReported(r *request, by Change, impUID string) (Settlement, error) {
+// lookUpAndSettle settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
+func (s *server) lookUpAndSettle(r *request, by Change, impUID string) (settlement, error) {
 	who := asker{buyer: r.caller.ID}
 	if who.buyer == "" {
 		who.address = clientAddress(r.Request, s.config.proxies)
 	}
-	p, err := s.limits.lookUp(r.Context(), who, by.Who, impUID, s.till.gateway.Payment)
+	p, err := s.limits.lookUp(r.Context(), who, by.Who, impUID, s.settler.gateway.Payment)
 	if err != nil {
-		return Settlement{}, err
+		return settlement{}, err
 	}
-	settled, err := s.till.Settle(r.Context(), by, p)
+	settled, err := s.settler.settleReported(r.Context(), by, p)
 	if errors.Is(err, errNotOurs) || err == nil && settled.State == "" {
 		s.limits.waste(who)
 	}
@@ -408,7 +408,7 @@ func refuseTooMany(status int, cause error) *refusal {
 }
 
 // whyNotPaid is the refusal of a payment that pays nothing.
-func whyNotPaid(settled Settlement) error {
+func whyNotPaid(settled settlement) error {
 	switch settled.Reason {
 	case "":
 		return refuse(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
@@ -433,7 +433,7 @@ func (s *server) webhook(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = s.settleReported(r, Change{Who: "gateway", Request: r.id}, impUID)
+	_, err = s.lookUpAndSettle(r, Change{Who: "gateway", Request: r.id}, impUID)
 	switch {
 	case errors.Is(err, errTooMany):
 		return nil, refuseTooMany(http.StatusServiceUnavailable, err)
@@ -487,7 +487,7 @@ func (s *server) deleteOrder(r *request) (any, error) {
 		} else if err != nil {
 			return nil, err
 		}
-		s.till.at("state read", id)
+		s.settler.testHook("state read", id)
 		text, err := s.deleteInState(r, state, wanted)
 		if !errors.Is(err, errStale) {
 			return message{text}, err
@@ -524,7 +524,7 @@ func (s *server) deleteInState(r *request, state OrderState, wanted *int) (strin
 
 // deleteUnpaid ends an unpaid order, unless its money has arrived.
 func (s *server) deleteUnpaid(r *request, id string) (string, error) {
-	err := s.till.Delete(r.Context(), r.by(), id)
+	err := s.settler.discardUnpaid(r.Context(), r.by(), id)
 	if !errors.Is(err, errStale) {
 		return "결제 오류로 임시 주문서를 삭제했습니다", err
 	}
@@ -542,8 +542,8 @@ func (s *server) cancelPaid(r *request, state OrderState) error {
 	}
 	var err error
 	if !state.Cancelling {
-		err = s.till.Cancel(r.Context(), r.by(), state.ID, state.Status, reason)
-	} else if err = s.till.CancelAgain(r.Context(), r.by(), state.ID); errors.Is(err, errStale) {
+		err = s.settler.refundOrder(r.Context(), r.by(), state.ID, state.Status, reason)
+	} else if err = s.settler.retryOrderRefund(r.Context(), r.by(), state.ID); errors.Is(err, errStale) {
 		return s.whileCancelling(r, state)
 	}
 	if errors.Is(err, errRefundPending) {

@@ -609,8 +609,8 @@ func TestPayGatewayFaults(t *testing.T) {
 			painting := s.painting(99000)
 			order := s.order(buyerA, painting)
 			impUID := s.charge(order, 109000)
-			limit := s.till.gateway.lookUpLimit
-			s.till.gateway.lookUpLimit = 200 * time.Millisecond // any answer of these rows is right, however early it comes
+			limit := s.settler.gateway.lookUpLimit
+			s.settler.gateway.lookUpLimit = 200 * time.Millisecond // any answer of these rows is right, however early it comes
 			s.double.setFaults(func(call, _ string) fault {
 				if call == row.call {
 					return fault{before: row.hook}
@@ -626,7 +626,7 @@ func TestPayGatewayFaults(t *testing.T) {
 			}
 			s.wantUntouched(order, painting)
 			s.double.setFaults(nil)
-			s.till.gateway.lookUpLimit = limit
+			s.settler.gateway.lookUpLimit = limit
 			s.want(s.report(impUID), 200, "결제 성공")
 		})
 	}

@@ -7,24 +7,24 @@ import (
 	"time"
 )
 
-// reconcileMost is how many refunds, or looks, one replica has under way at once. They are leased together, so they
+// maxParallel is how many refunds, or looks, one replica has under way at once. They are leased together, so they
 // also run together.
-const reconcileMost = 8
+const maxParallel = 8
 
-// lastLook is how long after its last change the gateway is last asked about an order: a payment window may stay open
+// lastCheck is how long after its last change the gateway is last asked about an order: a payment window may stay open
 // for long after the order is gone or paid.
-const lastLook = 24 * time.Hour
+const lastCheck = 24 * time.Hour
 
 var byReconciler = Change{Who: "reconciler"}
 
-// Reconcile does what nobody waits for, each interval until ctx ends: it retries refunds, asks the gateway about orders
+// reconcile does what nobody waits for, each interval until ctx ends: it retries refunds, asks the gateway about orders
 // whose time has come, and lets the paintings of unpaid ones go. Every replica runs one; they never work on the same row.
-func (t *Till) Reconcile(ctx context.Context) {
+func (t *settler) reconcile(ctx context.Context) {
 	t.lastRound.Store(t.now().UnixNano())
-	ticker := time.NewTicker(t.every)
+	ticker := time.NewTicker(t.interval)
 	defer ticker.Stop()
 	for {
-		if err := t.Round(ctx); err != nil && ctx.Err() == nil {
+		if err := t.reconcileRound(ctx); err != nil && ctx.Err() == nil {
 			t.log.Error("reconcile", "error", err)
 		}
 		select {
@@ -35,10 +35,10 @@ func (t *Till) Reconcile(ctx context.Context) {
 	}
 }
 
-// Round does what is due now. It ends early when the database fails or the gateway does not answer, and leaves to the next
+// reconcileRound does what is due now. It ends early when the database fails or the gateway does not answer, and leaves to the next
 // round what refunds or looks do not get to within an interval: a backlog must not look like a reconciler that is stuck.
-func (t *Till) Round(ctx context.Context) error {
-	err := errors.Join(t.retryRefunds(ctx), t.lookAtOrders(ctx), t.store.FoldTally(ctx))
+func (t *settler) reconcileRound(ctx context.Context) error {
+	err := errors.Join(t.retryRefunds(ctx), t.checkOrders(ctx), t.store.compactStatusCounts(ctx))
 	if err == nil {
 		t.lastRound.Store(t.now().UnixNano())
 	}
@@ -46,15 +46,15 @@ func (t *Till) Round(ctx context.Context) error {
 }
 
 // retryRefunds tries every refund that is due.
-func (t *Till) retryRefunds(ctx context.Context) error {
-	for until := t.now().Add(t.every); ctx.Err() == nil && t.now().Before(until); {
+func (t *settler) retryRefunds(ctx context.Context) error {
+	for until := t.now().Add(t.interval); ctx.Err() == nil && t.now().Before(until); {
 		now := t.now()
-		due, err := t.store.ClaimRefunds(ctx, reconcileMost, now, now.Add(refundLease))
+		due, err := t.store.claimDueRefunds(ctx, maxParallel, now, now.Add(refundLease))
 		if err != nil || len(due) == 0 {
 			return err
 		}
-		allAnswered := together(due, func(row PaymentRow) bool {
-			return answered(t.Refund(ctx, byReconciler, row))
+		allAnswered := forEachParallel(due, func(row PaymentRow) bool {
+			return gatewayResponded(t.attemptRefund(ctx, byReconciler, row))
 		})
 		if !allAnswered {
 			return nil // each failure is noted with its payment and comes back after its pause
@@ -63,22 +63,22 @@ func (t *Till) retryRefunds(ctx context.Context) error {
 	return nil
 }
 
-// lookAtOrders asks the gateway about every order whose time has come.
-func (t *Till) lookAtOrders(ctx context.Context) error {
-	for until := t.now().Add(t.every); ctx.Err() == nil && t.now().Before(until); {
+// checkOrders asks the gateway about every order whose time has come.
+func (t *settler) checkOrders(ctx context.Context) error {
+	for until := t.now().Add(t.interval); ctx.Err() == nil && t.now().Before(until); {
 		now := t.now()
-		due, err := t.store.ClaimLooks(ctx, reconcileMost, now, now.Add(refundLease))
+		due, err := t.store.claimDueChecks(ctx, maxParallel, now, now.Add(refundLease))
 		if err != nil || len(due) == 0 {
 			return err
 		}
 		var mu sync.Mutex
 		var failed error
-		allAnswered := together(due, func(l Look) bool {
-			seen, err := t.lookAt(ctx, l)
+		allAnswered := forEachParallel(due, func(l paymentCheck) bool {
+			seen, err := t.checkOrder(ctx, l)
 			mu.Lock()
 			failed = errors.Join(failed, err)
 			mu.Unlock()
-			return answered(seen)
+			return gatewayResponded(seen)
 		})
 		if failed != nil || !allAnswered {
 			return failed
@@ -90,41 +90,41 @@ func (t *Till) lookAtOrders(ctx context.Context) error {
 // lookAt asks the gateway about one order and settles what it finds. An unpaid order whose hold is over ends then; one
 // that is paid or has ended is looked at twice more, since a notice may be lost, and late money is late. seen is the
 // gateway's error, err the database's. While the gateway does not answer, the hold stays, up to twice its length.
-func (t *Till) lookAt(ctx context.Context, l Look) (seen, err error) {
+func (t *settler) checkOrder(ctx context.Context, l paymentCheck) (seen, err error) {
 	unpaid := l.Status == statusUnpaid && !l.Ended
-	look := t.Recheck
+	look := t.settleAll
 	if unpaid {
-		look = t.Look
+		look = t.checkUnpaid
 	}
-	t.at("leased", l.ID)
+	t.testHook("leased", l.ID)
 	settled, seen := look(ctx, byReconciler, l.ID)
-	t.at("looked", l.ID)
+	t.testHook("looked", l.ID)
 	now := t.now()
 	var gateway *GatewayError
 	switch {
 	case errors.As(seen, &gateway) && unpaid && !now.Before(l.CreatedAt.Add(2*t.hold)):
-		return seen, t.end(ctx, l, now, now.Add(t.every))
+		return seen, t.expireHold(ctx, l, now, now.Add(t.interval))
 	case errors.As(seen, &gateway):
-		return seen, t.store.SetLook(ctx, l, now.Add(t.every))
+		return seen, t.store.scheduleCheck(ctx, l, now.Add(t.interval))
 	case seen != nil && !errors.Is(seen, ErrNoPayment):
 		return nil, seen // the lease ends by itself
 	case unpaid && settled.State == "kept":
 		return nil, nil // it is paid, and looked at once more when the lease ends
 	case unpaid && now.Before(l.HeldUntil):
-		return nil, t.store.SetLook(ctx, l, l.HeldUntil)
+		return nil, t.store.scheduleCheck(ctx, l, l.HeldUntil)
 	case unpaid:
-		return nil, t.end(ctx, l, now, now.Add(t.hold))
+		return nil, t.expireHold(ctx, l, now, now.Add(t.hold))
 	case now.Before(l.UpdatedAt.Add(t.hold)):
-		return nil, t.store.SetLook(ctx, l, l.UpdatedAt.Add(t.hold))
-	case now.Before(l.UpdatedAt.Add(lastLook)):
-		return nil, t.store.SetLook(ctx, l, l.UpdatedAt.Add(lastLook))
+		return nil, t.store.scheduleCheck(ctx, l, l.UpdatedAt.Add(t.hold))
+	case now.Before(l.UpdatedAt.Add(lastCheck)):
+		return nil, t.store.scheduleCheck(ctx, l, l.UpdatedAt.Add(lastCheck))
 	default:
-		return nil, t.store.SetLook(ctx, l, time.Time{})
+		return nil, t.store.scheduleCheck(ctx, l, time.Time{})
 	}
 }
 
-// end lets an unpaid order's paintings go; that it was paid or deleted meanwhile is no error.
-func (t *Till) end(ctx context.Context, l Look, now, nextLook time.Time) error {
+// expireHold lets an unpaid order's paintings go; that it was paid or deleted meanwhile is no error.
+func (t *settler) expireHold(ctx context.Context, l paymentCheck, now, nextLook time.Time) error {
 	err := t.store.EndUnpaid(ctx, byReconciler, l.ID, "expired", now, nextLook)
 	if errors.Is(err, errStale) {
 		return nil
@@ -132,14 +132,14 @@ func (t *Till) end(ctx context.Context, l Look, now, nextLook time.Time) error {
 	return err
 }
 
-// answered reports whether err is anything but the gateway's silence.
-func answered(err error) bool {
+// gatewayResponded reports whether err is anything but the gateway's silence.
+func gatewayResponded(err error) bool {
 	var gateway *GatewayError
 	return !errors.As(err, &gateway)
 }
 
-// together runs do for all items at once and reports whether all answered.
-func together[T any](items []T, do func(T) bool) bool {
+// forEachParallel runs do for all items at once and reports whether all answered.
+func forEachParallel[T any](items []T, do func(T) bool) bool {
 	var wg sync.WaitGroup
 	all := make([]bool, len(items))
 	for i, item := range items {
@@ -154,8 +154,8 @@ func together[T any](items []T, do func(T) bool) bool {
 	return true
 }
 
-// behind reports whether the reconciler has not finished a round for ten intervals; before its first one it has from the
+// stalled reports whether the reconciler has not finished a round for ten intervals; before its first one it has from the
 // start of the program. However short they are, a refund may take its time.
-func (t *Till) behind() bool {
-	return t.now().Sub(time.Unix(0, t.lastRound.Load())) > max(10*t.every, refundLease)
+func (t *settler) stalled() bool {
+	return t.now().Sub(time.Unix(0, t.lastRound.Load())) > max(10*t.interval, refundLease)
 }

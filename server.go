@@ -21,14 +21,14 @@ import (
 
 // server answers the API. It is built once, for main and the tests alike, and is its own http.Handler.
 type server struct {
-	config config
-	store  *Store
-	till   *Till
-	tokens *tokens
-	now    func() time.Time
-	random func() string // 16 hex digits nobody can guess
-	log    *slog.Logger
-	mux    *http.ServeMux
+	config  config
+	store   *Store
+	settler *settler
+	tokens  *tokens
+	now     func() time.Time
+	random  func() string // 16 hex digits nobody can guess
+	log     *slog.Logger
+	mux     *http.ServeMux
 
 	limits  *limiter // of what strangers may ask
 	metrics *metrics

@@ -11,19 +11,19 @@ import (
 	"time"
 )
 
-// Till decides what becomes of money: a payment seen, by whatever road, ends as a paid order or as a refund.
+// settler decides what becomes of money: a payment seen, from whatever source, ends as a paid order or as a refund.
 // Everything it does may be done again, in any order, at the same time and on several replicas.
-type Till struct {
-	store   *Store
-	gateway *Gateway
-	now     func() time.Time
-	log     *slog.Logger
-	every   time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
-	hold    time.Duration // how long an unpaid order keeps its paintings
+type settler struct {
+	store    *Store
+	gateway  *Gateway
+	now      func() time.Time
+	log      *slog.Logger
+	interval time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
+	hold     time.Duration // how long an unpaid order keeps its paintings
 
-	// step, when set, is called between any two calls to the database or the gateway that change or decide something, about
-	// a payment or an order, so that tests can stop one road there. Nothing is locked then.
-	step func(name, id string)
+	// onTestHook, when set, is called between any two calls to the database or the gateway that change or decide something, about
+	// a payment or an order, so that tests can stop one caller there. Nothing is locked then.
+	onTestHook func(name, id string)
 
 	lastRound atomic.Int64 // when the reconciler last finished a round, Unix nanoseconds
 }
@@ -45,8 +45,8 @@ const (
 // cancelReasons are those that cancel the order with its payment.
 var cancelReasons = []string{reasonBuyerCancel, reasonShopCancel}
 
-// Settlement is what became of a payment.
-type Settlement struct {
+// settlement is what became of a payment.
+type settlement struct {
 	OrderID string
 	State   string // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
 	Reason  string // why the money goes back
@@ -60,71 +60,71 @@ var errRefundPending = errors.New("the refund is not done yet")
 
 // decide is the whole rule of what becomes of payment p given the books of its order. What the ledger already says of
 // the payment comes first: an answer of the gateway may be older than that.
-func decide(p Payment) func(Books) Entry {
-	return func(b Books) Entry {
+func decide(p Payment) func(orderLedger) decision {
+	return func(b orderLedger) decision {
 		known := b.payment(p.ImpUID)
 		money := p.Status == "paid" || p.Status == "cancelled" // cancelled with a remainder is a part refund
 
 		switch {
 		case known != nil && known.State == "refunded", !money:
-			return Entry{}
+			return decision{}
 		case p.Gone && known != nil:
-			return Entry{State: "refunded", Reason: cmp.Or(known.Reason, reasonAtTheGateway),
+			return decision{State: "refunded", Reason: cmp.Or(known.Reason, reasonAtTheGateway),
 				Cancel: known.State == "kept" || slices.Contains(cancelReasons, known.Reason)}
 		case p.Gone:
-			return Entry{State: "refunded", Reason: reasonAtTheGateway}
+			return decision{State: "refunded", Reason: reasonAtTheGateway}
 		case known != nil && p.Cancelled > known.Refunded:
-			return Entry{State: known.State, Reason: known.Reason}
+			return decision{State: known.State, Reason: known.Reason}
 		case known != nil:
-			return Entry{}
+			return decision{}
 		case !p.Won() || p.Amount != b.Total || p.Cancelled != 0:
-			return Entry{State: "refunding", Reason: reasonAmount}
+			return decision{State: "refunding", Reason: reasonAmount}
 		case b.Status == 5:
-			return Entry{State: "refunding", Reason: reasonCancelled}
+			return decision{State: "refunding", Reason: reasonCancelled}
 		case b.Status >= 0:
-			return Entry{State: "refunding", Reason: reasonDuplicate}
+			return decision{State: "refunding", Reason: reasonDuplicate}
 		case !b.Ended:
-			return Entry{State: "kept", Pay: true}
+			return decision{State: "kept", Pay: true}
 		case b.Revivable:
-			return Entry{State: "kept", Pay: true, Revive: true}
+			return decision{State: "kept", Pay: true, Revive: true}
 		default:
-			return Entry{State: "refunding", Reason: reasonSold}
+			return decision{State: "refunding", Reason: reasonSold}
 		}
 	}
 }
 
 // Settle does what has to be done with payment p, which the gateway has just described to somebody outside. errNotOurs: it
 // is for no order of ours.
-func (t *Till) Settle(ctx context.Context, by Change, p Payment) (Settlement, error) {
-	t.at("looked up", p.ImpUID)
+func (t *settler) settleReported(ctx context.Context, by Change, p Payment) (settlement, error) {
+	t.testHook("looked up", p.ImpUID)
 	return t.settle(ctx, by, p)
 }
 
-// settle does what has to be done with payment p as the gateway has just described it. Every road comes through here: the
+// settle does what has to be done with payment p as the gateway has just described it. Every source comes through here: the
 // browser, the gateway's notice, the reconciler, the shop. What it decides it finishes, even when the caller goes away.
-func (t *Till) settle(ctx context.Context, by Change, p Payment) (Settlement, error) {
+func (t *settler) settle(ctx context.Context, by Change, p Payment) (settlement, error) {
 	if !validID(p.MerchantUID) {
-		return Settlement{}, errNotOurs
+		return settlement{}, errNotOurs
 	}
 	now := t.now()
-	books, entry, err := t.store.Settle(context.WithoutCancel(ctx), by, p, now, now.Add(refundLease), decide(p))
+	books, entry, err := t.store.recordSettlement(context.WithoutCancel(ctx), by, p, now, now.Add(refundLease), decide(p))
 	if errors.Is(err, errNotFound) {
-		return Settlement{}, errNotOurs
+		return settlement{}, errNotOurs
 	} else if err != nil {
-		return Settlement{}, fmt.Errorf("settle payment %s: %w", p.ImpUID, err)
+		return settlement{}, fmt.Errorf("settle payment %s: %w", p.ImpUID, err)
 	}
-	t.at("booked", p.ImpUID)
-	result := Settlement{OrderID: books.OrderID, State: entry.State, Reason: entry.Reason}
+	t.testHook("booked", p.ImpUID)
+	result := settlement{OrderID: books.OrderID, State: entry.State, Reason: entry.Reason}
 	known := books.payment(p.ImpUID)
 	if known != nil && (entry.State == "" || entry.State == known.State) {
 		result.State, result.Reason = known.State, known.Reason
 	}
 	if entry.State != "" {
-		t.logMoney(by, books, p, known, entry)
+		t.logTransition(by, books, p, known, entry)
 	}
 	if known == nil && entry.State == "refunding" {
 		row := PaymentRow{ImpUID: p.ImpUID, OrderID: books.OrderID, Reason: entry.Reason, Won: p.Won(), Amount: p.Amount, Refunded: p.Cancelled}
-		if err := t.cancel(ctx, by, row); err == nil {
+		if err := t.requestRefund(ctx, by, row); err == nil {
 			result.State = "refunded"
 		}
 		// A refund that failed is booked and goes on by itself; what becomes of the payment is known.
@@ -132,61 +132,61 @@ func (t *Till) settle(ctx context.Context, by Change, p Payment) (Settlement, er
 	return result, nil
 }
 
-// Refund carries out a booked and leased refund. The first attempt goes straight to the gateway; each further one looks
+// attemptRefund carries out a booked and leased refund. The first attempt goes straight to the gateway; each further one looks
 // first, since the answer to the one before may have been lost. errRefundPending (with the cause) when it did not
 // succeed: the reconciler goes on with it.
-func (t *Till) Refund(ctx context.Context, by Change, row PaymentRow) error {
-	t.at("leased", row.ImpUID)
+func (t *settler) attemptRefund(ctx context.Context, by Change, row PaymentRow) error {
+	t.testHook("leased", row.ImpUID)
 	if row.Attempts > 1 {
 		p, err := t.gateway.Payment(ctx, row.ImpUID)
 		if err != nil {
-			return t.refundFailed(ctx, row, err)
+			return t.postponeRefund(ctx, row, err)
 		}
-		t.at("looked up", row.ImpUID)
+		t.testHook("looked up", row.ImpUID)
 		settled, err := t.settle(ctx, by, p)
 		if err != nil {
-			return t.refundFailed(ctx, row, err)
+			return t.postponeRefund(ctx, row, err)
 		}
 		if settled.State == "refunded" {
 			return nil
 		}
 		row.Refunded = p.Cancelled
 	}
-	return t.cancel(ctx, by, row)
+	return t.requestRefund(ctx, by, row)
 }
 
-// cancel asks the gateway for the whole remainder and books its answer. After any other answer than a success the
+// requestRefund asks the gateway for the whole remainder and books its answer. After any other answer than a success the
 // payment is looked up, since the money may be back all the same.
-func (t *Till) cancel(ctx context.Context, by Change, row PaymentRow) error {
+func (t *settler) requestRefund(ctx context.Context, by Change, row PaymentRow) error {
 	ctx = context.WithoutCancel(ctx)
 	p, cause := t.gateway.Cancel(ctx, CancelRequest{ImpUID: row.ImpUID, Remaining: row.Amount - row.Refunded, Won: row.Won, Reason: row.Reason})
-	t.at("cancelled", row.ImpUID)
+	t.testHook("cancelled", row.ImpUID)
 	if cause != nil {
 		var err error
 		if p, err = t.gateway.Payment(ctx, row.ImpUID); err != nil {
-			return t.refundFailed(ctx, row, cause)
+			return t.postponeRefund(ctx, row, cause)
 		}
-		t.at("looked up", row.ImpUID)
+		t.testHook("looked up", row.ImpUID)
 	}
 	settled, err := t.settle(ctx, by, p)
 	switch {
 	case err != nil:
-		return t.refundFailed(ctx, row, err)
+		return t.postponeRefund(ctx, row, err)
 	case settled.State == "refunded":
 		return nil
 	case cause == nil:
 		cause = fmt.Errorf("the gateway took the cancel but says %q", p.Status)
 	}
-	return t.refundFailed(ctx, row, cause)
+	return t.postponeRefund(ctx, row, cause)
 }
 
-// refundFailed notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
-func (t *Till) refundFailed(ctx context.Context, row PaymentRow, cause error) error {
+// postponeRefund notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
+func (t *settler) postponeRefund(ctx context.Context, row PaymentRow, cause error) error {
 	now := t.now()
-	pause := min(t.every<<min(row.Attempts, 16), time.Hour)
-	err := t.store.RefundFailed(context.WithoutCancel(ctx), row.ImpUID, cause.Error(), now, now.Add(pause))
+	pause := min(t.interval<<min(row.Attempts, 16), time.Hour)
+	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.ImpUID, cause.Error(), now, now.Add(pause))
 	level := slog.LevelWarn
-	if !answered(cause) {
+	if !gatewayResponded(cause) {
 		level = slog.LevelDebug // that the gateway is silent the log says once, not for each refund
 	}
 	t.log.Log(ctx, level, "refund failed", "order", row.OrderID, "imp_uid", row.ImpUID, "amount", row.Amount, "attempt", row.Attempts,
@@ -194,46 +194,46 @@ func (t *Till) refundFailed(ctx context.Context, row PaymentRow, cause error) er
 	return fmt.Errorf("%w: %w", errRefundPending, errors.Join(cause, err))
 }
 
-// Cancel gives back the whole payment of a paid order and cancels it. errStale: it is not in from any more.
+// refundOrder gives back the whole payment of a paid order and cancels it. errStale: it is not in from any more.
 // errRefundPending: booked, and going on by itself.
-func (t *Till) Cancel(ctx context.Context, by Change, id string, from int, reason string) error {
+func (t *settler) refundOrder(ctx context.Context, by Change, id string, from int, reason string) error {
 	now := t.now()
-	row, err := t.store.BeginCancel(context.WithoutCancel(ctx), by, id, from, reason, now, now.Add(refundLease))
+	row, err := t.store.bookRefund(context.WithoutCancel(ctx), by, id, from, reason, now, now.Add(refundLease))
 	if err != nil {
 		return err
 	}
-	t.logMoney(by, Books{OrderID: id}, Payment{ImpUID: row.ImpUID, Amount: row.Amount, Cancelled: row.Refunded}, &PaymentRow{State: "kept"}, Entry{State: "refunding", Reason: reason})
-	return t.Refund(ctx, by, row)
+	t.logTransition(by, orderLedger{OrderID: id}, Payment{ImpUID: row.ImpUID, Amount: row.Amount, Cancelled: row.Refunded}, &PaymentRow{State: "kept"}, decision{State: "refunding", Reason: reason})
+	return t.attemptRefund(ctx, by, row)
 }
 
-// CancelAgain goes on with the cancel of an order whose refund did not succeed at once. errStale: somebody is at it.
-func (t *Till) CancelAgain(ctx context.Context, by Change, id string) error {
+// retryOrderRefund goes on with the cancel of an order whose refund did not succeed at once. errStale: somebody is at it.
+func (t *settler) retryOrderRefund(ctx context.Context, by Change, id string) error {
 	now := t.now()
-	row, err := t.store.ClaimCancel(ctx, id, now, now.Add(refundLease))
+	row, err := t.store.claimOrderRefund(ctx, id, now, now.Add(refundLease))
 	if err != nil {
 		return err
 	}
-	return t.Refund(ctx, by, row)
+	return t.attemptRefund(ctx, by, row)
 }
 
 // Look asks the gateway whether money came for an unpaid order, and settles all of it. ErrNoPayment: none.
-func (t *Till) Look(ctx context.Context, by Change, id string) (kept Settlement, err error) {
+func (t *settler) checkUnpaid(ctx context.Context, by Change, id string) (kept settlement, err error) {
 	if _, err := t.gateway.PaidFor(ctx, id); err != nil {
 		return kept, err
 	}
-	t.at("money found", id)
-	return t.Recheck(ctx, by, id) // others may stand behind the one that was found
+	t.testHook("money found", id)
+	return t.settleAll(ctx, by, id) // others may stand behind the one that was found
 }
 
-// Recheck settles every payment that the gateway has for an order, whatever notice of it was lost. The settlement is
+// settleAll settles every payment that the gateway has for an order, whatever notice of it was lost. The settlement is
 // that of the payment which the order keeps; the zero one when it keeps none.
-func (t *Till) Recheck(ctx context.Context, by Change, id string) (kept Settlement, err error) {
+func (t *settler) settleAll(ctx context.Context, by Change, id string) (kept settlement, err error) {
 	payments, err := t.gateway.PaymentsFor(ctx, id)
 	if err != nil {
 		return kept, err
 	}
 	for _, p := range payments {
-		t.at("looked up", p.ImpUID)
+		t.testHook("looked up", p.ImpUID)
 		settled, problem := t.settle(ctx, by, p)
 		err = errors.Join(err, problem)
 		if settled.State == "kept" {
@@ -243,33 +243,33 @@ func (t *Till) Recheck(ctx context.Context, by Change, id string) (kept Settleme
 	return kept, err
 }
 
-// Delete ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
+// discardUnpaid ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
 // deleted. errStale: it is not unpaid any more.
-func (t *Till) Delete(ctx context.Context, by Change, id string) error {
-	settled, err := t.Look(ctx, by, id)
+func (t *settler) discardUnpaid(ctx context.Context, by Change, id string) error {
+	settled, err := t.checkUnpaid(ctx, by, id)
 	if err == nil && settled.State == "kept" {
 		return errStale
 	} else if err != nil && !errors.Is(err, ErrNoPayment) {
 		return err
 	}
-	t.at("deleting", id)
+	t.testHook("deleting", id)
 	now := t.now()
 	return t.store.EndUnpaid(context.WithoutCancel(ctx), by, id, "deleted", now, now.Add(t.hold))
 }
 
-func (t *Till) at(step, id string) {
-	if t.step != nil {
-		t.step(step, id)
+func (t *settler) testHook(step, id string) {
+	if t.onTestHook != nil {
+		t.onTestHook(step, id)
 	}
 }
 
-// logMoney writes the one line that every movement of money has: a payment known, or its state or what went back of it
+// logTransition writes the one line that every movement of money has: a payment known, or its state or what went back of it
 // changed. The end of a hold moves none.
-func (t *Till) logMoney(by Change, b Books, p Payment, known *PaymentRow, entry Entry) {
+func (t *settler) logTransition(by Change, b orderLedger, p Payment, known *PaymentRow, entry decision) {
 	from := "unknown"
 	if known != nil {
 		from = known.State
 	}
 	t.log.Info("money", "order", b.OrderID, "imp_uid", p.ImpUID, "amount", p.Amount, "refunded", p.Cancelled,
-		"from", from, "to", entry.State, "reason", entry.Reason, "road", by.Who, "request", by.Request)
+		"from", from, "to", entry.State, "reason", entry.Reason, "source", by.Who, "request", by.Request)
 }

@@ -27,9 +27,9 @@ import (
 // same for any number, and PostgreSQL keeps it instead of planning at each call.
 type Store struct {
 	pool      *pgxpool.Pool
-	paintings *gather[string, Painting]
-	orders    *gather[orderKey, Order]
-	latest    *gather[string, Order]
+	paintings *batcher[string, Painting]
+	orders    *batcher[orderKey, Order]
+	latest    *batcher[string, Order]
 
 	stepLockWait time.Duration
 }
@@ -52,9 +52,9 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, 
 		return nil, err
 	}
 	s := &Store{pool: pool, stepLockWait: stepLockWait}
-	s.paintings = newGather(s.readPaintings)
-	s.orders = newGather(s.readOrders)
-	s.latest = newGather(s.readLatest)
+	s.paintings = newBatcher(s.readPaintings)
+	s.orders = newBatcher(s.readOrders)
+	s.latest = newBatcher(s.readLatest)
 	return s, nil
 }
 
@@ -167,20 +167,20 @@ func (s *Store) applyStep(ctx context.Context, n int, step string) error {
 	})
 }
 
-// ---- gathering
+// ---- request batching
 
-// gather lets calls that arrive together share one query: while a query runs, the next callers' keys collect, and the
+// batcher lets calls that arrive together share one query: while a query runs, the next callers' keys collect, and the
 // moment it returns they go out as one. A lone caller waits for nothing, nothing is cached, and no answer is older
 // than its question, since a query never takes keys after it has started.
-type gather[K comparable, V any] struct {
+type batcher[K comparable, V any] struct {
 	query   func(context.Context, []K) (map[K]V, error)
 	mu      sync.Mutex
-	flying  bool
-	waiting []*flight[K, V]
+	running bool
+	waiting []*batch[K, V]
 }
 
-// flight is one query under way or about to be, and its answer once done is closed.
-type flight[K comparable, V any] struct {
+// batch is one query under way or about to be, and its answer once done is closed.
+type batch[K comparable, V any] struct {
 	keys   []K
 	until  time.Time // it gives up then, and with it whoever waits, however long the flights before it took
 	done   chan struct{}
@@ -188,29 +188,29 @@ type flight[K comparable, V any] struct {
 	err    error
 }
 
-// gatherMost bounds the keys of one query, so that no caller waits for a crowd's worth of rows.
-const gatherMost = 1000
+// maxBatchKeys bounds the keys of one query, so that no caller waits for a crowd's worth of rows.
+const maxBatchKeys = 1000
 
-func newGather[K comparable, V any](query func(context.Context, []K) (map[K]V, error)) *gather[K, V] {
-	return &gather[K, V]{query: query}
+func newBatcher[K comparable, V any](query func(context.Context, []K) (map[K]V, error)) *batcher[K, V] {
+	return &batcher[K, V]{query: query}
 }
 
 // get answers the values of keys; an unknown key is missing from the map, which is shared and must not be changed.
 // A caller that goes away leaves the others' query alone. An error is everybody's who shares the query, so keys must be
 // checked before: none may be one that the database refuses.
-func (g *gather[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
+func (g *batcher[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
 	g.mu.Lock()
-	var f *flight[K, V]
-	if n := len(g.waiting); n > 0 && len(g.waiting[n-1].keys)+len(keys) <= gatherMost {
+	var f *batch[K, V]
+	if n := len(g.waiting); n > 0 && len(g.waiting[n-1].keys)+len(keys) <= maxBatchKeys {
 		f = g.waiting[n-1]
 	} else {
-		f = &flight[K, V]{until: time.Now().Add(dbTimeout), done: make(chan struct{})}
+		f = &batch[K, V]{until: time.Now().Add(dbTimeout), done: make(chan struct{})}
 		g.waiting = append(g.waiting, f)
 	}
 	f.keys = append(f.keys, keys...)
-	if !g.flying {
-		g.flying = true
-		go g.fly()
+	if !g.running {
+		g.running = true
+		go g.run()
 	}
 	g.mu.Unlock()
 	select {
@@ -221,25 +221,25 @@ func (g *gather[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
 	}
 }
 
-// fly sends out flights until none is waiting.
-func (g *gather[K, V]) fly() {
+// run sends out flights until none is waiting.
+func (g *batcher[K, V]) run() {
 	for {
 		runtime.Gosched() // whoever is about to ask joins; nobody else waits
 		g.mu.Lock()
 		if len(g.waiting) == 0 {
-			g.flying = false
+			g.running = false
 			g.mu.Unlock()
 			return
 		}
 		f := g.waiting[0]
 		g.waiting = g.waiting[1:]
 		g.mu.Unlock()
-		g.ask(f)
+		g.exec(f)
 	}
 }
 
 // ask sends one flight's query and lets go of whoever waits for it, whatever happens.
-func (g *gather[K, V]) ask(f *flight[K, V]) {
+func (g *batcher[K, V]) exec(f *batch[K, V]) {
 	defer close(f.done)
 	defer func() {
 		if p := recover(); p != nil {
@@ -616,8 +616,8 @@ func scanPayment(row pgx.CollectableRow) (p PaymentRow, err error) {
 	return p, err
 }
 
-// Books is what settling needs to know about an order, read under its locks.
-type Books struct {
+// orderLedger is what settling needs to know about an order, read under its locks.
+type orderLedger struct {
 	OrderID   string
 	Status    int
 	Ended     bool
@@ -627,15 +627,15 @@ type Books struct {
 }
 
 // payment is the ledger's row of impUID, nil when there is none.
-func (b Books) payment(impUID string) *PaymentRow {
+func (b orderLedger) payment(impUID string) *PaymentRow {
 	if i := slices.IndexFunc(b.Payments, func(p PaymentRow) bool { return p.ImpUID == impUID }); i >= 0 {
 		return &b.Payments[i]
 	}
 	return nil
 }
 
-// Entry is what settling writes: what becomes of a payment, and of its order with it.
-type Entry struct {
+// decision is what settling writes: what becomes of a payment, and of its order with it.
+type decision struct {
 	State  string // kept, refunding, refunded; empty: nothing is written
 	Reason string // why the money goes back
 	Pay    bool   // the order is paid with it
@@ -656,10 +656,10 @@ const lockRevivable = `
 			SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND x.status >= 0)
 	FROM o JOIN locked l ON l.id = ANY(o.product_ids)`
 
-// Settle reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
+// recordSettlement reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
 // that: two round trips (three for a tombstone), one transaction, and nothing asked of anybody else in between. A refund
 // that is decided is leased to the caller until lease. errNotFound: the order is not ours.
-func (s *Store) Settle(ctx context.Context, by Change, p Payment, now, lease time.Time, decide func(Books) Entry) (books Books, entry Entry, err error) {
+func (s *Store) recordSettlement(ctx context.Context, by Change, p Payment, now, lease time.Time, decide func(orderLedger) decision) (books orderLedger, entry decision, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	conn, err := s.pool.Acquire(ctx)
@@ -695,15 +695,15 @@ func (s *Store) Settle(ctx context.Context, by Change, p Payment, now, lease tim
 	entry = decide(books)
 	write := &pgx.Batch{}
 	if entry.State != "" {
-		queueEntry(write, p, entry, books, now, lease)
+		queueDecision(write, p, entry, books, now, lease)
 	}
 	write.Queue(`COMMIT`)
 	return books, entry, conn.SendBatch(ctx, write).Close()
 }
 
-// queueEntry writes what was decided about payment p. Each statement names the state it changes from; under the locks
+// queueDecision writes what was decided about payment p. Each statement names the state it changes from; under the locks
 // that the decision was made under, that is the state it finds.
-func queueEntry(batch *pgx.Batch, p Payment, entry Entry, books Books, now, lease time.Time) {
+func queueDecision(batch *pgx.Batch, p Payment, entry decision, books orderLedger, now, lease time.Time) {
 	id := books.OrderID
 	if entry.Revive {
 		// What the buyer's unpaid order holds of it, the revived one takes; the rest is free with the unpaid one's end.
@@ -738,9 +738,9 @@ func queueEntry(batch *pgx.Batch, p Payment, entry Entry, books Books, now, leas
 	}
 }
 
-// BeginCancel books the refund of a paid order's whole payment before the gateway is asked, leased to the caller until
+// bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller until
 // lease. errStale: the order is not in from, or is being cancelled already.
-func (s *Store) BeginCancel(ctx context.Context, by Change, id string, from int, reason string, now, lease time.Time) (PaymentRow, error) {
+func (s *Store) bookRefund(ctx context.Context, by Change, id string, from int, reason string, now, lease time.Time) (PaymentRow, error) {
 	var payment PaymentRow
 	batch := &pgx.Batch{}
 	batch.Queue(announce, by.setting())
@@ -762,9 +762,9 @@ func (s *Store) BeginCancel(ctx context.Context, by Change, id string, from int,
 	}
 }
 
-// ClaimCancel takes the refund of an order that is being cancelled, for a caller who asks once more. errStale:
+// claimOrderRefund takes the refund of an order that is being cancelled, for a caller who asks once more. errStale:
 // somebody is at it, or it is done.
-func (s *Store) ClaimCancel(ctx context.Context, id string, now, lease time.Time) (PaymentRow, error) {
+func (s *Store) claimOrderRefund(ctx context.Context, id string, now, lease time.Time) (PaymentRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -778,8 +778,8 @@ func (s *Store) ClaimCancel(ctx context.Context, id string, now, lease time.Time
 	return payment, err
 }
 
-// ClaimRefunds takes up to most refunds that are due and nobody is at, for the caller alone until lease.
-func (s *Store) ClaimRefunds(ctx context.Context, most int, now, lease time.Time) ([]PaymentRow, error) {
+// claimDueRefunds takes up to most refunds that are due and nobody is at, for the caller alone until lease.
+func (s *Store) claimDueRefunds(ctx context.Context, most int, now, lease time.Time) ([]PaymentRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -791,8 +791,8 @@ func (s *Store) ClaimRefunds(ctx context.Context, most int, now, lease time.Time
 	return pgx.CollectRows(rows, scanPayment)
 }
 
-// RefundFailed notes why a refund did not succeed and when the reconciler tries it again.
-func (s *Store) RefundFailed(ctx context.Context, impUID, why string, now, again time.Time) error {
+// recordRefundFailure notes why a refund did not succeed and when the reconciler tries it again.
+func (s *Store) recordRefundFailure(ctx context.Context, impUID, why string, now, again time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `UPDATE payments SET last_error = $2, updated_at = $3, next_attempt_at = $4, leased_until = $3
@@ -800,17 +800,17 @@ func (s *Store) RefundFailed(ctx context.Context, impUID, why string, now, again
 	return err
 }
 
-// Look is an order about which the gateway is to be asked.
-type Look struct {
+// paymentCheck is an order about which the gateway is to be asked.
+type paymentCheck struct {
 	ID                              string
 	Status                          int
 	Ended                           bool
 	CreatedAt, UpdatedAt, HeldUntil time.Time
 }
 
-// ClaimLooks takes up to most orders whose time has come to ask the gateway about them, for the caller alone until
+// claimDueChecks takes up to most orders whose time has come to ask the gateway about them, for the caller alone until
 // lease.
-func (s *Store) ClaimLooks(ctx context.Context, most int, now, lease time.Time) ([]Look, error) {
+func (s *Store) claimDueChecks(ctx context.Context, most int, now, lease time.Time) ([]paymentCheck, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -818,15 +818,15 @@ func (s *Store) ClaimLooks(ctx context.Context, most int, now, lease time.Time) 
 		WHERE id = ANY(ARRAY(
 			SELECT id FROM orders WHERE next_look_at <= $2 ORDER BY next_look_at LIMIT $1 FOR UPDATE SKIP LOCKED))
 		RETURNING id, status, ended IS NOT NULL, created_at, updated_at, held_until`, most, now, lease)
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (l Look, err error) {
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (l paymentCheck, err error) {
 		err = row.Scan(&l.ID, &l.Status, &l.Ended, &l.CreatedAt, &l.UpdatedAt, &l.HeldUntil)
 		return l, err
 	})
 }
 
-// SetLook says when the gateway is to be asked about an order next; a zero time is never. An order that has changed
+// scheduleCheck says when the gateway is to be asked about an order next; a zero time is never. An order that has changed
 // since the look was claimed keeps the time of its lease.
-func (s *Store) SetLook(ctx context.Context, l Look, next time.Time) error {
+func (s *Store) scheduleCheck(ctx context.Context, l paymentCheck, next time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	var at *time.Time
@@ -837,16 +837,16 @@ func (s *Store) SetLook(ctx context.Context, l Look, next time.Time) error {
 	return err
 }
 
-// LookNow has the reconciler ask the gateway about an order at its next round.
-func (s *Store) LookNow(ctx context.Context, id string, now time.Time) error {
+// checkSoon has the reconciler ask the gateway about an order at its next round.
+func (s *Store) checkSoon(ctx context.Context, id string, now time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND (next_look_at IS NULL OR next_look_at > $2)`, id, now)
 	return err
 }
 
-// FoldTally adds the differences of order_tally together once there are many.
-func (s *Store) FoldTally(ctx context.Context) error {
+// compactStatusCounts adds the differences of order_tally together once there are many.
+func (s *Store) compactStatusCounts(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `
@@ -856,7 +856,7 @@ func (s *Store) FoldTally(ctx context.Context) error {
 }
 
 // Money is what stands open, for the figures.
-type Money struct {
+type openBalances struct {
 	Holds         int           // unpaid orders that hold paintings
 	Refunds       int           // payments whose refund is booked and not done
 	OldestRefund  time.Duration // since the oldest of those was booked
@@ -864,8 +864,8 @@ type Money struct {
 	Orders        [6]int        // paid orders by status, from 0
 }
 
-// moneyQuery reads no more rows than there are holds, refunds that wait, and differences in order_tally.
-const moneyQuery = `
+// openBalancesQuery reads no more rows than there are holds, refunds that wait, and differences in order_tally.
+const openBalancesQuery = `
 	SELECT h.n, h.oldest, r.n, r.oldest, ARRAY(
 		SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
 	FROM (
@@ -875,11 +875,11 @@ const moneyQuery = `
 			CASE WHEN p.reason = ANY($2::text[]) THEN o.cancelling_since ELSE p.created_at END)), 0)::float8 AS oldest
 		FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`
 
-// Money is what stands open at now.
-func (s *Store) Money(ctx context.Context, now time.Time) (m Money, err error) {
+// readOpenBalances is what stands open at now.
+func (s *Store) readOpenBalances(ctx context.Context, now time.Time) (m openBalances, err error) {
 	var refund, unknown float64 // seconds
 	var orders []int
-	err = s.pool.QueryRow(ctx, moneyQuery, now, cancelReasons).Scan(&m.Holds, &unknown, &m.Refunds, &refund, &orders)
+	err = s.pool.QueryRow(ctx, openBalancesQuery, now, cancelReasons).Scan(&m.Holds, &unknown, &m.Refunds, &refund, &orders)
 	m.OldestUnknown, m.OldestRefund = seconds(unknown), seconds(refund)
 	copy(m.Orders[:], orders)
 	return m, err
@@ -1012,8 +1012,8 @@ func (s *Store) OrdersToAudit(ctx context.Context, since time.Time) ([]string, e
 	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
-// AuditBooks is an order's money in the books.
-type AuditBooks struct {
+// auditLedger is an order's money in the books.
+type auditLedger struct {
 	OrderID    string
 	Status     int
 	Cancelling bool
@@ -1028,8 +1028,8 @@ type AuditPayment struct {
 	LastError string
 }
 
-// AuditBooks reads the books of order id.
-func (s *Store) AuditBooks(ctx context.Context, id string) (b AuditBooks, err error) {
+// readLedger reads the books of order id.
+func (s *Store) readLedger(ctx context.Context, id string) (b auditLedger, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(`SELECT id, status, cancelling_since IS NOT NULL, total_price FROM orders WHERE id = $1`, id).QueryRow(func(row pgx.Row) error {
 		return row.Scan(&b.OrderID, &b.Status, &b.Cancelling, &b.Total)
