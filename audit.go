@@ -18,7 +18,7 @@ import (
 // to the reconciler, which it has look at once.
 type auditor struct {
 	store         *Store
-	gateway       *Gateway
+	gateway       *iamportClient
 	now           func() time.Time
 	pause         func(context.Context) error // before an order that did not match is looked at again
 	progress      io.Writer                   // told how far the audit is
@@ -76,9 +76,9 @@ type mismatch struct {
 
 // auditDue is how a refund goes.
 type auditDue struct {
-	Since     stamp  `json:"since"`
-	Attempts  int    `json:"attempts"`
-	LastError string `json:"lastError,omitempty"`
+	Since     jsonTime `json:"since"`
+	Attempts  int      `json:"attempts"`
+	LastError string   `json:"lastError,omitempty"`
 }
 
 // auditSum is one side's money, in won.
@@ -90,8 +90,8 @@ type auditSum struct {
 
 // auditReport is what the audit found.
 type auditReport struct {
-	Since      stamp      `json:"since"`
-	At         stamp      `json:"at"`
+	Since      jsonTime   `json:"since"`
+	At         jsonTime   `json:"at"`
 	Orders     int        `json:"orders"`   // looked at
 	Matching   int        `json:"matching"` // of them
 	Gateway    auditSum   `json:"gateway"`
@@ -102,7 +102,7 @@ type auditReport struct {
 // auditedOrder is what a look at one order saw.
 type auditedOrder struct {
 	ledger     auditLedger
-	there      []Payment
+	there      []gatewayPayment
 	mismatches []mismatch
 	err        error
 }
@@ -110,7 +110,7 @@ type auditedOrder struct {
 // audit compares the money of all orders that were made or changed since then, and of all whose refund is due, with the
 // gateway, and all paintings with the orders.
 func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, error) {
-	report := auditReport{Since: stamp(since), At: stamp(a.now()), Mismatches: []mismatch{}}
+	report := auditReport{Since: jsonTime(since), At: jsonTime(a.now()), Mismatches: []mismatch{}}
 	ids, err := a.store.OrdersToAudit(ctx, since)
 	if err != nil {
 		return report, err
@@ -203,7 +203,7 @@ func (a *auditor) checkOrder(ctx context.Context, id string) (o auditedOrder) {
 	if err != nil {
 		return auditedOrder{err: err}
 	}
-	if o.there, err = a.gateway.PaymentsFor(ctx, id); err != nil {
+	if o.there, err = a.gateway.paymentsOf(ctx, id); err != nil {
 		return auditedOrder{err: err}
 	}
 	if o.ledger, err = a.store.readLedger(ctx, id); err != nil {
@@ -235,7 +235,7 @@ func (o *auditedOrder) mismatch(kind mismatchKind, impUID string, amount int64) 
 
 // compare finds what does not match between the books and the gateway.
 func (o *auditedOrder) compare() {
-	there := map[string]Payment{}
+	there := map[string]gatewayPayment{}
 	for _, p := range o.there {
 		there[p.ImpUID] = p
 	}
@@ -243,13 +243,13 @@ func (o *auditedOrder) compare() {
 	for _, row := range o.ledger.Payments {
 		p, known := there[row.ImpUID]
 		delete(there, row.ImpUID)
-		kept = kept || row.State == "kept"
-		paid = paid || row.State == "kept" || row.State == "refunding" && o.ledger.Cancelling
+		kept = kept || row.State == stateKept
+		paid = paid || row.State == stateKept || row.State == stateRefunding && o.ledger.Cancelling
 		o.comparePayment(row, p, known)
 	}
 	again := paid
 	for _, p := range o.there {
-		if _, unbooked := there[p.ImpUID]; !unbooked || p.Gone {
+		if _, unbooked := there[p.ImpUID]; !unbooked || p.fullyRefunded {
 			continue
 		}
 		kind := mismatchPaidThere
@@ -269,25 +269,25 @@ func (o *auditedOrder) compare() {
 }
 
 // comparePayment compares a row of the ledger with what the gateway says of the payment, if it knows it.
-func (o *auditedOrder) comparePayment(row AuditPayment, p Payment, known bool) {
+func (o *auditedOrder) comparePayment(row AuditPayment, p gatewayPayment, known bool) {
 	left := row.Amount - row.Refunded
 	switch {
-	case row.State == "refunding":
+	case row.State == stateRefunding:
 		kind := mismatchDue
-		if known && p.Gone {
+		if known && p.fullyRefunded {
 			kind = mismatchDueDone
 		}
-		o.mismatch(kind, row.ImpUID, left).Due = &auditDue{stamp(row.DueSince), row.Attempts, row.LastError}
-	case row.State == "refunded" && known && !p.Gone:
+		o.mismatch(kind, row.ImpUID, left).Due = &auditDue{jsonTime(row.DueSince), row.Attempts, row.LastError}
+	case row.State == stateRefunded && known && !p.fullyRefunded:
 		o.mismatch(mismatchNotBack, row.ImpUID, p.Amount-p.Cancelled)
-	case row.State == "refunded":
+	case row.State == stateRefunded:
 	case !known:
 		o.mismatch(mismatchUnknown, row.ImpUID, left)
-	case p.Gone:
+	case p.fullyRefunded:
 		o.mismatch(mismatchCancelled, row.ImpUID, left)
 	case p.Cancelled > row.Refunded:
 		o.mismatch(mismatchPartBack, row.ImpUID, p.Cancelled-row.Refunded)
-	case !p.Won() || p.Amount != row.Amount || p.Amount != o.ledger.Total || p.Cancelled != row.Refunded:
+	case !p.isKRW() || p.Amount != row.Amount || p.Amount != o.ledger.Total || p.Cancelled != row.Refunded:
 		o.mismatch(mismatchAmount, row.ImpUID, p.Amount)
 	}
 }
@@ -299,12 +299,12 @@ func (r *auditReport) add(o auditedOrder) {
 		booked[row.ImpUID] = true
 		r.Books.Taken += row.Amount
 		r.Books.Refunded += row.Refunded
-		if row.State == "kept" {
+		if row.State == stateKept {
 			r.Books.Kept += row.Amount - row.Refunded
 		}
 	}
 	for _, p := range o.there {
-		if booked[p.ImpUID] || !p.Gone {
+		if booked[p.ImpUID] || !p.fullyRefunded {
 			r.Gateway.Taken += p.Amount
 			r.Gateway.Refunded += p.Cancelled
 			r.Gateway.Kept += p.Amount - p.Cancelled
@@ -353,7 +353,7 @@ func auditCommand(ctx context.Context, c config, within time.Duration, asJSON bo
 		return errors.New("-since must be a duration such as 24h")
 	}
 	return withStore(ctx, &c, func(store *Store) error {
-		gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox})
+		gateway := newIamportClient(iamportConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox})
 		a := &auditor{store: store, gateway: gateway, now: time.Now, progress: errOut, progressEvery: time.Second,
 			pause: func(ctx context.Context) error { return pause(ctx, auditPause) }}
 		report, err := a.audit(ctx, a.now().Add(-within))

@@ -127,7 +127,7 @@ func TestAuditFindsMismatches(t *testing.T) {
 	check(t, s.double.refundInConsole(impUID, 9000))
 	settled("partly refunded in the console", o, mismatchPartBack)
 	o, impUID = paid()
-	_, err := s.store.bookRefund(t.Context(), Change{Who: "buyer"}, o, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
+	_, err := s.store.bookRefund(t.Context(), actor{kind: actorBuyer}, o, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
 	check(t, err)
 	check(t, s.double.refundInConsole(impUID, 0))
 	settled("refund booked, made by another hand", o, mismatchDueDone)
@@ -273,7 +273,7 @@ func TestAuditWhenTheGatewayFails(t *testing.T) {
 	before := s.double.calls("findAll")
 	s.double.setFaults(func(string, string) fault { return fault{before: answer500} })
 	_, err := s.auditor().audit(t.Context(), s.clock.Now().Add(-time.Hour))
-	var silent *GatewayError
+	var silent *gatewayError
 	if !errors.As(err, &silent) {
 		t.Errorf("a silent gateway: %v", err)
 	}
@@ -420,12 +420,12 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 	painting, now := newTestID(), time.Now()
 	_, err = importCatalogue(t.Context(), store, strings.NewReader("["+catalogueEntry(painting, "", "")+"]"))
 	check(t, err)
-	created, err := store.CreateOrder(t.Context(), Change{Who: "buyer"}, NewOrder{ID: newTestID(), UserID: buyerA, Number: newNumber(),
+	created, err := store.CreateOrder(t.Context(), actor{kind: actorBuyer}, NewOrder{ID: newTestID(), UserID: buyerA, Number: newNumber(),
 		ProductIDs: []string{painting}, Prices: []int64{99000}, ShippingPrice: 10000, Total: 109000, DeliveryInfo: "{}", OrdererInfo: "{}",
 		CreatedAt: now, HeldUntil: now.Add(time.Hour)})
 	check(t, err)
 	store.Close()
-	impUID := house.gateway.pay(pretendPayment{MerchantUID: created.OrderID, Amount: 109000})
+	impUID := house.gateway.pay(pretendPayment{MerchantUID: created.orderID, Amount: 109000})
 	for _, running := range []bool{true, false} {
 		if out, err := audit(); !errors.Is(err, errUnbalanced) || !strings.Contains(out, impUID) {
 			t.Errorf("service running %v: %v\n%s", running, err, out)

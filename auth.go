@@ -11,8 +11,8 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// Caller is who a request comes from; the zero Caller is nobody.
-type Caller struct {
+// caller is who a request comes from; the zero Caller is nobody.
+type caller struct {
 	ID    string // the user's ObjectId, lower case
 	Admin bool
 }
@@ -29,7 +29,7 @@ type tokens struct {
 
 // goodToken is what a verified token says.
 type goodToken struct {
-	caller  Caller
+	caller  caller
 	expires time.Time
 }
 
@@ -54,10 +54,10 @@ var errNoToken = errors.New("no bearer token")
 
 // caller is who the request's Authorization header says, or an error that says why nobody. The error is not for logs
 // or clients: it may quote the token.
-func (t *tokens) caller(r *http.Request) (Caller, error) {
+func (t *tokens) caller(r *http.Request) (caller, error) {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return Caller{}, errNoToken
+		return caller{}, errNoToken
 	}
 	token = strings.TrimSpace(token)
 	hash := sha256.Sum256([]byte(token))
@@ -69,7 +69,7 @@ func (t *tokens) caller(r *http.Request) (Caller, error) {
 	}
 	verified, err := t.verify(token)
 	if err != nil {
-		return Caller{}, err
+		return caller{}, err
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -90,13 +90,13 @@ func (t *tokens) verify(token string) (goodToken, error) {
 	if !ok {
 		return goodToken{}, errors.New("the token's id is not an ObjectId")
 	}
-	return goodToken{Caller{ID: id, Admin: c.IsAdmin == true}, c.ExpiresAt.Time}, nil
+	return goodToken{caller{ID: id, Admin: c.IsAdmin == true}, c.ExpiresAt.Time}, nil
 }
 
 // issue makes a token for caller that is good for ttl from now.
-func (t *tokens) issue(caller Caller, now time.Time, ttl time.Duration) (string, error) {
+func (t *tokens) issue(who caller, now time.Time, ttl time.Duration) (string, error) {
 	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims{
-		ID: caller.ID, IsAdmin: caller.Admin,
+		ID: who.ID, IsAdmin: who.Admin,
 		RegisteredClaims: jwt.RegisteredClaims{IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(ttl))},
 	}).SignedString(t.secret)
 }

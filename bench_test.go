@@ -209,7 +209,7 @@ func BenchmarkCalls(b *testing.B) {
 		{"latest", func(ctx context.Context) error { _, err := s.store.readLatest(ctx, []string{some().Buyer}); return err }},
 		{"history", func(ctx context.Context) error {
 			o := some()
-			_, err := s.store.History(ctx, o.ID, Caller{ID: o.Buyer})
+			_, err := s.store.historyOf(ctx, o.ID, caller{ID: o.Buyer})
 			return err
 		}},
 		{"mine", func(ctx context.Context) error {

@@ -546,7 +546,7 @@ func (c *crash) send(dice *rand.Rand, user, method, path string, body any) (a an
 	replica, address := dice.IntN(2), fmt.Sprintf("10.0.%d.%d", dice.IntN(256), dice.IntN(256))
 	text, ok := body.(string)
 	if !ok && body != nil {
-		text = document(body)
+		text = marshalRaw(body)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), crashPatience)
 	defer cancel()
@@ -556,7 +556,7 @@ func (c *crash) send(dice *rand.Rand, user, method, path string, body any) (a an
 	}
 	request.Header.Set("X-Forwarded-For", address)
 	if user != "" {
-		token, err := newTokens([]byte(testSecret), time.Now).issue(Caller{ID: user, Admin: user == desk}, time.Now(), time.Hour)
+		token, err := newTokens([]byte(testSecret), time.Now).issue(caller{ID: user, Admin: user == desk}, time.Now(), time.Hour)
 		if err != nil {
 			return a, err
 		}

@@ -102,13 +102,13 @@ type deskOrders struct {
 func (s *server) listForDesk(r *request) (any, error) {
 	query := r.URL.Query()
 	filter := OrderFilter{Number: strings.TrimSpace(query.Get("number"))}
-	if badText(filter.Number) || strings.ToValidUTF8(filter.Number, "\ufffd") != filter.Number {
-		return nil, badField("number", "주문 번호가 올바르지 않습니다")
+	if invalidString(filter.Number) || strings.ToValidUTF8(filter.Number, "\ufffd") != filter.Number {
+		return nil, fieldError("number", "주문 번호가 올바르지 않습니다")
 	}
 	if text := query.Get("status"); text != "" {
 		status, err := strconv.Atoi(text)
 		if err != nil || status < statusUnpaid || status > statusCancelled {
-			return nil, badField("status", "진행 단계를 알 수 없습니다")
+			return nil, fieldError("status", "진행 단계를 알 수 없습니다")
 		}
 		filter.Status = &status
 	}
@@ -126,33 +126,33 @@ func (s *server) listForDesk(r *request) (any, error) {
 	return answer, nil
 }
 
-// stepMessages say where PATCH /api/orders/{id} has moved an order to.
-var stepMessages = map[int]string{
+// advanceMessages say where PATCH /api/orders/{id} has moved an order to.
+var advanceMessages = map[int]string{
 	statusPreparing: "해당 주문이 발송 준비 중 단계로 변경되었습니다",
 	statusShipping:  "해당 주문이 배송 중 단계로 변경되었습니다",
 	statusDelivered: "해당 주문이 배송 완료 단계로 변경되었습니다",
 	statusReturning: "해당 주문의 반품 요청 단계로 변경되었습니다",
 }
 
-// stepOrder answers PATCH /api/orders/{id}: the administrator moves an order one step on, or its owner asks to return
+// advanceOrder answers PATCH /api/orders/{id}: the administrator moves an order one step on, or its owner asks to return
 // what has been sent. Two desks that click at once move it once: the step names the status it starts from.
-func (s *server) stepOrder(r *request) (any, error) {
+func (s *server) advanceOrder(r *request) (any, error) {
 	wanted, err := statusBody(r)
 	if err != nil {
 		return nil, err
 	}
 	id, ok := r.pathID()
 	if !ok {
-		return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
 	}
 	state, err := s.store.OrderState(r.Context(), id, r.caller)
 	if errors.Is(err, errNotFound) {
-		return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
 	} else if err != nil {
 		return nil, err
 	}
 	s.settler.testHook("state read", id)
-	wrongStep := refuse(http.StatusBadRequest, "변경실패, 진행 단계가 알맞지 않습니다")
+	wrongStep := statusError(http.StatusBadRequest, "변경실패, 진행 단계가 알맞지 않습니다")
 	if wanted == nil {
 		return nil, wrongStep
 	}
@@ -160,9 +160,9 @@ func (s *server) stepOrder(r *request) (any, error) {
 	returned := *wanted == statusReturning && state.Status >= statusPreparing && state.Status <= statusDelivered
 	switch {
 	case onward && !r.caller.Admin:
-		return nil, refuse(http.StatusForbidden, messageAdmin)
+		return nil, statusError(http.StatusForbidden, messageAdmin)
 	case onward && state.Status == *wanted-1, returned:
-		err = s.store.Step(r.Context(), r.by(), id, state.Status, *wanted, s.now())
+		err = s.store.advance(r.Context(), r.actor(), id, state.Status, *wanted, s.now())
 	default:
 		return nil, wrongStep
 	}
@@ -171,20 +171,20 @@ func (s *server) stepOrder(r *request) (any, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	return message{stepMessages[*wanted]}, nil
+	return message{advanceMessages[*wanted]}, nil
 }
 
 // historyEntry is a line of an order's history. Who of the shop's people it was is for administrators alone.
 type historyEntry struct {
-	At        stamp  `json:"at"`
-	Who       string `json:"who"`
-	WhoID     string `json:"whoId,omitempty"`
-	From      *int   `json:"from,omitempty"`
-	To        *int   `json:"to,omitempty"`
-	Why       string `json:"why"`
-	ImpUID    string `json:"imp_uid,omitempty"`
-	Amount    *int64 `json:"amount,omitempty"`
-	RequestID string `json:"requestId,omitempty"`
+	At        jsonTime `json:"at"`
+	Who       string   `json:"who"`
+	WhoID     string   `json:"whoId,omitempty"`
+	From      *int     `json:"from,omitempty"`
+	To        *int     `json:"to,omitempty"`
+	Why       string   `json:"why"`
+	ImpUID    string   `json:"imp_uid,omitempty"`
+	Amount    *int64   `json:"amount,omitempty"`
+	RequestID string   `json:"requestId,omitempty"`
 }
 
 // orderHistory is what GET /api/orders/{id}/history answers.
@@ -196,11 +196,11 @@ type orderHistory struct {
 func (s *server) showHistory(r *request) (any, error) {
 	id, ok := r.pathID()
 	if !ok {
-		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
 	}
-	entries, err := s.store.History(r.Context(), id, r.caller)
+	entries, err := s.store.historyOf(r.Context(), id, r.caller)
 	if errors.Is(err, errNotFound) {
-		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
 	} else if err != nil {
 		return nil, err
 	}
@@ -209,7 +209,7 @@ func (s *server) showHistory(r *request) (any, error) {
 		if !r.caller.Admin {
 			e.WhoID = ""
 		}
-		answer.History[i] = historyEntry{stamp(e.At), e.Who, e.WhoID, e.From, e.To, e.Why, e.ImpUID, e.Amount, e.RequestID}
+		answer.History[i] = historyEntry{jsonTime(e.At), e.Who, e.WhoID, e.From, e.To, e.Why, e.ImpUID, e.Amount, e.RequestID}
 	}
 	return answer, nil
 }

@@ -293,8 +293,8 @@ func TestReadOnlyServer(t *testing.T) {
 	defer store.Close()
 	_, err = store.pool.Exec(t.Context(), `SET default_transaction_read_only = on`)
 	check(t, err)
-	if err := store.migrate(t.Context(), schemaSteps()[:1]); !unavailable(err) {
+	if err := store.migrate(t.Context(), migrations()[:1]); !unavailable(err) {
 		t.Errorf("a write to a standby: %v", err)
 	}
-	check(t, store.migrate(t.Context(), schemaSteps()[:1]))
+	check(t, store.migrate(t.Context(), migrations()[:1]))
 }

@@ -247,7 +247,7 @@ func (f *yardstick) againstStatement(g *gallery, name string) {
 		switch name {
 		case "detail":
 			keys = map[int]string{1: "ARRAY[" + sqlID("0d", ":o") + "]", 2: buyer}
-			_, err = s.Order(f.t.Context(), o.ID, Caller{ID: o.Buyer})
+			_, err = s.Order(f.t.Context(), o.ID, caller{ID: o.Buyer})
 		case "latest":
 			keys = map[int]string{1: buyer}
 			_, err = s.LatestOrder(f.t.Context(), o.Buyer)
@@ -307,7 +307,7 @@ func (f *yardstick) checkouts(g *gallery) {
 		order, err := parseOrder(body, 10000)
 		check(f.t, err)
 		order.ID, order.UserID, order.CreatedAt, order.HeldUntil = newTestID(), newTestID(), time.Now(), time.Now().Add(time.Hour)
-		_, err = s.CreateOrder(f.t.Context(), Change{Who: "buyer"}, order)
+		_, err = s.CreateOrder(f.t.Context(), actor{kind: actorBuyer}, order)
 		return err
 	})
 	const number = `\set i :n * 64 + :client_id`

@@ -14,7 +14,7 @@ import (
 // wantBadRequest fails unless err is a refusal that blames the request.
 func wantBadRequest(t *testing.T, err error) {
 	t.Helper()
-	var r *refusal
+	var r *httpError
 	if !errors.As(err, &r) || r.status != http.StatusBadRequest {
 		t.Fatalf("not a 400: %v", err)
 	}
@@ -74,7 +74,7 @@ func FuzzParseOrder(f *testing.F) {
 				t.Fatalf("%s gives the document %s", body, text)
 			}
 			for name, value := range fields {
-				if value == "" || value != strings.TrimSpace(value) || badText(value) {
+				if value == "" || value != strings.TrimSpace(value) || invalidString(value) {
 					t.Fatalf("%s gives %s %q", body, name, value)
 				}
 			}
@@ -85,7 +85,7 @@ func FuzzParseOrder(f *testing.F) {
 func FuzzAuthorization(f *testing.F) {
 	now := func() time.Time { return time.Date(2026, 3, 2, 1, 0, 0, 0, time.UTC) }
 	tokens := newTokens([]byte(testSecret), now)
-	good, err := tokens.issue(Caller{ID: buyerA}, now(), time.Hour)
+	good, err := tokens.issue(caller{ID: buyerA}, now(), time.Hour)
 	check(f, err)
 	for _, seed := range []string{"", "Bearer", "Bearer ", "bearer " + good, "Bearer " + good + "x", "Basic " + good, good, "Bearer a.b.c",
 		"Bearer eyJhbGciOiJub25lIn0.e30.", "Bearer " + strings.Repeat(".", 300)} {

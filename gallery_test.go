@@ -226,7 +226,7 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*client)) t
 }
 
 func (g *gallery) token(user string) string {
-	token, err := g.tokens.issue(Caller{ID: user, Admin: user == desk}, g.now(), 3*time.Hour)
+	token, err := g.tokens.issue(caller{ID: user, Admin: user == desk}, g.now(), 3*time.Hour)
 	check(g.t, err)
 	return token
 }

@@ -93,7 +93,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	store, err := openStore(context.Background(), c.databaseURL, s.traced)
 	check(s.t, err)
 	s.t.Cleanup(store.Close)
-	check(s.t, store.migrate(context.Background(), schemaSteps()))
+	check(s.t, store.migrate(context.Background(), migrations()))
 	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
 	s.t.Cleanup(s.settler.gateway.client.CloseIdleConnections)
 	s.settler.lastRound.Store(s.clock.Now().UnixNano())
@@ -101,7 +101,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 
 // token is a good token of user's.
 func (s *shop) token(user string, isAdmin bool) string {
-	token, err := s.tokens.issue(Caller{ID: user, Admin: isAdmin}, s.clock.Now(), 3*time.Hour)
+	token, err := s.tokens.issue(caller{ID: user, Admin: isAdmin}, s.clock.Now(), 3*time.Hour)
 	check(s.t, err)
 	return token
 }

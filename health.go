@@ -33,7 +33,7 @@ func (s *server) readyz(r *request) (any, error) {
 	switch {
 	case err != nil:
 		state.Database = "not answering"
-	case version < len(schemaSteps()):
+	case version < len(migrations()):
 		state.Database = "schema older than the program"
 	}
 	if s.settler.stalled() {
@@ -43,12 +43,12 @@ func (s *server) readyz(r *request) (any, error) {
 		state.Gateway = "not answering"
 	}
 	if state.Database != "ok" || state.Reconciler != "ok" {
-		return nil, &refusal{status: http.StatusServiceUnavailable, body: state, retryAfter: time.Second, cause: err}
+		return nil, &httpError{status: http.StatusServiceUnavailable, body: state, retryAfter: time.Second, cause: err}
 	}
 	return state, nil
 }
 
-// observeGateway is told of every call to the gateway (GatewayConfig.Observe).
+// observeGateway is told of every call to the gateway (iamportConfig.Observe).
 func (s *server) observeGateway(call, outcome string, err error, took time.Duration) {
 	s.log.Debug("gateway", "call", call, "outcome", outcome, "ms", float64(took.Microseconds())/1000)
 	s.metrics.gatewayCall(call, outcome, took)

@@ -85,34 +85,34 @@ func newLimiter(now func() time.Time) *limiter {
 
 // lastLookUp is how the newest look-up of a payment ended.
 type lastLookUp struct {
-	road    string
+	road    actorKind
 	at      time.Time
 	unknown bool
 }
 
-// lookUp has ask look up payment impUID for somebody. A payment that the gateway has just not known on the same road is
-// ErrNoPayment without asking: another road may know more, the browser coming too early and then the gateway's notice.
+// lookUp has ask look up payment impUID for somebody. A payment that the gateway has just not known on the same source is
+// errNoPayment without asking: another source may know more, the browser coming too early and then the gateway's notice.
 // errTooMany: whoever asks is refused.
 func (l *limiter) lookUp(
-	ctx context.Context, who asker, road, impUID string, ask func(context.Context, string) (Payment, error),
-) (Payment, error) {
-	rank, err := l.enter(ctx, who, road, impUID)
+	ctx context.Context, who asker, source actorKind, impUID string, ask func(context.Context, string) (gatewayPayment, error),
+) (gatewayPayment, error) {
+	rank, err := l.enter(ctx, who, source, impUID)
 	if err != nil {
-		return Payment{}, err
+		return gatewayPayment{}, err
 	}
 	defer l.leave(rank, rankBuyer)
 	p, err := ask(ctx, impUID)
-	l.note(who, road, impUID, err)
+	l.note(who, source, impUID, err)
 	return p, err
 }
 
 // enter waits for the slots of who's rank. While somebody waits, others of his address find out about theirs: what is true
 // of him counts when the slots are there.
-func (l *limiter) enter(ctx context.Context, who asker, road, impUID string) (rank int, err error) {
+func (l *limiter) enter(ctx context.Context, who asker, source actorKind, impUID string) (rank int, err error) {
 	wait, cancel := context.WithTimeout(ctx, lookUpWait)
 	defer cancel()
 	for {
-		if rank, err = l.rank(who, road, impUID); err != nil {
+		if rank, err = l.rank(who, source, impUID); err != nil {
 			return rank, err
 		}
 		for next := rank; next >= rankBuyer; next-- {
@@ -123,7 +123,7 @@ func (l *limiter) enter(ctx context.Context, who asker, road, impUID string) (ra
 				return rank, cmp.Or(ctx.Err(), errTooMany)
 			}
 		}
-		if again, err := l.rank(who, road, impUID); err == nil && again == rank {
+		if again, err := l.rank(who, source, impUID); err == nil && again == rank {
 			return rank, nil
 		}
 		l.leave(rank, rankBuyer)
@@ -138,12 +138,12 @@ func (l *limiter) leave(rank, lowest int) {
 }
 
 // rank is who's, or why he gets no look-up.
-func (l *limiter) rank(who asker, road, impUID string) (int, error) {
+func (l *limiter) rank(who asker, source actorKind, impUID string) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
-	if last, ok := l.asked.get(impUID); ok && last.unknown && last.road == road && now.Sub(last.at) < unknownFor {
-		return 0, ErrNoPayment
+	if last, ok := l.asked.get(impUID); ok && last.unknown && last.road == source && now.Sub(last.at) < unknownFor {
+		return 0, errNoPayment
 	}
 	own, ok := l.wasted.get(who)
 	switch n := wasteOfOne.left(own, now); {
@@ -162,14 +162,14 @@ func (l *limiter) rank(who asker, road, impUID string) (int, error) {
 
 // note remembers how a look-up ended and charges what was wasted: no payment, a repetition, or a caller who hung up. The
 // gateway's silence says nothing.
-func (l *limiter) note(who asker, road, impUID string, err error) {
+func (l *limiter) note(who asker, source actorKind, impUID string, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now, unknown := l.now(), errors.Is(err, ErrNoPayment)
+	now, unknown := l.now(), errors.Is(err, errNoPayment)
 	last, ok := l.asked.get(impUID)
-	repeated := ok && last.road == road && now.Sub(last.at) < unknownFor
+	repeated := ok && last.road == source && now.Sub(last.at) < unknownFor
 	if unknown || err == nil {
-		l.asked.put(impUID, lastLookUp{road, now, unknown}, now)
+		l.asked.put(impUID, lastLookUp{source, now, unknown}, now)
 	}
 	if unknown || repeated || errors.Is(err, context.Canceled) {
 		l.charge(who, now)

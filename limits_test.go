@@ -254,7 +254,7 @@ func TestTrueReportsAreFree(t *testing.T) {
 	l := newLimiter(newTestClock().Now)
 	gateway := asker{address: netip.MustParsePrefix("198.51.100.1/32")}
 	for i := range 10_000 {
-		if _, err := l.lookUp(t.Context(), gateway, "gateway", fmt.Sprint(i), func(context.Context, string) (Payment, error) { return Payment{}, nil }); err != nil {
+		if _, err := l.lookUp(t.Context(), gateway, "gateway", fmt.Sprint(i), func(context.Context, string) (gatewayPayment, error) { return gatewayPayment{}, nil }); err != nil {
 			t.Fatalf("report %d: %v", i, err)
 		}
 	}
@@ -295,14 +295,14 @@ func TestLimiterAtOnce(t *testing.T) {
 			for i := range 300 {
 				clock.advance(time.Millisecond)
 				address := netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, byte(i % 4), byte(g * i % 16)}), 32)
-				_, err := l.lookUp(t.Context(), asker{address: address}, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (Payment, error) {
+				_, err := l.lookUp(t.Context(), asker{address: address}, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (gatewayPayment, error) {
 					if n := looking.Add(1); n > int32(slotsOf[rankStranger]) {
 						t.Errorf("%d look-ups at once", n)
 					}
 					defer looking.Add(-1)
-					return Payment{}, []error{nil, ErrNoPayment, ErrNoPayment, &GatewayError{Status: 503, Err: errors.New("down")}}[i%4]
+					return gatewayPayment{}, []error{nil, errNoPayment, errNoPayment, &gatewayError{Status: 503, Err: errors.New("down")}}[i%4]
 				})
-				if err != nil && !errors.Is(err, errTooMany) && !errors.Is(err, ErrNoPayment) && gatewayResponded(err) {
+				if err != nil && !errors.Is(err, errTooMany) && !errors.Is(err, errNoPayment) && gatewayResponded(err) {
 					t.Error(err)
 				}
 			}

@@ -145,7 +145,7 @@ func (h *localHouse) furnish(ctx context.Context, s *server, address string, out
 		w.Header().Set("Content-Security-Policy", pagePolicy)
 		w.Write(samplePage)
 	})
-	s.add(route{"GET /local/catalogue", anyone, http.StatusOK, s.localCatalogue})
+	s.add(route{"GET /local/catalogue", public, http.StatusOK, s.localCatalogue})
 	return h.welcome(s, address, out)
 }
 
@@ -168,7 +168,7 @@ func (s *server) peopleWithTokens() []localPerson {
 	people := slices.Clone(localPeople)
 	for i, p := range people {
 		var err error
-		if people[i].Token, err = s.tokens.issue(Caller{ID: p.ID, Admin: p.Admin}, s.now(), localTokenTTL); err != nil {
+		if people[i].Token, err = s.tokens.issue(caller{ID: p.ID, Admin: p.Admin}, s.now(), localTokenTTL); err != nil {
 			panic(err) // HS256 signs with any secret
 		}
 	}

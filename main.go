@@ -240,22 +240,22 @@ func version() string {
 // routes is the API. It is the one list of what can be called.
 func (s *server) routes() []route {
 	return []route{
-		{"GET /api/products/cart-items", anyone, 200, s.cartItems},
-		{"GET /api/products/total-price", signedIn, 200, s.totalPrice},
-		{"POST /api/orders", signedIn, 201, s.createOrder},
-		{"PATCH /api/orders/pay", anyone, 200, s.pay},
-		{"DELETE /api/orders/{id}", signedIn, 200, s.deleteOrder},
-		{"GET /api/orders/{id}", signedIn, 200, s.showOrder},
-		{"GET /api/orders/latest", signedIn, 200, s.showLatest},
-		{"POST /api/payments/webhook", anyone, 200, s.webhook},
+		{"GET /api/products/cart-items", public, 200, s.cartItems},
+		{"GET /api/products/total-price", authenticated, 200, s.totalPrice},
+		{"POST /api/orders", authenticated, 201, s.createOrder},
+		{"PATCH /api/orders/pay", public, 200, s.pay},
+		{"DELETE /api/orders/{id}", authenticated, 200, s.deleteOrder},
+		{"GET /api/orders/{id}", authenticated, 200, s.showOrder},
+		{"GET /api/orders/latest", authenticated, 200, s.showLatest},
+		{"POST /api/payments/webhook", public, 200, s.webhook},
 
-		{"GET /api/orders/mine", signedIn, 200, s.listMine},
+		{"GET /api/orders/mine", authenticated, 200, s.listMine},
 		{"GET /api/orders", admin, 200, s.listForDesk},
-		{"PATCH /api/orders/{id}", signedIn, 200, s.stepOrder},
-		{"GET /api/orders/{id}/history", signedIn, 200, s.showHistory},
+		{"PATCH /api/orders/{id}", authenticated, 200, s.advanceOrder},
+		{"GET /api/orders/{id}/history", authenticated, 200, s.showHistory},
 
-		{"GET /healthz", anyone, 200, s.healthz},
-		{"GET /readyz", anyone, 200, s.readyz},
+		{"GET /healthz", public, 200, s.healthz},
+		{"GET /readyz", public, 200, s.readyz},
 	}
 }
 
@@ -265,7 +265,7 @@ func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Lo
 		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
 		limits: newLimiter(now), metrics: newMetrics(),
 	}
-	gateway := NewGateway(GatewayConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
+	gateway := newIamportClient(iamportConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
 		Now: now, Transport: toGateway, Observe: s.observeGateway})
 	s.settler = &settler{store: store, gateway: gateway, now: now, log: log, interval: c.reconcile, hold: c.hold}
 	for _, rt := range s.routes() {
@@ -273,7 +273,7 @@ func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Lo
 	}
 	s.mux.HandleFunc("GET /openapi.json", showOpenAPI)
 	if !c.local { // there it is the page
-		s.add(route{"GET /{$}", anyone, 200, s.about})
+		s.add(route{"GET /{$}", public, 200, s.about})
 	}
 	return s
 }
@@ -460,7 +460,7 @@ func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io
 			return err
 		}
 	}
-	token, err := newTokens(c.jwtSecret, time.Now).issue(Caller{ID: id, Admin: isAdmin}, time.Now(), ttl)
+	token, err := newTokens(c.jwtSecret, time.Now).issue(caller{ID: id, Admin: isAdmin}, time.Now(), ttl)
 	if err == nil {
 		fmt.Fprintln(out, token)
 	}

@@ -43,7 +43,7 @@ func (t *traffic) count(way int, took time.Duration) {
 	t.nanoseconds.Add(int64(took))
 }
 
-// The calls to the gateway and the ways in which they end, as GatewayConfig.Observe tells them.
+// The calls to the gateway and the ways in which they end, as iamportConfig.Observe tells them.
 var (
 	gatewayCalls    = [...]string{"token", "payment", "find", "findAll", "cancel"}
 	gatewayOutcomes = [...]string{"ok", "none", "refused", "broken", "unreachable", "timeout"}

@@ -132,7 +132,7 @@ func TestCancelThroughTrouble(t *testing.T) {
 func TestRefundGoesOnAfterTheProcessDied(t *testing.T) {
 	s := newShop(t)
 	order, impUID, _ := s.paid(buyerA)
-	row, err := s.store.bookRefund(t.Context(), Change{Who: "buyer"}, order, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
+	row, err := s.store.bookRefund(t.Context(), actor{kind: actorBuyer}, order, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
 	check(t, err)
 	if row.ImpUID != impUID {
 		t.Fatal(row)

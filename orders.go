@@ -80,27 +80,27 @@ const (
 	maxText  = 500 // characters of a text
 )
 
-// badText reports whether a text is too long, or has characters that are none: NUL, or what stands for a lone surrogate.
-func badText(text string) bool {
+// invalidString reports whether a text is too long, or has characters that are none: NUL, or what stands for a lone surrogate.
+func invalidString(text string) bool {
 	return strings.ContainsAny(text, "\x00\ufffd") || utf8.RuneCountInString(text) > maxText
 }
 
-// texts trims the texts of an object and checks them in order.
-func texts(object string, fields ...textField) error {
+// validateStrings trims the texts of an object and checks them in order.
+func validateStrings(object string, fields ...stringField) error {
 	for _, f := range fields {
 		*f.text = strings.TrimSpace(*f.text)
 		name := joinField(object, f.name)
 		switch {
 		case *f.text == "" && !f.optional:
-			return badField(name, "값이 필요합니다")
-		case badText(*f.text):
-			return badField(name, fmt.Sprintf("%d자 이내의 올바른 글자여야 합니다", maxText))
+			return fieldError(name, "값이 필요합니다")
+		case invalidString(*f.text):
+			return fieldError(name, fmt.Sprintf("%d자 이내의 올바른 글자여야 합니다", maxText))
 		}
 	}
 	return nil
 }
 
-type textField struct {
+type stringField struct {
 	name     string
 	text     *string
 	optional bool
@@ -114,19 +114,19 @@ func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
 	}
 	switch {
 	case len(in.OrderItems) == 0:
-		return o, refuse(http.StatusBadRequest, "주문할 상품 목록이 없습니다")
+		return o, statusError(http.StatusBadRequest, "주문할 상품 목록이 없습니다")
 	case len(in.OrderItems) > maxItems:
-		return o, badField("orderItems", fmt.Sprintf("한 번에 %d점까지 주문할 수 있습니다", maxItems))
+		return o, fieldError("orderItems", fmt.Sprintf("한 번에 %d점까지 주문할 수 있습니다", maxItems))
 	case in.Result == nil:
-		return o, badField("result", "값이 필요합니다")
+		return o, fieldError("result", "값이 필요합니다")
 	case in.DeliveryInfo == nil:
-		return o, badField("deliveryInfo", "값이 필요합니다")
+		return o, fieldError("deliveryInfo", "값이 필요합니다")
 	case in.OrdererInfo == nil:
-		return o, badField("ordererInfo", "값이 필요합니다")
+		return o, fieldError("ordererInfo", "값이 필요합니다")
 	case in.ShippingPrice == nil:
-		return o, badField("shippingPrice", "값이 필요합니다")
+		return o, fieldError("shippingPrice", "값이 필요합니다")
 	case in.TotalPrice == nil:
-		return o, badField("totalPrice", "값이 필요합니다")
+		return o, fieldError("totalPrice", "값이 필요합니다")
 	}
 	for i, raw := range in.OrderItems {
 		name := fmt.Sprintf("orderItems[%d]", i)
@@ -135,7 +135,7 @@ func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
 			return o, err
 		}
 		if slices.Contains(o.ProductIDs, id) {
-			return o, badField(name+".product", "같은 작품이 두 번 들어 있습니다")
+			return o, fieldError(name+".product", "같은 작품이 두 번 들어 있습니다")
 		}
 		o.ProductIDs, o.Prices = append(o.ProductIDs, id), append(o.Prices, price)
 	}
@@ -144,25 +144,25 @@ func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
 	}
 	d, dd, w := in.DeliveryInfo, in.DeliveryDetails, in.OrdererInfo
 	if err := errors.Join( // each names its first
-		texts("result", textField{"id", &in.Result.ID, false}),
-		texts("deliveryInfo", textField{"address", &d.Address, false}, textField{"detailedAddress", &d.DetailedAddress, false},
-			textField{"receiver", &d.Receiver, false}, textField{"contactNum", &d.ContactNum, false}),
-		texts("deliveryDetails", textField{"receiveAt", &dd.ReceiveAt, true}, textField{"requestedTerms", &dd.RequestedTerms, true}),
-		texts("ordererInfo", textField{"name", &w.Name, false}, textField{"phoneNum", &w.PhoneNum, false},
-			textField{"email", &w.Email, false}, textField{"refundTerms", &w.RefundTerms, false}),
+		validateStrings("result", stringField{"id", &in.Result.ID, false}),
+		validateStrings("deliveryInfo", stringField{"address", &d.Address, false}, stringField{"detailedAddress", &d.DetailedAddress, false},
+			stringField{"receiver", &d.Receiver, false}, stringField{"contactNum", &d.ContactNum, false}),
+		validateStrings("deliveryDetails", stringField{"receiveAt", &dd.ReceiveAt, true}, stringField{"requestedTerms", &dd.RequestedTerms, true}),
+		validateStrings("ordererInfo", stringField{"name", &w.Name, false}, stringField{"phoneNum", &w.PhoneNum, false},
+			stringField{"email", &w.Email, false}, stringField{"refundTerms", &w.RefundTerms, false}),
 	); err != nil {
 		return o, err
 	}
 	if !strings.Contains(w.Email, "@") {
-		return o, badField("ordererInfo.email", "이메일 주소가 올바르지 않습니다")
+		return o, fieldError("ordererInfo.email", "이메일 주소가 올바르지 않습니다")
 	}
 	if *in.ShippingPrice != shipping {
-		return o, badField("shippingPrice", fmt.Sprintf("배송비는 %d원입니다", shipping))
+		return o, fieldError("shippingPrice", fmt.Sprintf("배송비는 %d원입니다", shipping))
 	}
 	o.Number, o.ShippingPrice, o.Total = in.Result.ID, *in.ShippingPrice, *in.TotalPrice
-	o.DeliveryInfo, o.OrdererInfo = document(d), document(w)
+	o.DeliveryInfo, o.OrdererInfo = marshalRaw(d), marshalRaw(w)
 	if *dd != (deliveryDetails{}) {
-		text := document(dd)
+		text := marshalRaw(dd)
 		o.DeliveryDetails = &text
 	}
 	return o, nil
@@ -172,7 +172,7 @@ func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
 func parseOrderItem(raw []byte, name string) (id string, price int64, err error) {
 	var item orderItemRequest
 	if bytes.Equal(bytes.TrimSpace(raw), []byte("null")) {
-		return "", 0, badField(name, "형식이 올바르지 않습니다")
+		return "", 0, fieldError(name, "형식이 올바르지 않습니다")
 	}
 	if err := decodeJSON(raw, name, &item); err != nil {
 		return "", 0, err
@@ -180,9 +180,9 @@ func parseOrderItem(raw []byte, name string) (id string, price int64, err error)
 	id, ok := parseID(item.Product)
 	switch {
 	case !ok:
-		return "", 0, badField(name+".product", "상품 아이디가 올바르지 않습니다")
+		return "", 0, fieldError(name+".product", "상품 아이디가 올바르지 않습니다")
 	case item.Price == nil:
-		return "", 0, badField(name+".price", "값이 필요합니다")
+		return "", 0, fieldError(name+".price", "값이 필요합니다")
 	}
 	return id, *item.Price, nil
 }
@@ -208,46 +208,46 @@ func (s *server) createOrder(r *request) (any, error) {
 	now := s.now()
 	order.ID, order.UserID = s.newID(now), r.caller.ID
 	order.CreatedAt, order.HeldUntil = now, now.Add(s.config.hold)
-	created, err := s.store.CreateOrder(r.Context(), Change{Who: "buyer", Request: r.id}, order)
+	created, err := s.store.CreateOrder(r.Context(), actor{kind: actorBuyer, request: r.id}, order)
 	if err != nil {
 		return nil, err
 	}
-	r.orderID = created.OrderID
+	r.orderID = created.orderID
 	switch {
-	case created.Twin && !sameSet(created.TwinItems, order.ProductIDs):
-		return nil, refuse(http.StatusConflict, "result.id: 다른 주문에 이미 사용된 주문 번호입니다")
-	case created.OrderID != "":
-		return orderCreated{"주문서 생성 성공", created.OrderID}, nil
+	case created.existing && !sameSet(created.existingItems, order.ProductIDs):
+		return nil, statusError(http.StatusConflict, "result.id: 다른 주문에 이미 사용된 주문 번호입니다")
+	case created.orderID != "":
+		return orderCreated{"주문서 생성 성공", created.orderID}, nil
 	}
-	return nil, s.whyNotCreated(r, order, created.Asked)
+	return nil, s.whyNotCreated(r, order, created.items)
 }
 
 // whyNotCreated is the refusal of an order that could not be made.
-func (s *server) whyNotCreated(r *request, order NewOrder, asked []Asked) error {
+func (s *server) whyNotCreated(r *request, order NewOrder, asked []requestedItem) error {
 	for i, a := range asked {
 		if !a.Known {
-			return refuse(http.StatusNotFound, fmt.Sprintf("orderItems[%d].product: 존재하지 않는 작품입니다", i))
+			return statusError(http.StatusNotFound, fmt.Sprintf("orderItems[%d].product: 존재하지 않는 작품입니다", i))
 		}
 	}
-	if taken := slices.DeleteFunc(slices.Clone(asked), func(a Asked) bool { return a.Free }); len(taken) > 0 {
+	if taken := slices.DeleteFunc(slices.Clone(asked), func(a requestedItem) bool { return a.Free }); len(taken) > 0 {
 		return s.whyTaken(r, taken)
 	}
 	total := order.ShippingPrice
 	for i, a := range asked {
 		if a.Price != order.Prices[i] {
-			return badField(fmt.Sprintf("orderItems[%d].price", i), fmt.Sprintf("작품 가격은 %d원입니다", a.Price))
+			return fieldError(fmt.Sprintf("orderItems[%d].price", i), fmt.Sprintf("작품 가격은 %d원입니다", a.Price))
 		}
 		total += a.Price
 	}
-	return badField("totalPrice", fmt.Sprintf("주문 금액은 %d원입니다", total))
+	return fieldError("totalPrice", fmt.Sprintf("주문 금액은 %d원입니다", total))
 }
 
 // takenProduct is a painting that the caller came too late for.
 type takenProduct struct {
-	ID     string `json:"_id"`
-	Title  string `json:"title"`
-	Reason string `json:"reason"`          // sold, or held by somebody who has yet to pay
-	Until  *stamp `json:"until,omitempty"` // when that hold ends
+	ID     string    `json:"_id"`
+	Title  string    `json:"title"`
+	Reason string    `json:"reason"`          // sold, or held by somebody who has yet to pay
+	Until  *jsonTime `json:"until,omitempty"` // when that hold ends
 }
 
 // takenProducts is the body of the 409 of an order whose paintings are not all to be had.
@@ -258,7 +258,7 @@ type takenProducts struct {
 
 // whyTaken is the 409 that says which paintings are taken and how. It reads them once more: the statement that lost a
 // race still saw them free.
-func (s *server) whyTaken(r *request, taken []Asked) error {
+func (s *server) whyTaken(r *request, taken []requestedItem) error {
 	ids := make([]string, len(taken))
 	for i, a := range taken {
 		ids[i] = a.ID
@@ -275,11 +275,11 @@ func (s *server) whyTaken(r *request, taken []Asked) error {
 			product.Reason = "held"
 		}
 		if product.Reason == "held" && p.HeldUntil != nil {
-			product.Until = (*stamp)(p.HeldUntil)
+			product.Until = (*jsonTime)(p.HeldUntil)
 		}
 		body.Products = append(body.Products, product)
 	}
-	return &refusal{status: http.StatusConflict, body: body}
+	return &httpError{status: http.StatusConflict, body: body}
 }
 
 // sameSet reports whether a and b, each without repeats, have the same elements.
@@ -291,10 +291,10 @@ func sameSet(a, b []string) bool {
 
 // orderResult is the part of an order that changes.
 type orderResult struct {
-	ID        string `json:"id"`
-	PaidAt    *stamp `json:"paidAt,omitempty"`
-	Status    int    `json:"status"`
-	UpdatedAt stamp  `json:"updatedAt"`
+	ID        string    `json:"id"`
+	PaidAt    *jsonTime `json:"paidAt,omitempty"`
+	Status    int       `json:"status"`
+	UpdatedAt jsonTime  `json:"updatedAt"`
 }
 
 // orderDetail is an order as the page prints it.
@@ -311,18 +311,18 @@ type orderDetail struct {
 }
 
 func (o Order) result() orderResult {
-	return orderResult{o.Number, (*stamp)(o.PaidAt), o.Status, stamp(o.UpdatedAt)}
+	return orderResult{o.Number, (*jsonTime)(o.PaidAt), o.Status, jsonTime(o.UpdatedAt)}
 }
 
 // showOrder answers GET /api/orders/{id}.
 func (s *server) showOrder(r *request) (any, error) {
 	id, ok := r.pathID()
 	if !ok {
-		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
 	}
 	o, err := s.store.Order(r.Context(), id, r.caller)
 	if errors.Is(err, errNotFound) {
-		return nil, refuse(http.StatusNotFound, messageOrderUnknown)
+		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
 	} else if err != nil {
 		return nil, err
 	}
@@ -348,7 +348,7 @@ type latestOrder struct {
 func (s *server) showLatest(r *request) (any, error) {
 	o, err := s.store.LatestOrder(r.Context(), r.caller.ID)
 	if errors.Is(err, errNotFound) {
-		return nil, refuse(http.StatusNotFound, "최근 주문 내역이 없습니다")
+		return nil, statusError(http.StatusNotFound, "최근 주문 내역이 없습니다")
 	} else if err != nil {
 		return nil, err
 	}
@@ -367,17 +367,17 @@ func (s *server) pay(r *request) (any, error) {
 		return nil, err
 	}
 	if !validImpUID(body.ImpUID) {
-		return nil, badField("imp_uid", "결제 번호가 올바르지 않습니다")
+		return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
 	}
-	settled, err := s.lookUpAndSettle(r, Change{Who: "buyer", Request: r.id}, body.ImpUID)
+	settled, err := s.lookUpAndSettle(r, actor{kind: actorBuyer, request: r.id}, body.ImpUID)
 	switch {
-	case errors.Is(err, ErrNoPayment), errors.Is(err, errNotOurs):
-		return nil, refuse(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
+	case errors.Is(err, errNoPayment), errors.Is(err, errNotOurs):
+		return nil, statusError(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
 	case errors.Is(err, errTooMany):
-		return nil, refuseTooMany(http.StatusTooManyRequests, err)
+		return nil, tooManyError(http.StatusTooManyRequests, err)
 	case err != nil:
 		return nil, err
-	case settled.State == "kept":
+	case settled.State == stateKept:
 		return message{"결제 성공"}, nil
 	default:
 		return nil, whyNotPaid(settled)
@@ -385,12 +385,12 @@ func (s *server) pay(r *request) (any, error) {
 }
 
 // lookUpAndSettle settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
-func (s *server) lookUpAndSettle(r *request, by Change, impUID string) (settlement, error) {
+func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlement, error) {
 	who := asker{buyer: r.caller.ID}
 	if who.buyer == "" {
 		who.address = clientAddress(r.Request, s.config.proxies)
 	}
-	p, err := s.limits.lookUp(r.Context(), who, by.Who, impUID, s.settler.gateway.Payment)
+	p, err := s.limits.lookUp(r.Context(), who, by.kind, impUID, s.settler.gateway.payment)
 	if err != nil {
 		return settlement{}, err
 	}
@@ -402,26 +402,26 @@ func (s *server) lookUpAndSettle(r *request, by Change, impUID string) (settleme
 	return settled, err
 }
 
-// refuseTooMany is the refusal of who has asked about too many payments that are none.
-func refuseTooMany(status int, cause error) *refusal {
-	return &refusal{status: status, body: message{messageTooMany}, retryAfter: wasteOfOne.forgiven, cause: cause}
+// tooManyError is the refusal of who has asked about too many payments that are none.
+func tooManyError(status int, cause error) *httpError {
+	return &httpError{status: status, body: message{messageTooMany}, retryAfter: wasteOfOne.forgiven, cause: cause}
 }
 
 // whyNotPaid is the refusal of a payment that pays nothing.
 func whyNotPaid(settled settlement) error {
 	switch settled.Reason {
 	case "":
-		return refuse(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
+		return statusError(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
 	case reasonAmount:
-		return refuse(http.StatusBadRequest, "금액 불일치, 위조된 결제 시도")
+		return statusError(http.StatusBadRequest, "금액 불일치, 위조된 결제 시도")
 	case reasonSold:
-		return refuse(http.StatusConflict, "주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다")
+		return statusError(http.StatusConflict, "주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다")
 	case reasonDuplicate:
-		return refuse(http.StatusConflict, "이미 결제된 주문이므로 중복된 결제 금액을 환불합니다")
+		return statusError(http.StatusConflict, "이미 결제된 주문이므로 중복된 결제 금액을 환불합니다")
 	case reasonCancelled:
-		return refuse(http.StatusConflict, "이미 취소된 주문이므로 결제 금액을 환불합니다")
+		return statusError(http.StatusConflict, "이미 취소된 주문이므로 결제 금액을 환불합니다")
 	default:
-		return refuse(http.StatusBadRequest, "imp_uid: 취소된 결제입니다")
+		return statusError(http.StatusBadRequest, "imp_uid: 취소된 결제입니다")
 	}
 }
 
@@ -433,11 +433,11 @@ func (s *server) webhook(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = s.lookUpAndSettle(r, Change{Who: "gateway", Request: r.id}, impUID)
+	_, err = s.lookUpAndSettle(r, actor{kind: actorGateway, request: r.id}, impUID)
 	switch {
 	case errors.Is(err, errTooMany):
-		return nil, refuseTooMany(http.StatusServiceUnavailable, err)
-	case err != nil && !errors.Is(err, ErrNoPayment) && !errors.Is(err, errNotOurs):
+		return nil, tooManyError(http.StatusServiceUnavailable, err)
+	case err != nil && !errors.Is(err, errNoPayment) && !errors.Is(err, errNotOurs):
 		return nil, err
 	default:
 		return message{"확인했습니다"}, nil
@@ -462,7 +462,7 @@ func noticeImpUID(r *request) (string, error) {
 		notice.ImpUID = form.Get("imp_uid")
 	}
 	if !validImpUID(notice.ImpUID) {
-		return "", badField("imp_uid", "결제 번호가 올바르지 않습니다")
+		return "", fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
 	}
 	return notice.ImpUID, nil
 }
@@ -477,13 +477,13 @@ func (s *server) deleteOrder(r *request) (any, error) {
 	}
 	id, ok := r.pathID()
 	if !ok {
-		return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
 	}
 	// Each change names the status it changes from; when another change came first, the order is looked at anew.
 	for range 5 {
 		state, err := s.store.OrderState(r.Context(), id, r.caller)
 		if errors.Is(err, errNotFound) {
-			return nil, refuse(http.StatusNotFound, messageNoSuchOrder)
+			return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
 		} else if err != nil {
 			return nil, err
 		}
@@ -493,7 +493,7 @@ func (s *server) deleteOrder(r *request) (any, error) {
 			return message{text}, err
 		}
 	}
-	return nil, refuse(http.StatusConflict, "주문이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
+	return nil, statusError(http.StatusConflict, "주문이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
 }
 
 // deleteInState does what DELETE with the wanted status (nil: none) means for an order in this state, and says so. errStale:
@@ -504,19 +504,19 @@ func (s *server) deleteInState(r *request, state OrderState, wanted *int) (strin
 	case state.Status == statusUnpaid:
 		return s.deleteUnpaid(r, state.ID)
 	case !cancel && *wanted != statusReturning:
-		return "", refuse(http.StatusBadRequest, "진행 단계를 알 수 없습니다")
+		return "", statusError(http.StatusBadRequest, "진행 단계를 알 수 없습니다")
 	case state.Status == statusCancelled:
-		return "", refuse(http.StatusConflict, "이미 취소된 주문입니다")
+		return "", statusError(http.StatusConflict, "이미 취소된 주문입니다")
 	case !cancel && state.Status == statusReturning:
-		return "", refuse(http.StatusConflict, "이미 반품을 요청한 주문입니다")
+		return "", statusError(http.StatusConflict, "이미 반품을 요청한 주문입니다")
 	case !cancel && state.Cancelling:
-		return "", refuse(http.StatusConflict, messageCancelling)
+		return "", statusError(http.StatusConflict, messageCancelling)
 	case !cancel:
-		return "해당 주문의 반품 요청이 완료되었습니다", s.store.Step(r.Context(), r.by(), state.ID, state.Status, statusReturning, s.now())
+		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), state.ID, state.Status, statusReturning, s.now())
 	case state.Status == statusReturning && !r.caller.Admin:
-		return "", refuse(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
+		return "", statusError(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
 	case state.Status != statusPaid && state.Status != statusReturning:
-		return "", refuse(http.StatusConflict, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다")
+		return "", statusError(http.StatusConflict, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다")
 	default:
 		return "해당 주문의 결제 취소가 완료되었습니다", s.cancelPaid(r, state)
 	}
@@ -524,14 +524,14 @@ func (s *server) deleteInState(r *request, state OrderState, wanted *int) (strin
 
 // deleteUnpaid ends an unpaid order, unless its money has arrived.
 func (s *server) deleteUnpaid(r *request, id string) (string, error) {
-	err := s.settler.discardUnpaid(r.Context(), r.by(), id)
+	err := s.settler.discardUnpaid(r.Context(), r.actor(), id)
 	if !errors.Is(err, errStale) {
 		return "결제 오류로 임시 주문서를 삭제했습니다", err
 	}
 	if _, err := s.store.OrderState(r.Context(), id, r.caller); errors.Is(err, errNotFound) {
 		return "", errStale
 	}
-	return "", refuse(http.StatusConflict, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요")
+	return "", statusError(http.StatusConflict, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요")
 }
 
 // cancelPaid gives the money of a paid or returned order back.
@@ -542,12 +542,12 @@ func (s *server) cancelPaid(r *request, state OrderState) error {
 	}
 	var err error
 	if !state.Cancelling {
-		err = s.settler.refundOrder(r.Context(), r.by(), state.ID, state.Status, reason)
-	} else if err = s.settler.retryOrderRefund(r.Context(), r.by(), state.ID); errors.Is(err, errStale) {
+		err = s.settler.refundOrder(r.Context(), r.actor(), state.ID, state.Status, reason)
+	} else if err = s.settler.retryOrderRefund(r.Context(), r.actor(), state.ID); errors.Is(err, errStale) {
 		return s.whileCancelling(r, state)
 	}
 	if errors.Is(err, errRefundPending) {
-		refused := refusalOf(err)
+		refused := toHTTPError(err)
 		if refused.status == http.StatusInternalServerError {
 			refused.status = http.StatusBadGateway // the gateway refused
 		}
@@ -561,7 +561,7 @@ func (s *server) cancelPaid(r *request, state OrderState) error {
 func (s *server) whileCancelling(r *request, state OrderState) error {
 	now, err := s.store.OrderState(r.Context(), state.ID, r.caller)
 	if err == nil && now == state {
-		return refuse(http.StatusConflict, messageCancelling)
+		return statusError(http.StatusConflict, messageCancelling)
 	}
 	return errStale
 }
@@ -580,7 +580,7 @@ func statusBody(r *request) (*int, error) {
 	}
 	var status *int
 	if err := decodeJSON(in.Status, "status", &status); err != nil || status == nil {
-		return nil, badField("status", "정수여야 합니다")
+		return nil, fieldError("status", "정수여야 합니다")
 	}
 	return status, nil
 }

@@ -149,7 +149,7 @@ func TestCartItemsStock(t *testing.T) {
 	_, _, sold := s.paid(buyerA)
 	held, free := s.painting(99000), s.painting(99000)
 	s.order(buyerA, held)
-	expired, err := s.tokens.issue(Caller{ID: buyerA}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
+	expired, err := s.tokens.issue(caller{ID: buyerA}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
 	check(t, err)
 	for _, row := range []struct {
 		name, authorization string
@@ -531,7 +531,7 @@ func TestPayRefusals(t *testing.T) {
 
 func TestPay(t *testing.T) {
 	s := newShop(t, func(c *config) { c.sandbox = true })
-	expired, err := s.tokens.issue(Caller{ID: buyerB}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
+	expired, err := s.tokens.issue(caller{ID: buyerB}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
 	check(t, err)
 	for _, row := range []struct {
 		name, authorization string

@@ -19,35 +19,45 @@ import (
 	"time"
 )
 
-// Payment is what the gateway says of one payment.
-type Payment struct {
+// gatewayStatus is a payment's status as the gateway names it. There are others than these.
+type gatewayStatus string
+
+const (
+	gatewayReady     gatewayStatus = "ready" // its window was opened
+	gatewayPaid      gatewayStatus = "paid"
+	gatewayCancelled gatewayStatus = "cancelled" // after a partial refund too
+	gatewayFailed    gatewayStatus = "failed"
+)
+
+// gatewayPayment is what the gateway says of one payment.
+type gatewayPayment struct {
 	ImpUID, MerchantUID string
-	Status              string    // "ready", "paid", "cancelled" (after a partial refund too), "failed", others
+	Status              gatewayStatus
 	Currency            string    // "KRW"
 	Amount              int64     // whole won, as first paid; 0 when Currency is not KRW: not ours to book
 	Cancelled           int64     // whole won given back so far; 0 when Currency is not KRW
-	Gone                bool      // it was paid and nothing is left of it, in whatever currency: all was given back
+	fullyRefunded       bool      // it was paid and nothing is left of it, in whatever currency: all was given back
 	Sandbox             bool      // made through a test channel: no money moved
 	PaidAt              time.Time // UTC; zero when never paid
 }
 
-// Won reports whether the payment is in the one currency the shop sells in.
-func (p Payment) Won() bool { return p.Currency == "KRW" }
+// isKRW reports whether the payment is in the one currency the shop sells in.
+func (p gatewayPayment) isKRW() bool { return p.Currency == "KRW" }
 
-// CancelRequest asks for all that is left of a payment to be given back.
-type CancelRequest struct {
+// cancelRequest asks for all that is left of a payment to be given back.
+type cancelRequest struct {
 	ImpUID    string
 	Remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
-	Won       bool  // the payment is in KRW; a foreign one is cancelled without comparing Remaining
+	isKRW     bool  // the payment is in KRW; a foreign one is cancelled without comparing Remaining
 	Reason    string
 }
 
-// ErrNoPayment means that the gateway answered and knows no such payment. A payment of a test channel
-// is none either, unless GatewayConfig.Sandbox is set.
-var ErrNoPayment = errors.New("the gateway knows no such payment")
+// errNoPayment means that the gateway answered and knows no such payment. A payment of a test channel
+// is none either, unless iamportConfig.Sandbox is set.
+var errNoPayment = errors.New("the gateway knows no such payment")
 
-// Refusal means that the gateway answered and did nothing: HTTP 200 with a code that is not 0.
-type Refusal struct {
+// gatewayRefusal means that the gateway answered and did nothing: HTTP 200 with a code that is not 0.
+type gatewayRefusal struct {
 	Code    int    // 1: a rule of the gateway's own; -1: the card company or its like said no
 	Message string // often the card company's words, which may name a buyer: log the Refusal, not this
 }
@@ -56,13 +66,13 @@ type Refusal struct {
 var privateText = regexp.MustCompile(`[^\s@]+@[^\s@]+|\d(?:[-* ]*\d){7,}`)
 
 // Error is safe to log: one short line, numbers that could be a buyer's left out.
-func (r *Refusal) Error() string {
+func (r *gatewayRefusal) Error() string {
 	text := []rune(privateText.ReplaceAllString(r.Message, "…"))
 	return fmt.Sprintf("the gateway refused (code %d): %q", r.Code, string(text[:min(len(text), 200)]))
 }
 
-// GatewayError means that no usable answer came: whether the gateway did what was asked is unknown.
-type GatewayError struct {
+// gatewayError means that no usable answer came: whether the gateway did what was asked is unknown.
+type gatewayError struct {
 	// Status is 502 for a broken answer or our keys rejected; 503 when it is unreachable, answers 5xx or no
 	// slot was free in time; 504 for no answer in time, or when the caller went away (Err is then
 	// context.Canceled).
@@ -71,24 +81,24 @@ type GatewayError struct {
 	Err    error  // the cause, without keys, tokens or anything of an answer's content
 }
 
-func (e *GatewayError) Error() string { return "gateway " + e.Call + ": " + e.Err.Error() }
-func (e *GatewayError) Unwrap() error { return e.Err }
+func (e *gatewayError) Error() string { return "gateway " + e.Call + ": " + e.Err.Error() }
+func (e *gatewayError) Unwrap() error { return e.Err }
 
-// GatewayConfig says which Iamport account to use, and how.
-type GatewayConfig struct {
+// iamportConfig says which Iamport account to use, and how.
+type iamportConfig struct {
 	URL, Key, Secret string
 	Sandbox          bool              // also accept payments of test channels (staging)
 	Now              func() time.Time  // nil: time.Now
 	Transport        http.RoundTripper // nil: a transport of its own with sane limits
 	// Observe is told of every call when it ends, except one whose caller went away. Call is as in
-	// GatewayError, outcome "ok", "none", "refused", "broken", "unreachable" or "timeout", err the one that
+	// gatewayError, outcome "ok", "none", "refused", "broken", "unreachable" or "timeout", err the one that
 	// its caller gets; took includes all waiting.
 	Observe func(call, outcome string, err error, took time.Duration) // nil: nobody
 }
 
-// Gateway is a client of Iamport's (PortOne V1) REST API. It is safe for concurrent use and meant to be shared:
+// iamportClient is a client of Iamport's (PortOne V1) REST API. It is safe for concurrent use and meant to be shared:
 // its callers use one access token, and at most 16 calls are under way at once.
-type Gateway struct {
+type iamportClient struct {
 	url, key, secret string
 	sandbox          bool
 	now              func() time.Time
@@ -115,9 +125,9 @@ const (
 	maxPages    = 10               // of 100 payments each, for one merchant_uid
 )
 
-// NewGateway makes a client; nothing is asked of the gateway before the first call.
-func NewGateway(c GatewayConfig) *Gateway {
-	g := &Gateway{
+// newIamportClient makes a client; nothing is asked of the gateway before the first call.
+func newIamportClient(c iamportConfig) *iamportClient {
+	g := &iamportClient{
 		url: strings.TrimRight(c.URL, "/"), key: c.Key, secret: c.Secret, sandbox: c.Sandbox,
 		now: c.Now, observe: c.Observe,
 		lookUpLimit: 5 * time.Second, cancelLimit: 60 * time.Second,
@@ -158,77 +168,77 @@ var impUIDPattern = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 // validImpUID reports whether s can be an imp_uid at all; anything else is never sent to the gateway.
 func validImpUID(s string) bool { return impUIDPattern.MatchString(s) }
 
-// Payment looks up one payment.
-func (g *Gateway) Payment(ctx context.Context, impUID string) (Payment, error) {
+// payment looks up one payment.
+func (g *iamportClient) payment(ctx context.Context, impUID string) (gatewayPayment, error) {
 	if !validImpUID(impUID) {
-		return Payment{}, ErrNoPayment
+		return gatewayPayment{}, errNoPayment
 	}
 	ctx, end := g.begin(ctx, "payment", g.lookUpLimit)
-	p, err := g.payment(ctx, impUID)
+	p, err := g.fetchPayment(ctx, impUID)
 	end(err)
 	return p, err
 }
 
-func (g *Gateway) payment(ctx context.Context, impUID string) (Payment, error) {
+func (g *iamportClient) fetchPayment(ctx context.Context, impUID string) (gatewayPayment, error) {
 	path := "/payments/" + url.PathEscape(impUID)
 	if g.sandbox {
 		path += "?include_sandbox=true"
 	}
 	response, err := g.lookUp(ctx, "payment", path)
 	if err != nil {
-		return Payment{}, err
+		return gatewayPayment{}, err
 	}
 	p, err := decodePayment(response)
 	switch {
 	case err != nil:
-		return Payment{}, badGateway("payment", err)
+		return gatewayPayment{}, brokenAnswer("payment", err)
 	case p.ImpUID != impUID:
-		return Payment{}, badGateway("payment", errors.New("the answer is about another imp_uid"))
+		return gatewayPayment{}, brokenAnswer("payment", errors.New("the answer is about another imp_uid"))
 	case p.Sandbox && !g.sandbox:
-		return Payment{}, ErrNoPayment
+		return gatewayPayment{}, errNoPayment
 	}
 	return p, nil
 }
 
-// PaidFor looks up the newest payment of merchantUID that is paid and not refunded, not even in part.
-func (g *Gateway) PaidFor(ctx context.Context, merchantUID string) (Payment, error) {
+// paidPayment looks up the newest payment of merchantUID that is paid and not refunded, not even in part.
+func (g *iamportClient) paidPayment(ctx context.Context, merchantUID string) (gatewayPayment, error) {
 	ctx, end := g.begin(ctx, "find", g.lookUpLimit)
-	p, err := g.paidFor(ctx, merchantUID)
+	p, err := g.fetchPaidPayment(ctx, merchantUID)
 	end(err)
 	return p, err
 }
 
-func (g *Gateway) paidFor(ctx context.Context, merchantUID string) (Payment, error) {
+func (g *iamportClient) fetchPaidPayment(ctx context.Context, merchantUID string) (gatewayPayment, error) {
 	response, err := g.lookUp(ctx, "find", "/payments/find/"+url.PathEscape(merchantUID)+"/paid")
 	if err != nil {
-		return Payment{}, err
+		return gatewayPayment{}, err
 	}
 	p, err := g.decodeFound("find", response, merchantUID)
 	if err != nil {
-		return Payment{}, err
+		return gatewayPayment{}, err
 	}
 	if p.Sandbox && !g.sandbox {
 		// There is no filter here: a newer payment of a test channel must not hide an older true one.
-		all, err := g.listFor(ctx, merchantUID, "paid")
+		all, err := g.listPayments(ctx, merchantUID, gatewayPaid)
 		if err != nil {
-			return Payment{}, err
+			return gatewayPayment{}, err
 		}
 		if len(all) == 0 {
-			return Payment{}, ErrNoPayment
+			return gatewayPayment{}, errNoPayment
 		}
 		p = all[len(all)-1]
 	}
 	return p, nil
 }
 
-// PaymentsFor lists every payment of merchantUID with which money has moved: first those that are paid, then those
+// paymentsOf lists every payment of merchantUID with which money has moved: first those that are paid, then those
 // given back, in part or whole; of each the first begun first. None is an empty list, not an error. Windows that were
 // opened and not paid are left out: a buyer may open any number.
-func (g *Gateway) PaymentsFor(ctx context.Context, merchantUID string) (all []Payment, err error) {
+func (g *iamportClient) paymentsOf(ctx context.Context, merchantUID string) (all []gatewayPayment, err error) {
 	ctx, end := g.begin(ctx, "findAll", g.lookUpLimit)
 	defer func() { end(err) }()
-	for _, status := range []string{"paid", "cancelled"} {
-		some, err := g.listFor(ctx, merchantUID, status)
+	for _, status := range []gatewayStatus{gatewayPaid, gatewayCancelled} {
+		some, err := g.listPayments(ctx, merchantUID, status)
 		if err != nil {
 			return nil, err
 		}
@@ -237,14 +247,14 @@ func (g *Gateway) PaymentsFor(ctx context.Context, merchantUID string) (all []Pa
 	return all, nil
 }
 
-// listFor lists the payments of merchantUID in a status. It asks for the oldest first, so that a payment made
+// listPayments lists the payments of merchantUID in a status. It asks for the oldest first, so that a payment made
 // meanwhile does not move the pages.
-func (g *Gateway) listFor(ctx context.Context, merchantUID, status string) ([]Payment, error) {
-	var all []Payment
-	path := "/payments/findAll/" + url.PathEscape(merchantUID) + "/" + status + "?sorting=started&limit=100&page="
+func (g *iamportClient) listPayments(ctx context.Context, merchantUID string, status gatewayStatus) ([]gatewayPayment, error) {
+	var all []gatewayPayment
+	path := "/payments/findAll/" + url.PathEscape(merchantUID) + "/" + string(status) + "?sorting=started&limit=100&page="
 	for page := 1; page != 0; {
 		response, err := g.lookUp(ctx, "findAll", path+strconv.Itoa(page))
-		if errors.Is(err, ErrNoPayment) {
+		if errors.Is(err, errNoPayment) {
 			break
 		}
 		if err != nil {
@@ -255,7 +265,7 @@ func (g *Gateway) listFor(ctx context.Context, merchantUID, status string) ([]Pa
 			List []json.RawMessage
 		}
 		if err := decodeAnswer(response, &found); err != nil {
-			return nil, badGateway("findAll", err)
+			return nil, brokenAnswer("findAll", err)
 		}
 		for _, one := range found.List {
 			p, err := g.decodeFound("findAll", one, merchantUID)
@@ -267,49 +277,49 @@ func (g *Gateway) listFor(ctx context.Context, merchantUID, status string) ([]Pa
 			}
 		}
 		if found.Next != 0 && (found.Next != page+1 || found.Next > maxPages) {
-			return nil, badGateway("findAll", errors.New("the pages do not come to an end"))
+			return nil, brokenAnswer("findAll", errors.New("the pages do not come to an end"))
 		}
 		page = found.Next
 	}
 	return all, nil
 }
 
-// Cancel gives back all that is left of a payment. Once begun it goes on when its caller goes away. After a
-// GatewayError nobody knows whether the money went back: look the payment up before trying again.
-func (g *Gateway) Cancel(ctx context.Context, c CancelRequest) (Payment, error) {
+// cancelPayment gives back all that is left of a payment. Once begun it goes on when its caller goes away. After a
+// gatewayError nobody knows whether the money went back: look the payment up before trying again.
+func (g *iamportClient) cancelPayment(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
 	switch {
 	case !validImpUID(c.ImpUID):
-		return Payment{}, errors.New("gateway cancel: not an imp_uid")
-	case c.Won && c.Remaining <= 0:
-		return Payment{}, errors.New("gateway cancel: nothing is left to give back")
+		return gatewayPayment{}, errors.New("gateway cancel: not an imp_uid")
+	case c.isKRW && c.Remaining <= 0:
+		return gatewayPayment{}, errors.New("gateway cancel: nothing is left to give back")
 	}
 	ctx, end := g.begin(context.WithoutCancel(ctx), "cancel", g.cancelLimit)
-	p, err := g.cancel(ctx, c)
+	p, err := g.sendCancel(ctx, c)
 	end(err)
 	return p, err
 }
 
-func (g *Gateway) cancel(ctx context.Context, c CancelRequest) (Payment, error) {
+func (g *iamportClient) sendCancel(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
 	request := map[string]any{"imp_uid": c.ImpUID, "reason": c.Reason} // without an amount: all that is left
-	if c.Won {
+	if c.isKRW {
 		request["checksum"] = c.Remaining
 	}
 	response, err := g.call(ctx, g.cancels, gatewayCall{"cancel", http.MethodPost, "/payments/cancel", request})
 	if err != nil {
-		return Payment{}, err
+		return gatewayPayment{}, err
 	}
 	p, err := decodePayment(response)
 	if err == nil && p.ImpUID != c.ImpUID {
 		err = errors.New("the answer is about another imp_uid")
 	}
 	if err != nil {
-		return Payment{}, badGateway("cancel", err)
+		return gatewayPayment{}, brokenAnswer("cancel", err)
 	}
 	return p, nil
 }
 
 // begin starts the time of one call; end stops it and tells the observer.
-func (g *Gateway) begin(
+func (g *iamportClient) begin(
 	ctx context.Context, call string, limit time.Duration,
 ) (_ context.Context, end func(error)) {
 	start := g.now()
@@ -324,14 +334,14 @@ func (g *Gateway) begin(
 
 // gatewayOutcome is "" when the caller went away: that says nothing of the gateway.
 func gatewayOutcome(err error) string {
-	var refusal *Refusal
-	var failure *GatewayError
+	var refusal *gatewayRefusal
+	var failure *gatewayError
 	switch {
 	case err == nil:
 		return "ok"
 	case errors.Is(err, context.Canceled):
 		return ""
-	case errors.Is(err, ErrNoPayment):
+	case errors.Is(err, errNoPayment):
 		return "none"
 	case errors.As(err, &refusal):
 		return "refused"
@@ -348,13 +358,13 @@ type gatewayCall struct {
 	body               any // nil: none
 }
 
-func (g *Gateway) lookUp(ctx context.Context, name, path string) (json.RawMessage, error) {
+func (g *iamportClient) lookUp(ctx context.Context, name, path string) (json.RawMessage, error) {
 	return g.call(ctx, g.lookUps, gatewayCall{name, http.MethodGet, path, nil})
 }
 
 // call makes one call with the shared token and answers the envelope's response. When the gateway turns the
 // token down, it tries once more with a renewed one.
-func (g *Gateway) call(ctx context.Context, slots chan struct{}, c gatewayCall) (json.RawMessage, error) {
+func (g *iamportClient) call(ctx context.Context, slots chan struct{}, c gatewayCall) (json.RawMessage, error) {
 	var rejected *accessToken
 	for range 2 {
 		token, err := g.freshToken(ctx, c.name, rejected)
@@ -370,10 +380,10 @@ func (g *Gateway) call(ctx context.Context, slots chan struct{}, c gatewayCall) 
 		}
 		rejected = token
 	}
-	return nil, badGateway(c.name, errors.New("a new token was rejected"))
+	return nil, brokenAnswer(c.name, errors.New("a new token was rejected"))
 }
 
-func (g *Gateway) exchangeInSlot(
+func (g *iamportClient) exchangeInSlot(
 	ctx context.Context, slots chan struct{}, c gatewayCall, token string,
 ) (status int, body []byte, err error) {
 	select {
@@ -383,38 +393,38 @@ func (g *Gateway) exchangeInSlot(
 	}
 	if ctx.Err() != nil { // a slot that came at the last moment is too late
 		err := fmt.Errorf("no free slot: %w", ctx.Err())
-		return 0, nil, &GatewayError{http.StatusServiceUnavailable, c.name, err}
+		return 0, nil, &gatewayError{http.StatusServiceUnavailable, c.name, err}
 	}
 	return g.exchange(ctx, c, token)
 }
 
 // exchange sends one request and reads its answer whole, so that the connection can be used again.
-func (g *Gateway) exchange(
+func (g *iamportClient) exchange(
 	ctx context.Context, c gatewayCall, token string,
 ) (status int, body []byte, err error) {
 	request, err := g.request(ctx, c, token)
 	if err != nil {
-		return 0, nil, badGateway(c.name, err)
+		return 0, nil, brokenAnswer(c.name, err)
 	}
 	answer, err := g.client.Do(request)
 	if err != nil {
 		if ctx.Err() != nil {
-			return 0, nil, &GatewayError{http.StatusGatewayTimeout, c.name, ctx.Err()}
+			return 0, nil, &gatewayError{http.StatusGatewayTimeout, c.name, ctx.Err()}
 		}
-		return 0, nil, &GatewayError{http.StatusServiceUnavailable, c.name, connectionError(err)}
+		return 0, nil, &gatewayError{http.StatusServiceUnavailable, c.name, connectionError(err)}
 	}
 	defer answer.Body.Close()
 	body, err = io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
 	switch {
 	case err != nil && ctx.Err() != nil:
-		return 0, nil, &GatewayError{http.StatusGatewayTimeout, c.name, ctx.Err()}
+		return 0, nil, &gatewayError{http.StatusGatewayTimeout, c.name, ctx.Err()}
 	case answer.StatusCode >= 500 || answer.StatusCode == http.StatusTooManyRequests:
 		err := fmt.Errorf("HTTP status %d", answer.StatusCode)
-		return 0, nil, &GatewayError{http.StatusServiceUnavailable, c.name, err}
+		return 0, nil, &gatewayError{http.StatusServiceUnavailable, c.name, err}
 	case err != nil:
-		return 0, nil, badGateway(c.name, fmt.Errorf("answer cut short: %w", err))
+		return 0, nil, brokenAnswer(c.name, fmt.Errorf("answer cut short: %w", err))
 	case len(body) > maxAnswer:
-		return 0, nil, badGateway(c.name, errors.New("answer too long"))
+		return 0, nil, brokenAnswer(c.name, errors.New("answer too long"))
 	}
 	return answer.StatusCode, body, nil
 }
@@ -438,7 +448,7 @@ func connectionError(err error) error {
 	return errors.New("no HTTP answer came")
 }
 
-func (g *Gateway) request(ctx context.Context, c gatewayCall, token string) (*http.Request, error) {
+func (g *iamportClient) request(ctx context.Context, c gatewayCall, token string) (*http.Request, error) {
 	var body []byte
 	if c.body != nil {
 		var err error
@@ -470,7 +480,7 @@ const notFoundText = "존재하지 않는 결제정보"
 // proxy's say: it must not pass for "no such payment".
 func openEnvelope(call string, status int, body []byte) (json.RawMessage, error) {
 	if status != http.StatusOK && status != http.StatusNotFound {
-		return nil, badGateway(call, fmt.Errorf("HTTP status %d", status))
+		return nil, brokenAnswer(call, fmt.Errorf("HTTP status %d", status))
 	}
 	var envelope struct {
 		Code     *int
@@ -478,30 +488,30 @@ func openEnvelope(call string, status int, body []byte) (json.RawMessage, error)
 		Response json.RawMessage
 	}
 	if err := decodeAnswer(body, &envelope); err != nil {
-		return nil, badGateway(call, err)
+		return nil, brokenAnswer(call, err)
 	}
 	switch code := envelope.Code; {
 	case code == nil:
-		return nil, badGateway(call, errors.New("the answer has no code"))
+		return nil, brokenAnswer(call, errors.New("the answer has no code"))
 	case *code != 0 && status == http.StatusNotFound,
 		*code == -1 && strings.HasPrefix(envelope.Message, notFoundText):
-		return nil, ErrNoPayment
+		return nil, errNoPayment
 	case status == http.StatusNotFound:
-		return nil, badGateway(call, errors.New("HTTP status 404 and code 0"))
+		return nil, brokenAnswer(call, errors.New("HTTP status 404 and code 0"))
 	case *code != 0:
-		return nil, &Refusal{*code, envelope.Message}
+		return nil, &gatewayRefusal{*code, envelope.Message}
 	}
 	return envelope.Response, nil
 }
 
 // decodeFound decodes a payment that was looked up by its merchant_uid.
-func (g *Gateway) decodeFound(call string, response []byte, merchantUID string) (Payment, error) {
+func (g *iamportClient) decodeFound(call string, response []byte, merchantUID string) (gatewayPayment, error) {
 	p, err := decodePayment(response)
 	if err == nil && p.MerchantUID != merchantUID {
 		err = errors.New("the answer is about another merchant_uid")
 	}
 	if err != nil {
-		return Payment{}, badGateway(call, err)
+		return gatewayPayment{}, brokenAnswer(call, err)
 	}
 	return p, nil
 }
@@ -511,11 +521,11 @@ const lastSecond = 253402300799
 
 // decodePayment decodes a payment object. What the gateway always sends has to be there; other fields are
 // ignored.
-func decodePayment(response []byte) (Payment, error) {
+func decodePayment(response []byte) (gatewayPayment, error) {
 	var object struct {
 		ImpUID       string          `json:"imp_uid"`
 		MerchantUID  string          `json:"merchant_uid"`
-		Status       string          `json:"status"`
+		Status       gatewayStatus   `json:"status"`
 		Currency     string          `json:"currency"`
 		Amount       json.RawMessage `json:"amount"`
 		CancelAmount json.RawMessage `json:"cancel_amount"`
@@ -523,21 +533,21 @@ func decodePayment(response []byte) (Payment, error) {
 		PaidAt       int64           `json:"paid_at"` // Unix seconds; 0: never paid
 	}
 	if err := decodeAnswer(response, &object); err != nil {
-		return Payment{}, err
+		return gatewayPayment{}, err
 	}
-	p := Payment{
+	p := gatewayPayment{
 		ImpUID: object.ImpUID, MerchantUID: object.MerchantUID,
 		Status: object.Status, Currency: object.Currency, Sandbox: object.Sandbox,
 	}
 	switch {
 	case !validImpUID(p.ImpUID):
-		return Payment{}, errors.New("the payment has no imp_uid")
+		return gatewayPayment{}, errors.New("the payment has no imp_uid")
 	case p.MerchantUID == "" || p.Status == "" || p.Currency == "":
-		return Payment{}, errors.New("the payment lacks its merchant_uid, status or currency")
+		return gatewayPayment{}, errors.New("the payment lacks its merchant_uid, status or currency")
 	case object.Amount == nil || object.CancelAmount == nil:
-		return Payment{}, errors.New("the payment lacks its amounts")
+		return gatewayPayment{}, errors.New("the payment lacks its amounts")
 	case object.PaidAt < 0 || object.PaidAt > lastSecond:
-		return Payment{}, errors.New("the payment's time is out of range")
+		return gatewayPayment{}, errors.New("the payment's time is out of range")
 	}
 	if object.PaidAt > 0 {
 		p.PaidAt = time.Unix(object.PaidAt, 0).UTC()
@@ -545,12 +555,12 @@ func decodePayment(response []byte) (Payment, error) {
 	amount, ok1 := exactNumber(object.Amount)
 	cancelled, ok2 := exactNumber(object.CancelAmount)
 	if !ok1 || !ok2 {
-		return Payment{}, errors.New("an amount is not a number")
+		return gatewayPayment{}, errors.New("an amount is not a number")
 	}
-	p.Gone = p.Status == "cancelled" && cancelled.Cmp(amount) >= 0
-	if p.Won() {
+	p.fullyRefunded = p.Status == gatewayCancelled && cancelled.Cmp(amount) >= 0
+	if p.isKRW() {
 		if !wholeWon(amount) || !wholeWon(cancelled) {
-			return Payment{}, errors.New("an amount is not of whole won")
+			return gatewayPayment{}, errors.New("an amount is not of whole won")
 		}
 		p.Amount, p.Cancelled = amount.Num().Int64(), cancelled.Num().Int64()
 	}
@@ -583,7 +593,9 @@ func decodeAnswer(data []byte, v any) error {
 	return errors.New("the answer is not the JSON it should be")
 }
 
-func badGateway(call string, err error) error { return &GatewayError{http.StatusBadGateway, call, err} }
+func brokenAnswer(call string, err error) error {
+	return &gatewayError{http.StatusBadGateway, call, err}
+}
 
 // accessToken is compared by its address: the gateway may give the same string again.
 type accessToken struct {
@@ -600,7 +612,7 @@ type tokenRenewal struct {
 
 // freshToken answers the shared token, after a renewal if it is due or if the token is still the rejected one
 // (nil: none was). All callers wait for the same renewal, each as long as its own context lasts.
-func (g *Gateway) freshToken(ctx context.Context, call string, rejected *accessToken) (*accessToken, error) {
+func (g *iamportClient) freshToken(ctx context.Context, call string, rejected *accessToken) (*accessToken, error) {
 	g.mu.Lock()
 	if g.token == rejected {
 		g.token = nil
@@ -621,12 +633,12 @@ func (g *Gateway) freshToken(ctx context.Context, call string, rejected *accessT
 		return renewal.token, renewal.err
 	case <-ctx.Done():
 		err := fmt.Errorf("waiting for a token: %w", ctx.Err())
-		return nil, &GatewayError{http.StatusGatewayTimeout, call, err}
+		return nil, &gatewayError{http.StatusGatewayTimeout, call, err}
 	}
 }
 
 // renewToken has a time of its own: the caller who started it may go away while others wait.
-func (g *Gateway) renewToken(r *tokenRenewal) {
+func (g *iamportClient) renewToken(r *tokenRenewal) {
 	ctx, end := g.begin(context.Background(), "token", g.lookUpLimit)
 	r.token, r.err = g.requestToken(ctx)
 	end(r.err)
@@ -637,7 +649,7 @@ func (g *Gateway) renewToken(r *tokenRenewal) {
 	close(r.done)
 }
 
-func (g *Gateway) requestToken(ctx context.Context) (*accessToken, error) {
+func (g *iamportClient) requestToken(ctx context.Context) (*accessToken, error) {
 	asked := g.now()
 	keys := map[string]string{"imp_key": g.key, "imp_secret": g.secret}
 	status, body, err := g.exchange(ctx, gatewayCall{"token", http.MethodPost, "/users/getToken", keys}, "")
@@ -645,12 +657,12 @@ func (g *Gateway) requestToken(ctx context.Context) (*accessToken, error) {
 		return nil, err
 	}
 	if status == http.StatusUnauthorized {
-		return nil, badGateway("token", errors.New("the gateway rejects our keys"))
+		return nil, brokenAnswer("token", errors.New("the gateway rejects our keys"))
 	}
 	response, err := openEnvelope("token", status, body)
-	var refusal *Refusal
-	if errors.As(err, &refusal) || errors.Is(err, ErrNoPayment) {
-		return nil, badGateway("token", errors.New("the gateway gives no token for our keys"))
+	var refusal *gatewayRefusal
+	if errors.As(err, &refusal) || errors.Is(err, errNoPayment) {
+		return nil, brokenAnswer("token", errors.New("the gateway gives no token for our keys"))
 	}
 	if err != nil {
 		return nil, err
@@ -661,10 +673,10 @@ func (g *Gateway) requestToken(ctx context.Context) (*accessToken, error) {
 		Now         int64  `json:"now"`
 	}
 	if err := decodeAnswer(response, &object); err != nil {
-		return nil, badGateway("token", err)
+		return nil, brokenAnswer("token", err)
 	}
 	if object.AccessToken == "" || object.Now <= 0 || object.ExpiredAt <= object.Now {
-		return nil, badGateway("token", errors.New("the answer holds no usable token"))
+		return nil, brokenAnswer("token", errors.New("the answer holds no usable token"))
 	}
 	life := time.Duration(min(object.ExpiredAt-object.Now, 24*60*60)) * time.Second
 	return &accessToken{object.AccessToken, asked.Add(life - tokenMargin)}, nil

@@ -20,7 +20,7 @@ import (
 
 // gatewayTest is a client before a double, on one clock.
 type gatewayTest struct {
-	*Gateway
+	*iamportClient
 	double   *pretendGateway
 	clock    *testClock
 	outcomes chan string // "call outcome" of every call that ended
@@ -41,7 +41,7 @@ func newGatewayTestInMemory(sandbox bool) *gatewayTest {
 	clock := newTestClock()
 	double := newPretendGateway(clock.Now)
 	outcomes := make(chan string, 1000)
-	gateway := NewGateway(GatewayConfig{
+	gateway := newIamportClient(iamportConfig{
 		Key: double.key, Secret: double.secret, Sandbox: sandbox, Now: clock.Now, Transport: double,
 		Observe: func(call, outcome string, _ error, _ time.Duration) { outcomes <- call + " " + outcome },
 	})
@@ -55,10 +55,10 @@ func (g *gatewayTest) nextOutcomes(n int) (all []string) {
 	return all
 }
 
-// wantFailure checks for a GatewayError and that it tells no secret.
+// wantFailure checks for a gatewayError and that it tells no secret.
 func (g *gatewayTest) wantFailure(t *testing.T, err error, status int, call string) {
 	t.Helper()
-	var failure *GatewayError
+	var failure *gatewayError
 	if !errors.As(err, &failure) || failure.Status != status || failure.Call != call {
 		t.Fatalf("err = %v, want a GatewayError %d of %s", err, status, call)
 	}
@@ -77,37 +77,37 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 	first := g.double.pay(pretendPayment{MerchantUID: "order-1", Amount: 5900})
 	g.double.pay(pretendPayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
 	g.double.pay(pretendPayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
-	want := Payment{
+	want := gatewayPayment{
 		ImpUID: first, MerchantUID: "order-1", Status: "paid", Currency: "KRW", Amount: 5900, PaidAt: g.clock.Now(),
 	}
 
-	if p, err := g.Payment(t.Context(), first); p != want || err != nil {
+	if p, err := g.payment(t.Context(), first); p != want || err != nil {
 		t.Errorf("Payment = %+v, %v, want %+v", p, err, want)
 	}
-	if p, err := g.PaidFor(t.Context(), "order-1"); p != want || err != nil {
+	if p, err := g.paidPayment(t.Context(), "order-1"); p != want || err != nil {
 		t.Errorf("PaidFor = %+v, %v, want %+v", p, err, want)
 	}
-	if all, err := g.PaymentsFor(t.Context(), "order-1"); !reflect.DeepEqual(all, []Payment{want}) || err != nil {
+	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want %+v alone", all, err, want)
 	}
 	for _, impUID := range []string{"imp_none", "", "a/../b", strings.Repeat("x", 65), "imp_1?x=y"} {
-		if p, err := g.Payment(t.Context(), impUID); !errors.Is(err, ErrNoPayment) {
+		if p, err := g.payment(t.Context(), impUID); !errors.Is(err, errNoPayment) {
 			t.Errorf("Payment(%q) = %+v, %v, want ErrNoPayment", impUID, p, err)
 		}
 	}
-	if p, err := g.PaidFor(t.Context(), "order-2"); !errors.Is(err, ErrNoPayment) {
+	if p, err := g.paidPayment(t.Context(), "order-2"); !errors.Is(err, errNoPayment) {
 		t.Errorf("PaidFor = %+v, %v, want ErrNoPayment", p, err)
 	}
-	if all, err := g.PaymentsFor(t.Context(), "order-2"); len(all) != 0 || err != nil {
+	if all, err := g.paymentsOf(t.Context(), "order-2"); len(all) != 0 || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want none", all, err)
 	}
 
-	want.Status, want.Cancelled, want.Gone = "cancelled", 5900, true
-	request := CancelRequest{ImpUID: first, Remaining: 5900, Won: true, Reason: `위조 "결제" <&>`}
-	if p, err := g.Cancel(t.Context(), request); p != want || err != nil {
+	want.Status, want.Cancelled, want.fullyRefunded = "cancelled", 5900, true
+	request := cancelRequest{ImpUID: first, Remaining: 5900, isKRW: true, Reason: `위조 "결제" <&>`}
+	if p, err := g.cancelPayment(t.Context(), request); p != want || err != nil {
 		t.Errorf("Cancel = %+v, %v, want %+v", p, err, want)
 	}
-	if all, err := g.PaymentsFor(t.Context(), "order-1"); !reflect.DeepEqual(all, []Payment{want}) || err != nil {
+	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want %+v", all, err, want)
 	}
 	if p, _ := g.double.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.Reason {
@@ -131,25 +131,25 @@ func TestGatewayCancelRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, c := range map[string]struct {
-		request CancelRequest
+		request cancelRequest
 		message string
 	}{
-		"unknown":  {CancelRequest{"imp_none", 5900, true, ""}, pretendNoTarget},
-		"checksum": {CancelRequest{impUID, 5900, true, ""}, pretendChecksum},
+		"unknown":  {cancelRequest{"imp_none", 5900, true, ""}, pretendNoTarget},
+		"checksum": {cancelRequest{impUID, 5900, true, ""}, pretendChecksum},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := g.Cancel(t.Context(), c.request)
-			var refusal *Refusal
+			_, err := g.cancelPayment(t.Context(), c.request)
+			var refusal *gatewayRefusal
 			if !errors.As(err, &refusal) || refusal.Code != 1 || refusal.Message != c.message {
 				t.Errorf("err = %v, want a refusal", err)
 			}
 		})
 	}
 	before := g.double.calls("cancel")
-	for _, request := range []CancelRequest{
+	for _, request := range []cancelRequest{
 		{impUID, 0, true, ""}, {impUID, -1, true, ""}, {"a b", 1, true, ""}, {"", 1, false, ""},
 	} {
-		if p, err := g.Cancel(t.Context(), request); err == nil {
+		if p, err := g.cancelPayment(t.Context(), request); err == nil {
 			t.Errorf("Cancel(%+v) = %+v, want an error", request, p)
 		}
 	}
@@ -160,11 +160,11 @@ func TestGatewayCancelRefused(t *testing.T) {
 		t.Errorf("%d won given back, want the 900 of before", p.Cancelled)
 	}
 
-	if p, err := g.Cancel(t.Context(), CancelRequest{impUID, 5000, true, "나머지"}); p.Cancelled != 5900 || err != nil {
+	if p, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5000, true, "나머지"}); p.Cancelled != 5900 || err != nil {
 		t.Errorf("Cancel of the rest = %+v, %v", p, err)
 	}
-	var refusal *Refusal
-	if _, err := g.Cancel(t.Context(), CancelRequest{impUID, 5900, true, ""}); !errors.As(err, &refusal) ||
+	var refusal *gatewayRefusal
+	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); !errors.As(err, &refusal) ||
 		refusal.Message != pretendCancelled {
 		t.Errorf("second cancel: %v", err)
 	}
@@ -174,17 +174,17 @@ func TestGatewayCancelsForeignPaymentWithoutChecksum(t *testing.T) {
 	g := newGatewayTest(t, false)
 	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
 	check(t, g.double.refundInConsole(impUID, 20))
-	if p, err := g.Payment(t.Context(), impUID); err != nil || p.Status != "cancelled" || p.Gone {
+	if p, err := g.payment(t.Context(), impUID); err != nil || p.Status != "cancelled" || p.fullyRefunded {
 		t.Errorf("with a remainder: %+v, %v", p, err)
 	}
-	p, err := g.Cancel(t.Context(), CancelRequest{ImpUID: impUID})
-	if err != nil || !p.Gone || p.Won() || p.Amount != 0 || p.Cancelled != 0 {
+	p, err := g.cancelPayment(t.Context(), cancelRequest{ImpUID: impUID})
+	if err != nil || !p.fullyRefunded || p.isKRW() || p.Amount != 0 || p.Cancelled != 0 {
 		t.Errorf("Cancel = %+v, %v", p, err)
 	}
 }
 
 func TestRefusalIsSafeToLog(t *testing.T) {
-	r := &Refusal{-1, "[2015] 취소 실패\n홍 010-1234-5678 1234567890123456 a@b.kr 5,900원 " + strings.Repeat("가", 1000)}
+	r := &gatewayRefusal{-1, "[2015] 취소 실패\n홍 010-1234-5678 1234567890123456 a@b.kr 5,900원 " + strings.Repeat("가", 1000)}
 	text := r.Error()
 	for _, private := range []string{"1234", "5678", "@", "\n"} {
 		if strings.Contains(text, private) {
@@ -205,15 +205,15 @@ func TestGatewaySandbox(t *testing.T) {
 			g.clock.advance(time.Minute)
 			later := g.double.pay(pretendPayment{MerchantUID: "mixed", Amount: 1, Sandbox: true})
 
-			p, err := g.Payment(t.Context(), test)
-			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, ErrNoPayment) {
+			p, err := g.payment(t.Context(), test)
+			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, errNoPayment) {
 				t.Errorf("Payment = %+v, %v", p, err)
 			}
-			p, err = g.PaidFor(t.Context(), "test")
-			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, ErrNoPayment) {
+			p, err = g.paidPayment(t.Context(), "test")
+			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, errNoPayment) {
 				t.Errorf("PaidFor = %+v, %v", p, err)
 			}
-			all, err := g.PaymentsFor(t.Context(), "test")
+			all, err := g.paymentsOf(t.Context(), "test")
 			if err != nil || sandbox != (len(all) == 1) {
 				t.Errorf("PaymentsFor = %+v, %v", all, err)
 			}
@@ -221,10 +221,10 @@ func TestGatewaySandbox(t *testing.T) {
 			if sandbox {
 				want, wantAll = later, 2
 			}
-			if p, err = g.PaidFor(t.Context(), "mixed"); p.ImpUID != want || err != nil {
+			if p, err = g.paidPayment(t.Context(), "mixed"); p.ImpUID != want || err != nil {
 				t.Errorf("PaidFor(mixed) = %+v, %v, want %s", p, err, want)
 			}
-			if all, err = g.PaymentsFor(t.Context(), "mixed"); len(all) != wantAll || err != nil {
+			if all, err = g.paymentsOf(t.Context(), "mixed"); len(all) != wantAll || err != nil {
 				t.Errorf("PaymentsFor(mixed) = %+v, %v, want %d", all, err, wantAll)
 			}
 		})
@@ -236,7 +236,7 @@ func TestGatewayReadsAllPages(t *testing.T) {
 	for i := range 100 * maxPages {
 		g.double.pay(pretendPayment{MerchantUID: "order", Amount: int64(i)})
 	}
-	all, err := g.PaymentsFor(t.Context(), "order")
+	all, err := g.paymentsOf(t.Context(), "order")
 	if err != nil || len(all) != 100*maxPages {
 		t.Fatalf("%d payments, %v, want all", len(all), err)
 	}
@@ -246,7 +246,7 @@ func TestGatewayReadsAllPages(t *testing.T) {
 		}
 	}
 	g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
-	_, err = g.PaymentsFor(t.Context(), "order")
+	_, err = g.paymentsOf(t.Context(), "order")
 	g.wantFailure(t, err, 502, "findAll")
 }
 
@@ -266,7 +266,7 @@ func TestGatewayTokenLife(t *testing.T) {
 		{100 * time.Minute, 5}, // long expired
 	} {
 		g.clock.advance(step.wait)
-		if _, err := g.Payment(t.Context(), impUID); err != nil {
+		if _, err := g.payment(t.Context(), impUID); err != nil {
 			t.Fatal(err)
 		}
 		if n := g.double.calls("token"); n != step.want {
@@ -284,7 +284,7 @@ func TestGatewayTokenLifeIgnoresClockSkew(t *testing.T) {
 		for _, wait := range []time.Duration{0, 29 * time.Minute, time.Minute} {
 			ours.advance(wait)
 			g.clock.advance(wait)
-			if _, err := g.Payment(t.Context(), "imp_none"); !errors.Is(err, ErrNoPayment) {
+			if _, err := g.payment(t.Context(), "imp_none"); !errors.Is(err, errNoPayment) {
 				t.Fatal(err)
 			}
 		}
@@ -304,7 +304,7 @@ func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 
 		ctx, leave := context.WithCancel(t.Context())
 		first := make(chan error)
-		go func() { _, err := g.Payment(ctx, impUID); first <- err }()
+		go func() { _, err := g.payment(ctx, impUID); first <- err }()
 		synctest.Wait()
 		leave()
 		if err := <-first; !errors.Is(err, context.Canceled) {
@@ -313,7 +313,7 @@ func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 		const callers = 50
 		errs := make(chan error, callers)
 		for range callers {
-			go func() { _, err := g.Payment(t.Context(), impUID); errs <- err }()
+			go func() { _, err := g.payment(t.Context(), impUID); errs <- err }()
 		}
 		synctest.Wait()
 		close(release)
@@ -333,7 +333,7 @@ func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 func TestGatewayRenewsRejectedTokenOnce(t *testing.T) {
 	g := newGatewayTest(t, false)
 	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
-	if _, err := g.Payment(t.Context(), impUID); err != nil {
+	if _, err := g.payment(t.Context(), impUID); err != nil {
 		t.Fatal(err)
 	}
 	arrived, release := make(chan struct{}), make(chan struct{})
@@ -341,9 +341,9 @@ func TestGatewayRenewsRejectedTokenOnce(t *testing.T) {
 	g.double.faultOnce("payment", fault{before: inTurn(arrive, stopUntil(release), answer401)})
 	g.double.faultOnce("payment", fault{before: answer401})
 	late := make(chan error)
-	go func() { _, err := g.Payment(t.Context(), impUID); late <- err }()
+	go func() { _, err := g.payment(t.Context(), impUID); late <- err }()
 	<-arrived
-	if _, err := g.Payment(t.Context(), impUID); err != nil {
+	if _, err := g.payment(t.Context(), impUID); err != nil {
 		t.Error(err)
 	}
 	close(release)
@@ -359,7 +359,7 @@ func TestGatewayRetriesOnceOn401(t *testing.T) {
 	g := newGatewayTest(t, false)
 	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
 	g.double.faultOnce("cancel", fault{before: answer401})
-	if _, err := g.Cancel(t.Context(), CancelRequest{impUID, 5900, true, ""}); err != nil {
+	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); err != nil {
 		t.Error(err)
 	}
 	if token, cancel := g.double.calls("token"), g.double.calls("cancel"); token != 2 || cancel != 2 {
@@ -372,13 +372,13 @@ func TestGatewayRetriesOnceOn401(t *testing.T) {
 		}
 		return fault{}
 	})
-	_, err := g.Payment(t.Context(), impUID)
+	_, err := g.payment(t.Context(), impUID)
 	g.wantFailure(t, err, 502, "payment")
 	if n := g.double.calls("payment"); n != 2 {
 		t.Errorf("%d payment calls, want 2", n)
 	}
 	g.double.setFaults(nil)
-	if _, err := g.Payment(t.Context(), impUID); err != nil {
+	if _, err := g.payment(t.Context(), impUID); err != nil {
 		t.Errorf("after the gateway came to its senses: %v", err)
 	}
 }
@@ -420,19 +420,19 @@ func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) 
 	do := func() (err error) {
 		switch call {
 		case "token", "payment":
-			_, err = g.Payment(t.Context(), id)
+			_, err = g.payment(t.Context(), id)
 		case "find":
-			_, err = g.PaidFor(t.Context(), "order")
+			_, err = g.paidPayment(t.Context(), "order")
 		case "findAll":
-			_, err = g.PaymentsFor(t.Context(), "order")
+			_, err = g.paymentsOf(t.Context(), "order")
 		case "cancel":
-			_, err = g.Cancel(t.Context(), CancelRequest{id, 5900, true, ""})
+			_, err = g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, ""})
 		}
 		return err
 	}
 
 	err := do()
-	var failure *GatewayError
+	var failure *gatewayError
 	if call == "token" && errors.As(err, &failure) && failure.Status == 504 {
 		g.wantFailure(t, err, 504, failure.Call) // the look-up and its token run out of the same 5 s
 	} else {
@@ -448,7 +448,7 @@ func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) 
 	}
 
 	g.double.setFaults(nil)
-	var refusal *Refusal
+	var refusal *gatewayRefusal
 	if err := do(); err != nil && !(call == "cancel" && errors.As(err, &refusal)) {
 		t.Errorf("afterwards: %v", err)
 	}
@@ -459,14 +459,14 @@ func TestGatewayUnreachable(t *testing.T) {
 	server := httptest.NewServer(http.NotFoundHandler())
 	server.Close()
 	g.url = server.URL
-	_, err := g.Payment(t.Context(), "imp_1")
+	_, err := g.payment(t.Context(), "imp_1")
 	g.wantFailure(t, err, 503, "token")
 }
 
 func TestGatewayRejectsKeys(t *testing.T) {
 	g := newGatewayTest(t, false)
 	g.key = "another-key"
-	_, err := g.Cancel(t.Context(), CancelRequest{"imp_1", 1, true, ""})
+	_, err := g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, ""})
 	g.wantFailure(t, err, 502, "token")
 }
 
@@ -475,9 +475,9 @@ func TestGatewayCancelRefusedByCardCompany(t *testing.T) {
 	g := newGatewayTest(t, false)
 	id := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
 	g.double.faultOnce("cancel", fault{before: answerRefusal(-1, message)})
-	_, err := g.Cancel(t.Context(), CancelRequest{id, 5900, true, ""})
-	var refusal *Refusal
-	if !errors.As(err, &refusal) || *refusal != (Refusal{-1, message}) {
+	_, err := g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, ""})
+	var refusal *gatewayRefusal
+	if !errors.As(err, &refusal) || *refusal != (gatewayRefusal{-1, message}) {
 		t.Errorf("err = %v", err)
 	}
 	if p, _ := g.double.get(id); p.Cancelled != 0 {
@@ -497,7 +497,7 @@ func TestGatewayAnswers(t *testing.T) {
 	for name, c := range map[string]struct {
 		status int
 		body   string
-		want   any // Payment, a GatewayError's status, or an error
+		want   any // Payment, a gatewayError's status, or an error
 	}{
 		"good":                {200, envelope(good), int64(5900)},
 		"unknown fields":      {200, with(`"paid_at"`, `"new":{"a":[null,1e999]},"paid_at"`), int64(5900)},
@@ -530,14 +530,14 @@ func TestGatewayAnswers(t *testing.T) {
 		"no currency":         {200, with(`"KRW"`, `""`), 502},
 		"paid_at text":        {200, with(`1700000000`, `"`+private+`"`), 502},
 		"paid_at in ms":       {200, with(`1700000000`, `1700000000000`), 502},
-		"sandbox payment":     {200, with(`false`, `true`), ErrNoPayment},
-		"404":                 {404, `{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`, ErrNoPayment},
-		"404 other text":      {404, `{"code":-1,"message":"없음"}`, ErrNoPayment},
+		"sandbox payment":     {200, with(`false`, `true`), errNoPayment},
+		"404":                 {404, `{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`, errNoPayment},
+		"404 other text":      {404, `{"code":-1,"message":"없음"}`, errNoPayment},
 		"404 of a proxy":      {404, `<html>` + private + `</html>`, 502},
 		"404 and code 0":      {404, envelope(good), 502},
-		"not found with 200":  {200, `{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`, ErrNoPayment},
-		"refused":             {200, `{"code":-1,"message":"거절","response":null}`, &Refusal{-1, "거절"}},
-		"refused with a body": {200, strings.Replace(envelope(good), `0`, `1`, 1), &Refusal{1, ""}},
+		"not found with 200":  {200, `{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`, errNoPayment},
+		"refused":             {200, `{"code":-1,"message":"거절","response":null}`, &gatewayRefusal{-1, "거절"}},
+		"refused with a body": {200, strings.Replace(envelope(good), `0`, `1`, 1), &gatewayRefusal{1, ""}},
 		"400":                 {400, `{"code":-1,"message":"` + private + `","response":null}`, 502},
 		"302":                 {302, ``, 502},
 		"207":                 {207, envelope(good), 502},
@@ -565,9 +565,9 @@ func TestGatewayAnswers(t *testing.T) {
 				w.WriteHeader(c.status)
 				io.WriteString(w, c.body)
 			})
-			p, err := g.Payment(t.Context(), "imp_1")
-			var failure *GatewayError
-			var refusal *Refusal
+			p, err := g.payment(t.Context(), "imp_1")
+			var failure *gatewayError
+			var refusal *gatewayRefusal
 			switch want := c.want.(type) {
 			case int64:
 				if err != nil || p.ImpUID != "imp_1" || p.MerchantUID != "order" || p.Amount != want {
@@ -577,7 +577,7 @@ func TestGatewayAnswers(t *testing.T) {
 				if !errors.As(err, &failure) || failure.Status != want || failure.Call != "payment" {
 					t.Errorf("Payment = %+v, %v, want a GatewayError %d", p, err, want)
 				}
-			case *Refusal:
+			case *gatewayRefusal:
 				if !errors.As(err, &refusal) || *refusal != *want {
 					t.Errorf("Payment = %+v, %v, want %v", p, err, want)
 				}
@@ -600,7 +600,7 @@ func TestGatewayAnswers(t *testing.T) {
 const answerTestToken = "0123456789012345678901234567890123456789"
 
 // newAnswerTest is a client before a server that gives a good token, and for everything else does as told.
-func newAnswerTest(t *testing.T, answer http.HandlerFunc) *Gateway {
+func newAnswerTest(t *testing.T, answer http.HandlerFunc) *iamportClient {
 	t.Helper()
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /users/getToken", func(w http.ResponseWriter, r *http.Request) {
@@ -614,7 +614,7 @@ func newAnswerTest(t *testing.T, answer http.HandlerFunc) *Gateway {
 	})
 	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
-	g := NewGateway(GatewayConfig{URL: server.URL, Key: "a-test-key", Secret: "a-test-secret"})
+	g := newIamportClient(iamportConfig{URL: server.URL, Key: "a-test-key", Secret: "a-test-secret"})
 	t.Cleanup(g.client.CloseIdleConnections)
 	return g
 }
@@ -646,8 +646,8 @@ func TestGatewayTokenAnswers(t *testing.T) {
 			}))
 			defer server.Close()
 			g.url = server.URL
-			_, err := g.Payment(t.Context(), "imp_1")
-			var failure *GatewayError
+			_, err := g.payment(t.Context(), "imp_1")
+			var failure *gatewayError
 			if !errors.As(err, &failure) || failure.Status != c.want {
 				t.Fatalf("err = %v, want a GatewayError %d", err, c.want)
 			}
@@ -681,8 +681,8 @@ func TestGatewayConnectionsThatBreak(t *testing.T) {
 				defer connection.Close()
 				io.WriteString(connection, c.bytes)
 			})
-			_, err := g.Payment(t.Context(), "imp_1")
-			var failure *GatewayError
+			_, err := g.payment(t.Context(), "imp_1")
+			var failure *gatewayError
 			if !errors.As(err, &failure) || failure.Status != c.want {
 				t.Fatalf("err = %v, want a GatewayError %d", err, c.want)
 			}
@@ -700,7 +700,7 @@ func TestGatewayEscapesPaths(t *testing.T) {
 		w.WriteHeader(404)
 		io.WriteString(w, `{"code":-1}`)
 	})
-	if _, err := g.PaidFor(t.Context(), "주문/1?a=b#c%"); !errors.Is(err, ErrNoPayment) {
+	if _, err := g.paidPayment(t.Context(), "주문/1?a=b#c%"); !errors.Is(err, errNoPayment) {
 		t.Error(err)
 	}
 	if want := "/payments/find/%EC%A3%BC%EB%AC%B8%2F1%3Fa=b%23c%25/paid"; asked != want {
@@ -715,14 +715,14 @@ func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 		g.double.set(id, func(p *pretendPayment) { p.ImpUID = "not an imp_uid" })
 	})}
 	g.double.faultOnce("findAll", bend)
-	_, err := g.PaymentsFor(t.Context(), "order")
+	_, err := g.paymentsOf(t.Context(), "order")
 	g.wantFailure(t, err, 502, "findAll")
 
 	other := newAnswerTest(t, func(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"code":0,"response":{"imp_uid":"imp_1","merchant_uid":"other","status":"paid",`+
 			`"currency":"KRW","amount":1,"cancel_amount":0}}`)
 	})
-	_, err = other.PaidFor(t.Context(), "order")
+	_, err = other.paidPayment(t.Context(), "order")
 	g.wantFailure(t, err, 502, "find")
 }
 
@@ -730,7 +730,7 @@ func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 func TestGatewayCallerGoesAway(t *testing.T) {
 	g := newGatewayTest(t, false)
 	id := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
-	if _, err := g.Payment(t.Context(), id); err != nil {
+	if _, err := g.payment(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 	g.nextOutcomes(2)
@@ -742,14 +742,14 @@ func TestGatewayCallerGoesAway(t *testing.T) {
 		<-ctx.Done()
 		close(gone)
 	})})
-	_, err := g.Payment(ctx, id)
+	_, err := g.payment(ctx, id)
 	g.wantFailure(t, err, 504, "payment")
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("err = %v, want it to say that the caller left", err)
 	}
 	<-gone
 
-	p, err := g.Cancel(ctx, CancelRequest{id, 5900, true, ""})
+	p, err := g.cancelPayment(ctx, cancelRequest{id, 5900, true, ""})
 	if p.Cancelled != 5900 || err != nil {
 		t.Errorf("cancel of a caller who had left: %+v, %v", p, err)
 	}
@@ -768,16 +768,16 @@ func TestGatewayLimits(t *testing.T) {
 			<-r.Context().Done()
 			return nil, r.Context().Err()
 		})
-		g := NewGateway(GatewayConfig{Transport: stuck})
+		g := newIamportClient(iamportConfig{Transport: stuck})
 		for call, limit := range map[string]time.Duration{"payment": 5 * time.Second, "cancel": 60 * time.Second} {
 			start := time.Now()
 			var err error
 			if call == "payment" {
-				_, err = g.Payment(t.Context(), "imp_1")
+				_, err = g.payment(t.Context(), "imp_1")
 			} else {
-				_, err = g.Cancel(t.Context(), CancelRequest{"imp_1", 1, true, ""})
+				_, err = g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, ""})
 			}
-			var failure *GatewayError
+			var failure *gatewayError
 			if !errors.As(err, &failure) || failure.Status != 504 || failure.Call != call {
 				t.Errorf("%s: err = %v", call, err)
 			}
@@ -808,16 +808,18 @@ func TestGatewaySixteenAtOnce(t *testing.T) {
 			<-release
 			return gatewayResponse(`{"code":1}`), nil
 		})
-		g := NewGateway(GatewayConfig{Transport: transport})
+		g := newIamportClient(iamportConfig{Transport: transport})
 		results := make(chan error, 100)
-		start := func(n int, call func() (Payment, error)) {
+		start := func(n int, call func() (gatewayPayment, error)) {
 			for range n {
 				go func() { _, err := call(); results <- err }()
 			}
 			synctest.Wait()
 		}
-		lookUp := func() (Payment, error) { return g.Payment(t.Context(), "imp_1") }
-		cancel := func() (Payment, error) { return g.Cancel(t.Context(), CancelRequest{"imp_1", 1, true, ""}) }
+		lookUp := func() (gatewayPayment, error) { return g.payment(t.Context(), "imp_1") }
+		cancel := func() (gatewayPayment, error) {
+			return g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, ""})
+		}
 
 		g.lookUpLimit = 30 * time.Second
 		start(maxLookUps, lookUp)
@@ -828,14 +830,14 @@ func TestGatewaySixteenAtOnce(t *testing.T) {
 			t.Errorf("%d calls under way, %d of them cancels", underWay.Load(), cancels.Load())
 		}
 		for range 30 {
-			var failure *GatewayError
+			var failure *gatewayError
 			if err := <-results; !errors.As(err, &failure) || failure.Status != 503 {
 				t.Errorf("without a slot: %v", err)
 			}
 		}
 		close(release)
 		for range maxLookUps + 20 {
-			var refusal *Refusal
+			var refusal *gatewayRefusal
 			if err := <-results; !errors.As(err, &refusal) {
 				t.Errorf("with a slot: %v", err)
 			}
@@ -889,8 +891,8 @@ func TestPretendGatewayFind(t *testing.T) {
 		"/payments/find/a%2Fb/paid":                        "2",
 		"/payments/find/a%2Fb/paid?sorting=started":        "0",
 		"/payments/find/a%2Fb?sorting=updated":             "0",
-		"/payments/find/a%2Fb/cancelled":                   ErrNoPayment.Error(),
-		"/payments/find/none":                              ErrNoPayment.Error(),
+		"/payments/find/a%2Fb/cancelled":                   errNoPayment.Error(),
+		"/payments/find/none":                              errNoPayment.Error(),
 		"/payments/find/a%2Fb/wrong":                       "gateway find: HTTP status 400",
 		"/payments/find/a%2Fb?sorting=wrong":               "gateway find: HTTP status 400",
 		"/payments/findAll/a%2Fb":                          "0 of 4 3 2 1 0, 0",
@@ -955,7 +957,7 @@ func TestPretendGatewayKnowsItsToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.token.value = "another"
-	if _, err := g.Payment(t.Context(), "imp_none"); !errors.Is(err, ErrNoPayment) {
+	if _, err := g.payment(t.Context(), "imp_none"); !errors.Is(err, errNoPayment) {
 		t.Error(err)
 	}
 	if n := g.double.calls("token"); n != 2 {
@@ -1044,7 +1046,7 @@ func FuzzPaymentAnswer(f *testing.F) {
 		}
 		p, err := decodePayment(response)
 		if err != nil {
-			if p != (Payment{}) {
+			if p != (gatewayPayment{}) {
 				t.Errorf("%v, and yet %+v", err, p)
 			}
 			return
@@ -1052,7 +1054,7 @@ func FuzzPaymentAnswer(f *testing.F) {
 		if !validImpUID(p.ImpUID) || p.MerchantUID == "" || p.Status == "" || p.Currency == "" {
 			t.Errorf("accepted %+v", p)
 		}
-		if p.Amount < 0 || p.Cancelled < 0 || !p.Won() && p.Amount+p.Cancelled != 0 {
+		if p.Amount < 0 || p.Cancelled < 0 || !p.isKRW() && p.Amount+p.Cancelled != 0 {
 			t.Errorf("amounts of %+v", p)
 		}
 		if _, err := json.Marshal(p); err != nil {

@@ -71,7 +71,7 @@ func (s *server) totalPrice(r *request) (any, error) {
 		return nil, err
 	}
 	if len(ids) == 0 {
-		return nil, badField("productId", "상품 아이디가 필요합니다")
+		return nil, fieldError("productId", "상품 아이디가 필요합니다")
 	}
 	paintings, err := s.store.Paintings(r.Context(), ids)
 	if err != nil {
@@ -81,7 +81,7 @@ func (s *server) totalPrice(r *request) (any, error) {
 	for _, id := range ids {
 		p, ok := paintings[id]
 		if !ok {
-			return nil, refuse(http.StatusNotFound, "productId: 존재하지 않는 작품입니다: "+id)
+			return nil, statusError(http.StatusNotFound, "productId: 존재하지 않는 작품입니다: "+id)
 		}
 		total += p.Price
 	}
@@ -104,13 +104,13 @@ func productIDs(query string) ([]string, error) {
 		value, err = url.QueryUnescape(value)
 		id, ok := parseID(value)
 		if err != nil || !ok {
-			return nil, badField("productId", "상품 아이디가 올바르지 않습니다")
+			return nil, fieldError("productId", "상품 아이디가 올바르지 않습니다")
 		}
 		if !slices.Contains(ids, id) {
 			ids = append(ids, id)
 		}
 		if len(ids) > maxQueryIDs {
-			return nil, badField("productId", fmt.Sprintf("상품은 한 번에 %d개까지 조회할 수 있습니다", maxQueryIDs))
+			return nil, fieldError("productId", fmt.Sprintf("상품은 한 번에 %d개까지 조회할 수 있습니다", maxQueryIDs))
 		}
 	}
 	return ids, nil
@@ -175,7 +175,7 @@ func parsePainting(entry []byte) (Painting, error) {
 		return p, errors.New("artist._id must be 24 hex digits")
 	}
 	for field, text := range map[string]string{"artist.name": p.ArtistName, "title": p.Title, "image": p.Image, "info.size": p.Size} {
-		if strings.TrimSpace(text) == "" || badText(text) {
+		if strings.TrimSpace(text) == "" || invalidString(text) {
 			return p, fmt.Errorf("%s must be a text of 1 to %d characters", field, maxText)
 		}
 	}

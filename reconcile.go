@@ -15,7 +15,7 @@ const maxParallel = 8
 // for long after the order is gone or paid.
 const lastCheck = 24 * time.Hour
 
-var byReconciler = Change{Who: "reconciler"}
+var byReconciler = actor{kind: actorReconciler}
 
 // reconcile does what nobody waits for, each interval until ctx ends: it retries refunds, asks the gateway about orders
 // whose time has come, and lets the paintings of unpaid ones go. Every replica runs one; they never work on the same row.
@@ -53,7 +53,7 @@ func (t *settler) retryRefunds(ctx context.Context) error {
 		if err != nil || len(due) == 0 {
 			return err
 		}
-		allAnswered := forEachParallel(due, func(row PaymentRow) bool {
+		allAnswered := forEachParallel(due, func(row paymentRow) bool {
 			return gatewayResponded(t.attemptRefund(ctx, byReconciler, row))
 		})
 		if !allAnswered {
@@ -100,15 +100,15 @@ func (t *settler) checkOrder(ctx context.Context, l paymentCheck) (seen, err err
 	settled, seen := look(ctx, byReconciler, l.ID)
 	t.testHook("looked", l.ID)
 	now := t.now()
-	var gateway *GatewayError
+	var gateway *gatewayError
 	switch {
 	case errors.As(seen, &gateway) && unpaid && !now.Before(l.CreatedAt.Add(2*t.hold)):
 		return seen, t.expireHold(ctx, l, now, now.Add(t.interval))
 	case errors.As(seen, &gateway):
 		return seen, t.store.scheduleCheck(ctx, l, now.Add(t.interval))
-	case seen != nil && !errors.Is(seen, ErrNoPayment):
+	case seen != nil && !errors.Is(seen, errNoPayment):
 		return nil, seen // the lease ends by itself
-	case unpaid && settled.State == "kept":
+	case unpaid && settled.State == stateKept:
 		return nil, nil // it is paid, and looked at once more when the lease ends
 	case unpaid && now.Before(l.HeldUntil):
 		return nil, t.store.scheduleCheck(ctx, l, l.HeldUntil)
@@ -134,7 +134,7 @@ func (t *settler) expireHold(ctx context.Context, l paymentCheck, now, nextLook 
 
 // gatewayResponded reports whether err is anything but the gateway's silence.
 func gatewayResponded(err error) bool {
-	var gateway *GatewayError
+	var gateway *gatewayError
 	return !errors.As(err, &gateway)
 }
 

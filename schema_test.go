@@ -85,7 +85,7 @@ func (r *oldReplica) change(statements ...sent) {
 type oldOrder struct{ id, buyer, painting, impUID string }
 
 // by is its buyer's change.
-func (o oldOrder) by() string { return Change{Who: "buyer", Request: "request-" + o.id}.setting() }
+func (o oldOrder) by() string { return actor{kind: actorBuyer, request: "request-" + o.id}.setting() }
 
 // order makes an order for a painting.
 func (r *oldReplica) order(buyer, painting string) oldOrder {
@@ -242,7 +242,7 @@ func startTogether(t *testing.T, databaseURL string) {
 	for range 5 {
 		store := openTestStore(t, databaseURL)
 		starting.Go(func() {
-			if err := store.migrate(t.Context(), schemaSteps()); err != nil {
+			if err := store.migrate(t.Context(), migrations()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -252,7 +252,7 @@ func startTogether(t *testing.T, databaseURL string) {
 
 func TestUpgradeOfTheFirstRelease(t *testing.T) {
 	url := newTestDatabase(t)
-	check(t, openTestStore(t, url).migrate(t.Context(), schemaSteps()[:1]))
+	check(t, openTestStore(t, url).migrate(t.Context(), migrations()[:1]))
 	old := newOldReplica(t, url)
 	before := old.works()
 	s := newShop(t, func(c *config) { c.databaseURL = url })
@@ -270,7 +270,7 @@ func TestUpgradeOfTheFirstRelease(t *testing.T) {
 
 func TestReplicasStartTogetherBesideOldOnes(t *testing.T) {
 	url := newTestDatabase(t)
-	check(t, openTestStore(t, url).migrate(t.Context(), schemaSteps()[:1]))
+	check(t, openTestStore(t, url).migrate(t.Context(), migrations()[:1]))
 	var working sync.WaitGroup
 	started := make(chan struct{})
 	worked := make([][]map[int][]oldOrder, 3)
@@ -301,17 +301,17 @@ func TestReplicasStartTogetherBesideOldOnes(t *testing.T) {
 func TestReplicasStartTogetherOnAnEmptyDatabase(t *testing.T) {
 	url := newTestDatabase(t)
 	startTogether(t, url)
-	if n := queryText(t, url, `SELECT max(step)::text FROM schema_steps`); n != fmt.Sprint(len(schemaSteps())) {
+	if n := queryText(t, url, `SELECT max(step)::text FROM schema_steps`); n != fmt.Sprint(len(migrations())) {
 		t.Errorf("the schema is at step %s", n)
 	}
 }
 
 func TestNewerSchemaIsLeftAlone(t *testing.T) {
 	s := newShop(t)
-	execSQL(t, s.config.databaseURL, fmt.Sprintf(`INSERT INTO schema_steps (step, applied_at) VALUES (%d, 'epoch')`, len(schemaSteps())+1))
+	execSQL(t, s.config.databaseURL, fmt.Sprintf(`INSERT INTO schema_steps (step, applied_at) VALUES (%d, 'epoch')`, len(migrations())+1))
 	const state = `SELECT string_agg(step || ' ' || applied_at, ', ' ORDER BY step) FROM schema_steps`
 	before := queryText(t, s.config.databaseURL, state)
-	check(t, s.store.migrate(t.Context(), schemaSteps()))
+	check(t, s.store.migrate(t.Context(), migrations()))
 	if after := queryText(t, s.config.databaseURL, state); after != before {
 		t.Errorf("steps %s, before %s", after, before)
 	}
@@ -320,11 +320,11 @@ func TestNewerSchemaIsLeftAlone(t *testing.T) {
 
 func TestStepIsAppliedWholeOrNotAtAll(t *testing.T) {
 	s := newShop(t)
-	steps := append(schemaSteps(), `CREATE TABLE half (); SELECT 1/0`)
+	steps := append(migrations(), `CREATE TABLE half (); SELECT 1/0`)
 	if err := s.store.migrate(t.Context(), steps); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema step %d: ", len(steps))) {
 		t.Errorf("a broken step: %v", err)
 	}
-	if version, err := s.store.schemaVersion(t.Context()); version != len(schemaSteps()) || err != nil {
+	if version, err := s.store.schemaVersion(t.Context()); version != len(migrations()) || err != nil {
 		t.Errorf("the schema is at step %d, %v", version, err)
 	}
 	if half := queryText(t, s.config.databaseURL, `SELECT coalesce(to_regclass('half')::text, 'none')`); half != "none" {
@@ -340,8 +340,8 @@ func TestStepLetsOthersBy(t *testing.T) {
 	const begin = `BEGIN; SELECT count(*) FROM orders` // a long look at the table, which a step wants to change
 	_, err = report.Exec(t.Context(), begin)
 	check(t, err)
-	steps := append(schemaSteps(), `ALTER TABLE orders ADD COLUMN note text`)
-	s.store.stepLockWait = time.Second
+	steps := append(migrations(), `ALTER TABLE orders ADD COLUMN note text`)
+	s.store.migrationLockWait = time.Second
 	migrated := make(chan error, 1)
 	go func() { migrated <- s.store.migrate(t.Context(), steps) }()
 	for queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
@@ -355,7 +355,7 @@ func TestStepLetsOthersBy(t *testing.T) {
 
 	_, err = report.Exec(t.Context(), begin)
 	check(t, err)
-	s.store.stepLockWait = time.Millisecond
+	s.store.migrationLockWait = time.Millisecond
 	if err := s.store.migrate(t.Context(), append(steps, `DROP TABLE orders CASCADE`)); !lockedOut(err) {
 		t.Errorf("a step that never gets its lock: %v", err)
 	}

@@ -38,26 +38,26 @@ type server struct {
 // request is an *http.Request with what the shell around the handlers knows of it.
 type request struct {
 	*http.Request
-	caller  Caller // the zero Caller on a call that needs no token and has no good one
+	caller  caller // the zero Caller on a call that needs no token and has no good one
 	id      string // in the log, the history and the answer's X-Request-Id
 	orderID string // set by handlers for the log
 }
 
-// by is the change that this request's caller makes.
-func (r *request) by() Change {
+// actor is the change that this request's caller makes.
+func (r *request) actor() actor {
 	if r.caller.Admin {
-		return Change{Who: "administrator", ID: r.caller.ID, Request: r.id}
+		return actor{kind: actorAdministrator, id: r.caller.ID, request: r.id}
 	}
-	return Change{Who: "buyer", Request: r.id}
+	return actor{kind: actorBuyer, request: r.id}
 }
 
 // access is who may make a call.
 type access int
 
 const (
-	anyone   access = iota // a token that is not good is ignored
-	signedIn               // 401 without a good token
-	admin                  // 403 without an administrator's
+	public        access = iota // a token that is not good is ignored
+	authenticated               // 401 without a good token
+	admin                       // 403 without an administrator's
 )
 
 // route is a line of the API's table: a method and path, who may call it, the status of a success, and its handler. The
@@ -69,15 +69,15 @@ type route struct {
 	handle  func(*request) (any, error)
 }
 
-// refusal is an error that clients see: its status and body. The cause is for the log alone.
-type refusal struct {
+// httpError is an error that clients see: its status and body. The cause is for the log alone.
+type httpError struct {
 	status     int
 	body       any
 	retryAfter time.Duration
 	cause      error
 }
 
-func (e *refusal) Error() string {
+func (e *httpError) Error() string {
 	if e.cause != nil {
 		return e.cause.Error()
 	}
@@ -89,12 +89,14 @@ type message struct {
 	Message string `json:"message"`
 }
 
-// refuse is a refusal with a message in Korean.
-func refuse(status int, text string) *refusal { return &refusal{status: status, body: message{text}} }
+// statusError is a refusal with a message in Korean.
+func statusError(status int, text string) *httpError {
+	return &httpError{status: status, body: message{text}}
+}
 
-// badField is the 400 that names a field and says what is wrong with it.
-func badField(field, problem string) *refusal {
-	return refuse(http.StatusBadRequest, field+": "+problem)
+// fieldError is the 400 that names a field and says what is wrong with it.
+func fieldError(field, problem string) *httpError {
+	return statusError(http.StatusBadRequest, field+": "+problem)
 }
 
 const (
@@ -106,21 +108,21 @@ const (
 	messageAdmin   = "관리자만 사용할 수 있습니다"
 )
 
-// refusalOf maps an error to what the client sees: the one place that does.
-func refusalOf(err error) *refusal {
-	var r *refusal
-	var gateway *GatewayError
+// toHTTPError maps an error to what the client sees: the one place that does.
+func toHTTPError(err error) *httpError {
+	var r *httpError
+	var gateway *gatewayError
 	switch {
 	case errors.As(err, &r):
 		return r
 	case errors.Is(err, context.Canceled):
-		return &refusal{status: 499, body: message{messageFault}, cause: err} // the client went away
+		return &httpError{status: 499, body: message{messageFault}, cause: err} // the client went away
 	case errors.As(err, &gateway):
-		return &refusal{status: gateway.Status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
+		return &httpError{status: gateway.Status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
 	case unavailable(err):
-		return &refusal{status: http.StatusServiceUnavailable, body: message{messageAway}, retryAfter: 2 * time.Second, cause: err}
+		return &httpError{status: http.StatusServiceUnavailable, body: message{messageAway}, retryAfter: 2 * time.Second, cause: err}
 	default:
-		return &refusal{status: http.StatusInternalServerError, body: message{messageFault}, cause: err}
+		return &httpError{status: http.StatusInternalServerError, body: message{messageFault}, cause: err}
 	}
 }
 
@@ -138,7 +140,7 @@ func (s *server) add(rt route) {
 		if value, err := s.call(rt, r); err == nil {
 			body = value
 		} else {
-			refused := refusalOf(err)
+			refused := toHTTPError(err)
 			status, body, cause = refused.status, refused.body, refused.cause
 			if refused.retryAfter > 0 {
 				w.Header().Set("Retry-After", strconv.Itoa(int((refused.retryAfter+time.Second-1)/time.Second)))
@@ -162,10 +164,10 @@ func (s *server) call(rt route, r *request) (body any, err error) {
 		r.caller, err = s.tokens.caller(r.Request)
 	}
 	switch {
-	case rt.access != anyone && r.caller.ID == "":
-		return nil, refuse(http.StatusUnauthorized, messageSignIn)
+	case rt.access != public && r.caller.ID == "":
+		return nil, statusError(http.StatusUnauthorized, messageSignIn)
 	case rt.access == admin && !r.caller.Admin:
-		return nil, refuse(http.StatusForbidden, messageAdmin)
+		return nil, statusError(http.StatusForbidden, messageAdmin)
 	}
 	return rt.handle(r)
 }
@@ -279,8 +281,8 @@ func writeJSON(w http.ResponseWriter, status int, value any) {
 	w.Write(buffer.Bytes())
 }
 
-// document is value as the JSON that the database keeps, Korean and HTML characters as they are.
-func document(value any) string {
+// marshalRaw is value as the JSON that the database keeps, Korean and HTML characters as they are.
+func marshalRaw(value any) string {
 	var text strings.Builder
 	encoder := json.NewEncoder(&text)
 	encoder.SetEscapeHTML(false)
@@ -299,11 +301,11 @@ func readBody(r *request) ([]byte, error) {
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return nil, refuse(http.StatusRequestEntityTooLarge, "요청 본문은 1MB를 넘을 수 없습니다")
+		return nil, statusError(http.StatusRequestEntityTooLarge, "요청 본문은 1MB를 넘을 수 없습니다")
 	case err != nil:
-		return nil, refuse(http.StatusBadRequest, "요청 본문을 끝까지 읽지 못했습니다")
+		return nil, statusError(http.StatusBadRequest, "요청 본문을 끝까지 읽지 못했습니다")
 	case !utf8.Valid(body):
-		return nil, refuse(http.StatusBadRequest, "요청 본문이 올바른 UTF-8이 아닙니다")
+		return nil, statusError(http.StatusBadRequest, "요청 본문이 올바른 UTF-8이 아닙니다")
 	}
 	return body, nil
 }
@@ -316,11 +318,11 @@ func decodeJSON(text []byte, prefix string, value any) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &mistyped) && prefix+mistyped.Field != "":
-		return badField(joinField(prefix, mistyped.Field), "형식이 올바르지 않습니다")
+		return fieldError(joinField(prefix, mistyped.Field), "형식이 올바르지 않습니다")
 	case errors.As(err, &mistyped):
-		return refuse(http.StatusBadRequest, "요청 본문은 JSON 객체여야 합니다")
+		return statusError(http.StatusBadRequest, "요청 본문은 JSON 객체여야 합니다")
 	default:
-		return refuse(http.StatusBadRequest, "요청 본문이 올바른 JSON이 아닙니다")
+		return statusError(http.StatusBadRequest, "요청 본문이 올바른 JSON이 아닙니다")
 	}
 }
 
@@ -343,7 +345,7 @@ func decodeBody(r *request, value any) error {
 // decodeObject is decodeJSON for a whole body, which null is not.
 func decodeObject(body []byte, value any) error {
 	if string(bytes.TrimSpace(body)) == "null" {
-		return refuse(http.StatusBadRequest, "요청 본문은 JSON 객체여야 합니다")
+		return statusError(http.StatusBadRequest, "요청 본문은 JSON 객체여야 합니다")
 	}
 	return decodeJSON(body, "", value)
 }
@@ -375,9 +377,9 @@ func (s *server) newID(now time.Time) string {
 // timeFormat is how times are answered: UTC, three decimals, Z.
 const timeFormat = "2006-01-02T15:04:05.000Z"
 
-// stamp is a time in JSON, in timeFormat.
-type stamp time.Time
+// jsonTime is a time in JSON, in timeFormat.
+type jsonTime time.Time
 
-func (t stamp) MarshalText() ([]byte, error) {
+func (t jsonTime) MarshalText() ([]byte, error) {
 	return time.Time(t).UTC().AppendFormat(nil, timeFormat), nil
 }

@@ -15,7 +15,7 @@ import (
 // Everything it does may be done again, in any order, at the same time and on several replicas.
 type settler struct {
 	store    *Store
-	gateway  *Gateway
+	gateway  *iamportClient
 	now      func() time.Time
 	log      *slog.Logger
 	interval time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
@@ -48,8 +48,8 @@ var cancelReasons = []string{reasonBuyerCancel, reasonShopCancel}
 // settlement is what became of a payment.
 type settlement struct {
 	OrderID string
-	State   string // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
-	Reason  string // why the money goes back
+	State   paymentState // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
+	Reason  string       // why the money goes back
 }
 
 // errNotOurs says that a payment is for no order of ours: the gateway's account may serve other shops.
@@ -60,49 +60,49 @@ var errRefundPending = errors.New("the refund is not done yet")
 
 // decide is the whole rule of what becomes of payment p given the books of its order. What the ledger already says of
 // the payment comes first: an answer of the gateway may be older than that.
-func decide(p Payment) func(orderLedger) decision {
+func decide(p gatewayPayment) func(orderLedger) decision {
 	return func(b orderLedger) decision {
 		known := b.payment(p.ImpUID)
-		money := p.Status == "paid" || p.Status == "cancelled" // cancelled with a remainder is a part refund
+		money := p.Status == gatewayPaid || p.Status == gatewayCancelled // cancelled with a remainder is a part refund
 
 		switch {
-		case known != nil && known.State == "refunded", !money:
+		case known != nil && known.State == stateRefunded, !money:
 			return decision{}
-		case p.Gone && known != nil:
-			return decision{State: "refunded", Reason: cmp.Or(known.Reason, reasonAtTheGateway),
-				Cancel: known.State == "kept" || slices.Contains(cancelReasons, known.Reason)}
-		case p.Gone:
-			return decision{State: "refunded", Reason: reasonAtTheGateway}
+		case p.fullyRefunded && known != nil:
+			return decision{State: stateRefunded, Reason: cmp.Or(known.Reason, reasonAtTheGateway),
+				Cancel: known.State == stateKept || slices.Contains(cancelReasons, known.Reason)}
+		case p.fullyRefunded:
+			return decision{State: stateRefunded, Reason: reasonAtTheGateway}
 		case known != nil && p.Cancelled > known.Refunded:
 			return decision{State: known.State, Reason: known.Reason}
 		case known != nil:
 			return decision{}
-		case !p.Won() || p.Amount != b.Total || p.Cancelled != 0:
-			return decision{State: "refunding", Reason: reasonAmount}
+		case !p.isKRW() || p.Amount != b.Total || p.Cancelled != 0:
+			return decision{State: stateRefunding, Reason: reasonAmount}
 		case b.Status == 5:
-			return decision{State: "refunding", Reason: reasonCancelled}
+			return decision{State: stateRefunding, Reason: reasonCancelled}
 		case b.Status >= 0:
-			return decision{State: "refunding", Reason: reasonDuplicate}
+			return decision{State: stateRefunding, Reason: reasonDuplicate}
 		case !b.Ended:
-			return decision{State: "kept", Pay: true}
+			return decision{State: stateKept, Pay: true}
 		case b.Revivable:
-			return decision{State: "kept", Pay: true, Revive: true}
+			return decision{State: stateKept, Pay: true, Revive: true}
 		default:
-			return decision{State: "refunding", Reason: reasonSold}
+			return decision{State: stateRefunding, Reason: reasonSold}
 		}
 	}
 }
 
 // Settle does what has to be done with payment p, which the gateway has just described to somebody outside. errNotOurs: it
 // is for no order of ours.
-func (t *settler) settleReported(ctx context.Context, by Change, p Payment) (settlement, error) {
+func (t *settler) settleReported(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
 	t.testHook("looked up", p.ImpUID)
 	return t.settle(ctx, by, p)
 }
 
 // settle does what has to be done with payment p as the gateway has just described it. Every source comes through here: the
 // browser, the gateway's notice, the reconciler, the shop. What it decides it finishes, even when the caller goes away.
-func (t *settler) settle(ctx context.Context, by Change, p Payment) (settlement, error) {
+func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
 	if !validID(p.MerchantUID) {
 		return settlement{}, errNotOurs
 	}
@@ -122,10 +122,10 @@ func (t *settler) settle(ctx context.Context, by Change, p Payment) (settlement,
 	if entry.State != "" {
 		t.logTransition(by, books, p, known, entry)
 	}
-	if known == nil && entry.State == "refunding" {
-		row := PaymentRow{ImpUID: p.ImpUID, OrderID: books.OrderID, Reason: entry.Reason, Won: p.Won(), Amount: p.Amount, Refunded: p.Cancelled}
+	if known == nil && entry.State == stateRefunding {
+		row := paymentRow{ImpUID: p.ImpUID, OrderID: books.OrderID, Reason: entry.Reason, isKRW: p.isKRW(), Amount: p.Amount, Refunded: p.Cancelled}
 		if err := t.requestRefund(ctx, by, row); err == nil {
-			result.State = "refunded"
+			result.State = stateRefunded
 		}
 		// A refund that failed is booked and goes on by itself; what becomes of the payment is known.
 	}
@@ -135,10 +135,10 @@ func (t *settler) settle(ctx context.Context, by Change, p Payment) (settlement,
 // attemptRefund carries out a booked and leased refund. The first attempt goes straight to the gateway; each further one looks
 // first, since the answer to the one before may have been lost. errRefundPending (with the cause) when it did not
 // succeed: the reconciler goes on with it.
-func (t *settler) attemptRefund(ctx context.Context, by Change, row PaymentRow) error {
+func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) error {
 	t.testHook("leased", row.ImpUID)
 	if row.Attempts > 1 {
-		p, err := t.gateway.Payment(ctx, row.ImpUID)
+		p, err := t.gateway.payment(ctx, row.ImpUID)
 		if err != nil {
 			return t.postponeRefund(ctx, row, err)
 		}
@@ -147,7 +147,7 @@ func (t *settler) attemptRefund(ctx context.Context, by Change, row PaymentRow) 
 		if err != nil {
 			return t.postponeRefund(ctx, row, err)
 		}
-		if settled.State == "refunded" {
+		if settled.State == stateRefunded {
 			return nil
 		}
 		row.Refunded = p.Cancelled
@@ -157,13 +157,13 @@ func (t *settler) attemptRefund(ctx context.Context, by Change, row PaymentRow) 
 
 // requestRefund asks the gateway for the whole remainder and books its answer. After any other answer than a success the
 // payment is looked up, since the money may be back all the same.
-func (t *settler) requestRefund(ctx context.Context, by Change, row PaymentRow) error {
+func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) error {
 	ctx = context.WithoutCancel(ctx)
-	p, cause := t.gateway.Cancel(ctx, CancelRequest{ImpUID: row.ImpUID, Remaining: row.Amount - row.Refunded, Won: row.Won, Reason: row.Reason})
+	p, cause := t.gateway.cancelPayment(ctx, cancelRequest{ImpUID: row.ImpUID, Remaining: row.Amount - row.Refunded, isKRW: row.isKRW, Reason: row.Reason})
 	t.testHook("cancelled", row.ImpUID)
 	if cause != nil {
 		var err error
-		if p, err = t.gateway.Payment(ctx, row.ImpUID); err != nil {
+		if p, err = t.gateway.payment(ctx, row.ImpUID); err != nil {
 			return t.postponeRefund(ctx, row, cause)
 		}
 		t.testHook("looked up", row.ImpUID)
@@ -172,7 +172,7 @@ func (t *settler) requestRefund(ctx context.Context, by Change, row PaymentRow) 
 	switch {
 	case err != nil:
 		return t.postponeRefund(ctx, row, err)
-	case settled.State == "refunded":
+	case settled.State == stateRefunded:
 		return nil
 	case cause == nil:
 		cause = fmt.Errorf("the gateway took the cancel but says %q", p.Status)
@@ -181,7 +181,7 @@ func (t *settler) requestRefund(ctx context.Context, by Change, row PaymentRow) 
 }
 
 // postponeRefund notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
-func (t *settler) postponeRefund(ctx context.Context, row PaymentRow, cause error) error {
+func (t *settler) postponeRefund(ctx context.Context, row paymentRow, cause error) error {
 	now := t.now()
 	pause := min(t.interval<<min(row.Attempts, 16), time.Hour)
 	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.ImpUID, cause.Error(), now, now.Add(pause))
@@ -196,18 +196,18 @@ func (t *settler) postponeRefund(ctx context.Context, row PaymentRow, cause erro
 
 // refundOrder gives back the whole payment of a paid order and cancels it. errStale: it is not in from any more.
 // errRefundPending: booked, and going on by itself.
-func (t *settler) refundOrder(ctx context.Context, by Change, id string, from int, reason string) error {
+func (t *settler) refundOrder(ctx context.Context, by actor, id string, from int, reason string) error {
 	now := t.now()
 	row, err := t.store.bookRefund(context.WithoutCancel(ctx), by, id, from, reason, now, now.Add(refundLease))
 	if err != nil {
 		return err
 	}
-	t.logTransition(by, orderLedger{OrderID: id}, Payment{ImpUID: row.ImpUID, Amount: row.Amount, Cancelled: row.Refunded}, &PaymentRow{State: "kept"}, decision{State: "refunding", Reason: reason})
+	t.logTransition(by, orderLedger{OrderID: id}, gatewayPayment{ImpUID: row.ImpUID, Amount: row.Amount, Cancelled: row.Refunded}, &paymentRow{State: stateKept}, decision{State: stateRefunding, Reason: reason})
 	return t.attemptRefund(ctx, by, row)
 }
 
 // retryOrderRefund goes on with the cancel of an order whose refund did not succeed at once. errStale: somebody is at it.
-func (t *settler) retryOrderRefund(ctx context.Context, by Change, id string) error {
+func (t *settler) retryOrderRefund(ctx context.Context, by actor, id string) error {
 	now := t.now()
 	row, err := t.store.claimOrderRefund(ctx, id, now, now.Add(refundLease))
 	if err != nil {
@@ -216,9 +216,9 @@ func (t *settler) retryOrderRefund(ctx context.Context, by Change, id string) er
 	return t.attemptRefund(ctx, by, row)
 }
 
-// Look asks the gateway whether money came for an unpaid order, and settles all of it. ErrNoPayment: none.
-func (t *settler) checkUnpaid(ctx context.Context, by Change, id string) (kept settlement, err error) {
-	if _, err := t.gateway.PaidFor(ctx, id); err != nil {
+// Look asks the gateway whether money came for an unpaid order, and settles all of it. errNoPayment: none.
+func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (kept settlement, err error) {
+	if _, err := t.gateway.paidPayment(ctx, id); err != nil {
 		return kept, err
 	}
 	t.testHook("money found", id)
@@ -227,8 +227,8 @@ func (t *settler) checkUnpaid(ctx context.Context, by Change, id string) (kept s
 
 // settleAll settles every payment that the gateway has for an order, whatever notice of it was lost. The settlement is
 // that of the payment which the order keeps; the zero one when it keeps none.
-func (t *settler) settleAll(ctx context.Context, by Change, id string) (kept settlement, err error) {
-	payments, err := t.gateway.PaymentsFor(ctx, id)
+func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept settlement, err error) {
+	payments, err := t.gateway.paymentsOf(ctx, id)
 	if err != nil {
 		return kept, err
 	}
@@ -236,7 +236,7 @@ func (t *settler) settleAll(ctx context.Context, by Change, id string) (kept set
 		t.testHook("looked up", p.ImpUID)
 		settled, problem := t.settle(ctx, by, p)
 		err = errors.Join(err, problem)
-		if settled.State == "kept" {
+		if settled.State == stateKept {
 			kept = settled
 		}
 	}
@@ -245,11 +245,11 @@ func (t *settler) settleAll(ctx context.Context, by Change, id string) (kept set
 
 // discardUnpaid ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
 // deleted. errStale: it is not unpaid any more.
-func (t *settler) discardUnpaid(ctx context.Context, by Change, id string) error {
+func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error {
 	settled, err := t.checkUnpaid(ctx, by, id)
-	if err == nil && settled.State == "kept" {
+	if err == nil && settled.State == stateKept {
 		return errStale
-	} else if err != nil && !errors.Is(err, ErrNoPayment) {
+	} else if err != nil && !errors.Is(err, errNoPayment) {
 		return err
 	}
 	t.testHook("deleting", id)
@@ -265,11 +265,11 @@ func (t *settler) testHook(step, id string) {
 
 // logTransition writes the one line that every movement of money has: a payment known, or its state or what went back of it
 // changed. The end of a hold moves none.
-func (t *settler) logTransition(by Change, b orderLedger, p Payment, known *PaymentRow, entry decision) {
-	from := "unknown"
+func (t *settler) logTransition(by actor, b orderLedger, p gatewayPayment, known *paymentRow, entry decision) {
+	from := paymentState("unknown")
 	if known != nil {
 		from = known.State
 	}
 	t.log.Info("money", "order", b.OrderID, "imp_uid", p.ImpUID, "amount", p.Amount, "refunded", p.Cancelled,
-		"from", from, "to", entry.State, "reason", entry.Reason, "source", by.Who, "request", by.Request)
+		"from", from, "to", entry.State, "reason", entry.Reason, "source", by.kind, "request", by.request)
 }

@@ -70,7 +70,7 @@ func TestHeadersOfEveryAnswer(t *testing.T) {
 
 func TestPanicIsOpaque(t *testing.T) {
 	s := newShop(t)
-	s.add(route{"GET /panic", anyone, 200, func(*request) (any, error) { panic("the cause") }})
+	s.add(route{"GET /panic", public, 200, func(*request) (any, error) { panic("the cause") }})
 	a := s.want(s.call("", "GET", "/panic", nil), 500, messageFault)
 	if strings.Contains(a.body, "cause") || !strings.Contains(s.logged.String(), "the cause") {
 		t.Fatalf("answered %s, logged %s", a.body, s.logged)
@@ -190,9 +190,9 @@ func TestCommands(t *testing.T) {
 	}
 	out, err := command(t, "", "", "token", "-user", strings.ToUpper(buyerA), "-admin", "-ttl", "1h")
 	check(t, err)
-	caller, err := newTokens([]byte(testSecret), time.Now).caller(&http.Request{Header: http.Header{"Authorization": {"Bearer " + strings.TrimSpace(out)}}})
-	if err != nil || caller != (Caller{buyerA, true}) {
-		t.Errorf("token: %+v, %v", caller, err)
+	who, err := newTokens([]byte(testSecret), time.Now).caller(&http.Request{Header: http.Header{"Authorization": {"Bearer " + strings.TrimSpace(out)}}})
+	if err != nil || who != (caller{buyerA, true}) {
+		t.Errorf("token: %+v, %v", who, err)
 	}
 	if _, err := command(t, "", "", "token", "-user", "me"); err == nil {
 		t.Error("a token for nobody")

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"regexp"
@@ -31,7 +30,7 @@ type Store struct {
 	orders    *batcher[orderKey, Order]
 	latest    *batcher[string, Order]
 
-	stepLockWait time.Duration
+	migrationLockWait time.Duration
 }
 
 // dbTimeout bounds one call to the database, waiting for a free connection included.
@@ -51,7 +50,7 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, 
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{pool: pool, stepLockWait: stepLockWait}
+	s := &Store{pool: pool, migrationLockWait: migrationLockWait}
 	s.paintings = newBatcher(s.readPaintings)
 	s.orders = newBatcher(s.readOrders)
 	s.latest = newBatcher(s.readLatest)
@@ -64,7 +63,7 @@ func openMigratedStore(ctx context.Context, url string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.migrate(ctx, schemaSteps()); err != nil {
+	if err := s.migrate(ctx, migrations()); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("database: %w", err)
 	}
@@ -79,12 +78,12 @@ func (s *Store) Close() { s.pool.Close() }
 //go:embed schema.sql
 var schemaSQL string
 
-// schemaStep finds the line that begins a numbered step of schema.sql.
-var schemaStep = regexp.MustCompile(`(?m)^-- step \d+:`)
+// migrationHeader finds the line that begins a numbered step of schema.sql.
+var migrationHeader = regexp.MustCompile(`(?m)^-- step \d+:`)
 
-// schemaSteps are the steps of schema.sql in order; step N is the element N-1.
-func schemaSteps() []string {
-	starts := schemaStep.FindAllStringIndex(schemaSQL, -1)
+// migrations are the steps of schema.sql in order; step N is the element N-1.
+func migrations() []string {
+	starts := migrationHeader.FindAllStringIndex(schemaSQL, -1)
 	steps := make([]string, len(starts))
 	for i, at := range starts {
 		end := len(schemaSQL)
@@ -111,8 +110,8 @@ func (s *Store) schemaVersion(ctx context.Context) (version int, err error) {
 // A step waits this long for a lock, since whoever comes after it waits too, then lets them by and tries again, so many
 // times. The wait is shorter than PostgreSQL's deadlock_timeout: of a step and a buyer's call it is the step that gives way.
 const (
-	stepLockWait = 500 * time.Millisecond
-	stepTries    = 10
+	migrationLockWait = 500 * time.Millisecond
+	migrationTries    = 10
 )
 
 // migrate brings the database to these steps, those of schema.sql. Replicas that start together wait for the one that
@@ -124,15 +123,15 @@ func (s *Store) migrate(ctx context.Context, steps []string) error {
 	}
 	for n := version + 1; n <= len(steps); n++ {
 		for try := 1; ; try++ {
-			if err = s.applyStep(ctx, n, steps[n-1]); err == nil {
+			if err = s.applyMigration(ctx, n, steps[n-1]); err == nil {
 				break
-			} else if try == stepTries || !lockedOut(err) {
+			} else if try == migrationTries || !lockedOut(err) {
 				return fmt.Errorf("schema step %d: %w", n, err)
 			}
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
-			case <-time.After(s.stepLockWait):
+			case <-time.After(s.migrationLockWait):
 			}
 		}
 	}
@@ -145,8 +144,8 @@ func lockedOut(err error) bool {
 	return errors.As(err, &pg) && (pg.Code == "55P03" || pg.Code == "40P01") // lock_not_available, deadlock_detected
 }
 
-// applyStep applies step n in a transaction of its own, unless the database has it.
-func (s *Store) applyStep(ctx context.Context, n int, step string) error {
+// applyMigration applies step n in a transaction of its own, unless the database has it.
+func (s *Store) applyMigration(ctx context.Context, n int, step string) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(4820561379)`); err != nil {
 			return err
@@ -159,7 +158,7 @@ func (s *Store) applyStep(ctx context.Context, n int, step string) error {
 		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `SELECT set_config('lock_timeout', $1, true)`, fmt.Sprint(s.stepLockWait.Milliseconds())); err != nil {
+		if _, err := tx.Exec(ctx, `SELECT set_config('lock_timeout', $1, true)`, fmt.Sprint(s.migrationLockWait.Milliseconds())); err != nil {
 			return err
 		}
 		_, err = tx.Conn().PgConn().Exec(ctx, step).ReadAll()
@@ -347,8 +346,8 @@ type orderKey struct {
 }
 
 // Order is the order id if caller may see it, else errNotFound.
-func (s *Store) Order(ctx context.Context, id string, caller Caller) (Order, error) {
-	key := orderKey{id, caller.ID, caller.Admin}
+func (s *Store) Order(ctx context.Context, id string, who caller) (Order, error) {
+	key := orderKey{id, who.ID, who.Admin}
 	found, err := s.orders.get(ctx, key)
 	if err != nil {
 		return Order{}, err
@@ -413,20 +412,30 @@ func (s *Store) readLatest(ctx context.Context, buyers []string) (map[string]Ord
 
 // ---- changes
 
-// Change says who changes something. The database writes it into the history of whatever the transaction changes.
-type Change struct {
-	Who     string `json:"who"`               // buyer, administrator, gateway, reconciler
-	ID      string `json:"id,omitempty"`      // the administrator's
-	Request string `json:"request,omitempty"` // the request's id
+// actorKind says what sort of actor changes something. The values are those of the public history.
+type actorKind string
+
+const (
+	actorBuyer         actorKind = "buyer"         // the browser
+	actorAdministrator actorKind = "administrator" // one of the shop's people
+	actorGateway       actorKind = "gateway"       // the gateway's notice
+	actorReconciler    actorKind = "reconciler"
+)
+
+// actor says who changes something. The database writes it into the history of all that the transaction changes.
+type actor struct {
+	kind    actorKind
+	id      string // an administrator's user id
+	request string // the request's id
 }
 
-// setting is the change as the schema's triggers read it.
-func (c Change) setting() string {
-	text, err := json.Marshal(c)
-	if err != nil {
-		panic(err) // three strings
-	}
-	return string(text)
+// setting returns the actor as the schema's triggers read it.
+func (a actor) setting() string {
+	return marshalRaw(struct {
+		Who     actorKind `json:"who"`
+		ID      string    `json:"id,omitempty"`
+		Request string    `json:"request,omitempty"`
+	}{a.kind, a.id, a.request})
 }
 
 // transact sends the statements of batch as one transaction in one round trip, after the one that says who makes the
@@ -438,8 +447,8 @@ func (s *Store) transact(ctx context.Context, batch *pgx.Batch) error {
 }
 
 const (
-	// announce says in the database who makes the change; $1 is Change.setting.
-	announce = `SELECT set_config('lumiere.change', $1, true)`
+	// setActor says in the database who makes the change; $1 is Change.setting.
+	setActor = `SELECT set_config('lumiere.change', $1, true)`
 	// lockBuyer announces likewise and then makes the buyer's ($2) changes go one at a time.
 	lockBuyer = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended($2, 0))`
 	// lockBuyerOf is lockBuyer for the buyer of the order $2.
@@ -459,26 +468,26 @@ type NewOrder struct {
 }
 
 // Asked is what the database knew of a painting that an order asked for.
-type Asked struct {
+type requestedItem struct {
 	ID, Title string
 	Known     bool  // there is such a painting
 	Free      bool  // it could be held for this buyer
 	Price     int64 // won
 }
 
-// Created is what became of a new order.
-type Created struct {
-	OrderID   string   // the order made, or the one that has this number already; empty: none, and Asked tells why
-	Twin      bool     // OrderID has this number already
-	TwinItems []string // its paintings
-	Asked     []Asked
+// createResult is what became of a new order.
+type createResult struct {
+	orderID       string   // the order made, or the one that has this number already; empty: none, and Asked tells why
+	existing      bool     // OrderID has this number already
+	existingItems []string // its paintings
+	items         []requestedItem
 }
 
 // CreateOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. It is one
 // round trip: under the buyer's lock, one statement locks the free ones of the paintings in id order, and makes the
 // order if that is all of them and every price is the catalogue's. A painting that is already taken is not locked,
 // so that losers neither wait nor write.
-func (s *Store) CreateOrder(ctx context.Context, by Change, o NewOrder) (created Created, err error) {
+func (s *Store) CreateOrder(ctx context.Context, by actor, o NewOrder) (created createResult, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyer, by.setting(), o.UserID)
 	batch.Queue(`
@@ -521,17 +530,17 @@ func (s *Store) CreateOrder(ctx context.Context, by Change, o NewOrder) (created
 		o.ProductIDs, o.Prices, o.ID, o.UserID, o.Number, o.ShippingPrice, o.Total, o.CreatedAt, o.HeldUntil,
 		o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo,
 	).Query(func(rows pgx.Rows) error {
-		var a Asked
+		var a requestedItem
 		var made, twin string
-		_, err := pgx.ForEachRow(rows, []any{&a.ID, &a.Title, &a.Known, &a.Free, &a.Price, &made, &twin, &created.TwinItems}, func() error {
-			created.OrderID, created.Twin = made+twin, twin != ""
-			created.Asked = append(created.Asked, a)
+		_, err := pgx.ForEachRow(rows, []any{&a.ID, &a.Title, &a.Known, &a.Free, &a.Price, &made, &twin, &created.existingItems}, func() error {
+			created.orderID, created.existing = made+twin, twin != ""
+			created.items = append(created.items, a)
 			return nil
 		})
 		return err
 	})
 	if err := s.transact(ctx, batch); err != nil {
-		return Created{}, err
+		return createResult{}, err
 	}
 	return created, nil
 }
@@ -547,7 +556,7 @@ const freePaintings = `, theirs AS (
 
 // EndUnpaid makes a tombstone of an unpaid order and frees its paintings; why is deleted or expired. The gateway is
 // asked about it again at nextLook. errStale: it is not unpaid any more.
-func (s *Store) EndUnpaid(ctx context.Context, by Change, id, why string, now, nextLook time.Time) error {
+func (s *Store) EndUnpaid(ctx context.Context, by actor, id, why string, now, nextLook time.Time) error {
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyerOf, by.setting(), id)
 	batch.Queue(`WITH o AS (
@@ -566,11 +575,11 @@ func exactlyOne(row pgx.Row) error {
 	}
 }
 
-// Step moves an order from one status to another, unless its money is on the way back. errStale: it is not in from,
+// advance moves an order from one status to another, unless its money is on the way back. errStale: it is not in from,
 // or being cancelled.
-func (s *Store) Step(ctx context.Context, by Change, id string, from, to int, now time.Time) error {
+func (s *Store) advance(ctx context.Context, by actor, id string, from, to int, now time.Time) error {
 	batch := &pgx.Batch{}
-	batch.Queue(announce, by.setting())
+	batch.Queue(setActor, by.setting())
 	batch.Queue(`UPDATE orders SET status = $3, updated_at = $4
 		WHERE id = $1 AND status = $2 AND ended IS NULL AND cancelling_since IS NULL RETURNING id`, id, from, to, now).QueryRow(exactlyOne)
 	return s.transact(ctx, batch)
@@ -584,12 +593,12 @@ type OrderState struct {
 }
 
 // OrderState is the state of order id if caller may see it, else errNotFound.
-func (s *Store) OrderState(ctx context.Context, id string, caller Caller) (OrderState, error) {
+func (s *Store) OrderState(ctx context.Context, id string, who caller) (OrderState, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	state := OrderState{ID: id}
 	err := s.pool.QueryRow(ctx, `SELECT status, cancelling_since IS NOT NULL FROM orders
-		WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS NULL`, id, caller.ID, caller.Admin).Scan(&state.Status, &state.Cancelling)
+		WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS NULL`, id, who.ID, who.Admin).Scan(&state.Status, &state.Cancelling)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return state, errNotFound
 	}
@@ -598,12 +607,21 @@ func (s *Store) OrderState(ctx context.Context, id string, caller Caller) (Order
 
 // ---- money
 
-// PaymentRow is a row of the ledger.
-type PaymentRow struct {
+// paymentState is where a payment stands in the ledger.
+type paymentState string
+
+const (
+	stateKept      paymentState = "kept"      // the order is paid with it
+	stateRefunding paymentState = "refunding" // its refund is booked and not done yet
+	stateRefunded  paymentState = "refunded"  // all of it went back
+)
+
+// paymentRow is a row of the ledger.
+type paymentRow struct {
 	ImpUID, OrderID string
-	State           string // kept, refunding, refunded
+	State           paymentState
 	Reason          string // of the refund
-	Won             bool   // in won
+	isKRW           bool   // in won
 	Amount          int64  // won; 0 when in another currency
 	Refunded        int64  // won
 	Attempts        int    // of the refund
@@ -611,8 +629,8 @@ type PaymentRow struct {
 
 const paymentColumns = `imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts`
 
-func scanPayment(row pgx.CollectableRow) (p PaymentRow, err error) {
-	err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.Won, &p.Amount, &p.Refunded, &p.Attempts)
+func scanPayment(row pgx.CollectableRow) (p paymentRow, err error) {
+	err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.isKRW, &p.Amount, &p.Refunded, &p.Attempts)
 	return p, err
 }
 
@@ -622,13 +640,13 @@ type orderLedger struct {
 	Status    int
 	Ended     bool
 	Total     int64 // won
-	Payments  []PaymentRow
+	Payments  []paymentRow
 	Revivable bool // a tombstone whose paintings are all free, or held only by the same buyer's unpaid order
 }
 
 // payment is the ledger's row of impUID, nil when there is none.
-func (b orderLedger) payment(impUID string) *PaymentRow {
-	if i := slices.IndexFunc(b.Payments, func(p PaymentRow) bool { return p.ImpUID == impUID }); i >= 0 {
+func (b orderLedger) payment(impUID string) *paymentRow {
+	if i := slices.IndexFunc(b.Payments, func(p paymentRow) bool { return p.ImpUID == impUID }); i >= 0 {
 		return &b.Payments[i]
 	}
 	return nil
@@ -636,11 +654,11 @@ func (b orderLedger) payment(impUID string) *PaymentRow {
 
 // decision is what settling writes: what becomes of a payment, and of its order with it.
 type decision struct {
-	State  string // kept, refunding, refunded; empty: nothing is written
-	Reason string // why the money goes back
-	Pay    bool   // the order is paid with it
-	Revive bool   // before that the order, a tombstone, takes its paintings again
-	Cancel bool   // the order is cancelled with it and its paintings are free
+	State  paymentState // empty: nothing is written
+	Reason string       // why the money goes back
+	Pay    bool         // the order is paid with it
+	Revive bool         // before that the order, a tombstone, takes its paintings again
+	Cancel bool         // the order is cancelled with it and its paintings are free
 }
 
 // lockRevivable says whether the paintings of the tombstone $1 are still to be had, and locks those and what its buyer's
@@ -659,7 +677,7 @@ const lockRevivable = `
 // recordSettlement reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
 // that: two round trips (three for a tombstone), one transaction, and nothing asked of anybody else in between. A refund
 // that is decided is leased to the caller until lease. errNotFound: the order is not ours.
-func (s *Store) recordSettlement(ctx context.Context, by Change, p Payment, now, lease time.Time, decide func(orderLedger) decision) (books orderLedger, entry decision, err error) {
+func (s *Store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now, lease time.Time, decide func(orderLedger) decision) (books orderLedger, entry decision, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	conn, err := s.pool.Acquire(ctx)
@@ -703,7 +721,7 @@ func (s *Store) recordSettlement(ctx context.Context, by Change, p Payment, now,
 
 // queueDecision writes what was decided about payment p. Each statement names the state it changes from; under the locks
 // that the decision was made under, that is the state it finds.
-func queueDecision(batch *pgx.Batch, p Payment, entry decision, books orderLedger, now, lease time.Time) {
+func queueDecision(batch *pgx.Batch, p gatewayPayment, entry decision, books orderLedger, now, lease time.Time) {
 	id := books.OrderID
 	if entry.Revive {
 		// What the buyer's unpaid order holds of it, the revived one takes; the rest is free with the unpaid one's end.
@@ -740,10 +758,10 @@ func queueDecision(batch *pgx.Batch, p Payment, entry decision, books orderLedge
 
 // bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller until
 // lease. errStale: the order is not in from, or is being cancelled already.
-func (s *Store) bookRefund(ctx context.Context, by Change, id string, from int, reason string, now, lease time.Time) (PaymentRow, error) {
-	var payment PaymentRow
+func (s *Store) bookRefund(ctx context.Context, by actor, id string, from int, reason string, now, lease time.Time) (paymentRow, error) {
+	var payment paymentRow
 	batch := &pgx.Batch{}
-	batch.Queue(announce, by.setting())
+	batch.Queue(setActor, by.setting())
 	batch.Queue(`
 		WITH o AS (
 			UPDATE orders SET cancelling_since = $3, updated_at = $3 FROM payments k
@@ -764,7 +782,7 @@ func (s *Store) bookRefund(ctx context.Context, by Change, id string, from int, 
 
 // claimOrderRefund takes the refund of an order that is being cancelled, for a caller who asks once more. errStale:
 // somebody is at it, or it is done.
-func (s *Store) claimOrderRefund(ctx context.Context, id string, now, lease time.Time) (PaymentRow, error) {
+func (s *Store) claimOrderRefund(ctx context.Context, id string, now, lease time.Time) (paymentRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -779,7 +797,7 @@ func (s *Store) claimOrderRefund(ctx context.Context, id string, now, lease time
 }
 
 // claimDueRefunds takes up to most refunds that are due and nobody is at, for the caller alone until lease.
-func (s *Store) claimDueRefunds(ctx context.Context, most int, now, lease time.Time) ([]PaymentRow, error) {
+func (s *Store) claimDueRefunds(ctx context.Context, most int, now, lease time.Time) ([]paymentRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -966,8 +984,8 @@ func deskQuery(filter OrderFilter) (where, counted string, args []any) {
 	return where, `SELECT count(*) FROM orders WHERE ` + where, args
 }
 
-// HistoryEntry is a row of an order's history.
-type HistoryEntry struct {
+// historyRow is a row of an order's history.
+type historyRow struct {
 	At        time.Time
 	Who       string
 	WhoID     string // an administrator's
@@ -978,15 +996,15 @@ type HistoryEntry struct {
 	RequestID string
 }
 
-// History is what happened to order id, oldest first, if caller may see it, else errNotFound.
-func (s *Store) History(ctx context.Context, id string, caller Caller) ([]HistoryEntry, error) {
+// historyOf is what happened to order id, oldest first, if caller may see it, else errNotFound.
+func (s *Store) historyOf(ctx context.Context, id string, who caller) ([]historyRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
 		SELECT h.at, h.who, coalesce(h.who_id, ''), h.from_status, h.to_status, h.why, coalesce(h.imp_uid, ''), h.amount, coalesce(h.request_id, '')
 		FROM orders o JOIN history h ON h.order_id = o.id
-		WHERE o.id = $1 AND (o.user_id = $2 OR $3) AND o.ended IS NULL ORDER BY h.id`, id, caller.ID, caller.Admin)
-	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e HistoryEntry, err error) {
+		WHERE o.id = $1 AND (o.user_id = $2 OR $3) AND o.ended IS NULL ORDER BY h.id`, id, who.ID, who.Admin)
+	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e historyRow, err error) {
 		err = row.Scan(&e.At, &e.Who, &e.WhoID, &e.From, &e.To, &e.Why, &e.ImpUID, &e.Amount, &e.RequestID)
 		return e, err
 	})
@@ -1023,7 +1041,7 @@ type auditLedger struct {
 
 // AuditPayment is a row of the ledger and how its refund goes.
 type AuditPayment struct {
-	PaymentRow
+	paymentRow
 	DueSince  time.Time
 	LastError string
 }
@@ -1038,7 +1056,7 @@ func (s *Store) readLedger(ctx context.Context, id string) (b auditLedger, err e
 		SELECT `+paymentColumns+`, greatest(created_at, (SELECT cancelling_since FROM orders WHERE id = order_id)), coalesce(last_error, '')
 		FROM payments WHERE order_id = $1 ORDER BY created_at, imp_uid`, id).Query(func(rows pgx.Rows) (err error) {
 		b.Payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p AuditPayment, err error) {
-			err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.Won, &p.Amount, &p.Refunded, &p.Attempts, &p.DueSince, &p.LastError)
+			err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.isKRW, &p.Amount, &p.Refunded, &p.Attempts, &p.DueSince, &p.LastError)
 			return p, err
 		})
 		return err
