@@ -231,7 +231,7 @@ func BenchmarkCalls(b *testing.B) {
 				w, err := dialWire(g.address)
 				check(b, err)
 				defer w.conn.Close()
-				c := &client{gallery: g, wire: w, taken: timings{}}
+				c := &checkoutClient{gallery: g, wire: w, taken: timings{}}
 				for pb.Next() {
 					flow(c)
 				}

@@ -359,10 +359,10 @@ var lists = []string{"mine", "desk", "desk, status"}
 // growth compares each call's median over tables of growing size.
 func (f *yardstick) growth(galleries []*gallery) {
 	medians := make([]map[string][]float64, len(galleries)) // by gallery and call, of each round
-	flows := make([][]func(*client), len(galleries))
+	flows := make([][]func(*checkoutClient), len(galleries))
 	for i, g := range galleries {
 		medians[i] = map[string][]float64{}
-		flows[i] = []func(*client){life}
+		flows[i] = []func(*checkoutClient){life}
 		for _, name := range append([]string{"cart-items", "total-price", "detail", "latest", "history"}, lists...) {
 			flows[i] = append(flows[i], g.reading(name))
 		}

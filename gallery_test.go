@@ -174,8 +174,8 @@ func (m timings) percentile(name string, percent int) time.Duration {
 	return all[len(all)*percent/100]
 }
 
-// client is one connection to the service.
-type client struct {
+// checkoutClient is one connection to the service.
+type checkoutClient struct {
 	*gallery
 	wire  *wire
 	taken timings
@@ -184,7 +184,7 @@ type client struct {
 }
 
 // call makes a request and notes how long it took.
-func (c *client) call(name string, request []byte, want int) []byte {
+func (c *checkoutClient) call(name string, request []byte, want int) []byte {
 	start := time.Now()
 	status, body, err := c.wire.do(request)
 	c.taken[name] = append(c.taken[name], time.Since(start))
@@ -195,7 +195,7 @@ func (c *client) call(name string, request []byte, want int) []byte {
 }
 
 // drive has clients do flow over and over for a while, after a second to warm up.
-func (g *gallery) drive(clients int, length time.Duration, flow func(*client)) timings {
+func (g *gallery) drive(clients int, length time.Duration, flow func(*checkoutClient)) timings {
 	all := timings{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -205,7 +205,7 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*client)) t
 			w, err := dialWire(g.address)
 			check(g.t, err)
 			defer w.conn.Close()
-			c := &client{gallery: g, wire: w, taken: timings{}}
+			c := &checkoutClient{gallery: g, wire: w, taken: timings{}}
 			for time.Now().Before(begin) {
 				flow(c)
 			}
@@ -285,13 +285,13 @@ func (g *gallery) requests(name string) [][]byte {
 }
 
 // reading is the flow of a client that asks one call's questions.
-func (g *gallery) reading(name string) func(*client) {
+func (g *gallery) reading(name string) func(*checkoutClient) {
 	requests := g.requests(name)
-	return func(c *client) { c.call(name, requests[mathrand.IntN(len(requests))], http.StatusOK) }
+	return func(c *checkoutClient) { c.call(name, requests[mathrand.IntN(len(requests))], http.StatusOK) }
 }
 
 // order makes an order for a painting and returns its id.
-func (c *client) order(buyer, painting string) string {
+func (c *checkoutClient) order(buyer, painting string) string {
 	text, err := json.Marshal(orderBody(newNumber(), painting))
 	check(c.t, err)
 	var made orderCreated
@@ -300,19 +300,19 @@ func (c *client) order(buyer, painting string) string {
 }
 
 // pay reports that an order is paid.
-func (c *client) pay(buyer, order string) {
+func (c *checkoutClient) pay(buyer, order string) {
 	c.call("pay", wireRequest("PATCH", "/api/orders/pay", c.token(buyer), `{"imp_uid":"imp_`+order+`"}`), 200)
 }
 
 // checkout is an order of a new buyer's, and its payment.
-func checkout(c *client) {
+func checkout(c *checkoutClient) {
 	buyer := newTestID()
 	c.pay(buyer, c.order(buyer, c.takeFree()))
 }
 
 // life leads an order through everything that may become of it, and another one to its end unpaid. The painting is the
 // client's for good, so that the tables grow little.
-func life(c *client) {
+func life(c *checkoutClient) {
 	if c.painting == "" {
 		c.painting = c.takeFree()
 	}

@@ -121,12 +121,12 @@ func TestFloodFromOneAddress(t *testing.T) {
 			t.Fatalf("%v %s", a.header, a.body)
 		}
 	}
-	asked := int(wasteOfOne.most) + int(time.Minute/wasteOfOne.forgiven)
+	asked := int(clientLimit.burst) + int(time.Minute/clientLimit.refill)
 	if count[404] < asked-1 || count[404] > asked || count[404]+count[429] != reports-10 || s.double.calls("payment") != count[404]+10 {
 		t.Errorf("answers %v, %d look-ups", count, s.double.calls("payment"))
 	}
 	// Waiting as told helps.
-	s.clock.advance(wasteOfOne.forgiven)
+	s.clock.advance(clientLimit.refill)
 	s.want(s.reportFrom("198.51.100.1", "imp_x"), 404, "")
 	s.want(s.reportFrom("198.51.100.1", "imp_y"), 429, messageTooMany)
 }
@@ -138,12 +138,12 @@ func TestFloodLeavesSlots(t *testing.T) {
 		slots int                // of the flood
 		user  string             // who pays meanwhile
 	}{
-		"one address":     {func(int) string { return "198.51.100.1" }, slotsOf[rankSuspect], ""},
-		"fifty addresses": {func(i int) string { return fmt.Sprintf("198.51.100.%d", 100+i) }, slotsOf[rankStranger], buyerA},
+		"one address":     {func(int) string { return "198.51.100.1" }, tierSlots[tierThrottled], ""},
+		"fifty addresses": {func(i int) string { return fmt.Sprintf("198.51.100.%d", 100+i) }, tierSlots[tierAnonymous], buyerA},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newDirectShop(t)
-			for range suspectAfter {
+			for range throttleAfter {
 				s.reportFrom("198.51.100.1", newImpUID())
 			}
 			release, looking := make(chan struct{}), make(chan struct{}, 100)
@@ -178,8 +178,8 @@ func TestFloodLeavesSlots(t *testing.T) {
 func TestBurstFromANewAddress(t *testing.T) {
 	s := newDirectShop(t)
 	count := crowd(500, func(i int) answer { return s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i)) })
-	most := int(wasteOfOne.most) + slotsOf[rankStranger]
-	if count[404] < int(wasteOfOne.most) || count[404] > most || count[404]+count[429] != 500 || s.double.calls("payment") != count[404] {
+	most := int(clientLimit.burst) + tierSlots[tierAnonymous]
+	if count[404] < int(clientLimit.burst) || count[404] > most || count[404]+count[429] != 500 || s.double.calls("payment") != count[404] {
 		t.Errorf("answers %v, %d look-ups", count, s.double.calls("payment"))
 	}
 }
@@ -187,21 +187,21 @@ func TestBurstFromANewAddress(t *testing.T) {
 // When too much is wasted in all, those who wasted something wait, and those who did not go on.
 func TestFloodFromManyAddresses(t *testing.T) {
 	s := newDirectShop(t)
-	for i := range int(wasteOfAll.most) {
+	for i := range int(totalLimit.burst) {
 		s.want(s.reportFrom(fmt.Sprintf("198.51.%d.%d", i/250, i%250), fmt.Sprintf("imp_%d", i)), 404, "")
 	}
 	s.want(s.reportFrom("198.51.0.0", "imp_x"), 429, messageTooMany)
 	impUID := s.charge(s.order(buyerA, s.painting(99000)), 109000)
 	s.want(s.reportFrom("198.51.0.1", impUID), 429, messageTooMany)
 	s.want(s.reportFrom("203.0.113.9", impUID), 200, "결제 성공")
-	s.clock.advance(wasteFor)
+	s.clock.advance(penaltyMemory)
 	s.want(s.reportFrom("198.51.0.0", "imp_x"), 404, "")
 }
 
 // A notice that is refused comes again only for a 5xx; when it does not, the reconciler finds its payment.
 func TestRefusedNoticeIsNotLost(t *testing.T) {
 	s := newDirectShop(t)
-	for i := range int(wasteOfOne.most) {
+	for i := range int(clientLimit.burst) {
 		s.want(s.noticeFrom("198.51.100.1", fmt.Sprintf("imp_%d", i)), 200, "")
 	}
 	order := s.order(buyerA, s.painting(99000))
@@ -242,9 +242,9 @@ func TestWaste(t *testing.T) {
 		}
 		address := fmt.Sprintf("198.51.100.%d", 10+i)
 		s.reportFrom(address, row.impUID)
-		own, _ := s.limits.wasted.get(asker{address: netip.MustParsePrefix(address + "/32")})
-		if own.n != row.wasted {
-			t.Errorf("row %d: %v wasted, want %v", i, own.n, row.wasted)
+		own, _ := s.limits.penalties.get(client{address: netip.MustParsePrefix(address + "/32")})
+		if own.level != row.wasted {
+			t.Errorf("row %d: %v wasted, want %v", i, own.level, row.wasted)
 		}
 	}
 }
@@ -252,7 +252,7 @@ func TestWaste(t *testing.T) {
 // Honest traffic is never refused, even if all of it comes from one address.
 func TestTrueReportsAreFree(t *testing.T) {
 	l := newLimiter(newTestClock().Now)
-	gateway := asker{address: netip.MustParsePrefix("198.51.100.1/32")}
+	gateway := client{address: netip.MustParsePrefix("198.51.100.1/32")}
 	for i := range 10_000 {
 		if _, err := l.lookUp(t.Context(), gateway, "gateway", fmt.Sprint(i), func(context.Context, string) (gatewayPayment, error) { return gatewayPayment{}, nil }); err != nil {
 			t.Fatalf("report %d: %v", i, err)
@@ -263,7 +263,7 @@ func TestTrueReportsAreFree(t *testing.T) {
 // A buyer who is signed in pays for himself, wherever he is.
 func TestBuyersAreChargedThemselves(t *testing.T) {
 	s := newDirectShop(t)
-	for range int(wasteOfOne.most) {
+	for range int(clientLimit.burst) {
 		s.want(s.call(buyerA, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": newImpUID()}), 404, "")
 	}
 	for user, status := range map[string]int{buyerA: 429, buyerB: 404, "": 404} { // at one address
@@ -279,8 +279,8 @@ func TestHangingUpIsCharged(t *testing.T) {
 	request := httptest.NewRequestWithContext(ctx, "PATCH", "/api/orders/pay", strings.NewReader(`{"imp_uid":"imp_1"}`))
 	recorder := httptest.NewRecorder()
 	s.ServeHTTP(recorder, request)
-	if s.limits.inAll.n != 1 || recorder.Code != 499 || s.outage.lasts() {
-		t.Errorf("%v wasted, logged as %d, the gateway is silent: %v", s.limits.inAll.n, recorder.Code, s.outage.lasts())
+	if s.limits.total.level != 1 || recorder.Code != 499 || s.outage.lasts() {
+		t.Errorf("%v wasted, logged as %d, the gateway is silent: %v", s.limits.total.level, recorder.Code, s.outage.lasts())
 	}
 }
 
@@ -295,8 +295,8 @@ func TestLimiterAtOnce(t *testing.T) {
 			for i := range 300 {
 				clock.advance(time.Millisecond)
 				address := netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, byte(i % 4), byte(g * i % 16)}), 32)
-				_, err := l.lookUp(t.Context(), asker{address: address}, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (gatewayPayment, error) {
-					if n := looking.Add(1); n > int32(slotsOf[rankStranger]) {
+				_, err := l.lookUp(t.Context(), client{address: address}, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (gatewayPayment, error) {
+					if n := looking.Add(1); n > int32(tierSlots[tierAnonymous]) {
 						t.Errorf("%d look-ups at once", n)
 					}
 					defer looking.Add(-1)
@@ -309,9 +309,9 @@ func TestLimiterAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	for rank, slots := range l.slots {
+	for tier, slots := range l.slots {
 		if len(slots) != 0 {
-			t.Errorf("%d slots of rank %d are not given back", len(slots), rank)
+			t.Errorf("%d slots of tier %d are not given back", len(slots), tier)
 		}
 	}
 }

@@ -16,30 +16,32 @@ import (
 // Figures for Prometheus, in its text format (version 0.0.4). Counting costs a request three atomic additions; all else is
 // done when somebody asks, at METRICS_ADDR.
 
-// traffic counts calls of one kind by how they ended and how long they took.
-type traffic struct {
-	ended       []atomic.Uint64
-	took        [len(tookBounds) + 1]atomic.Uint64 // by bucket; the last is of those that took longer
-	nanoseconds atomic.Int64                       // of all together
+// requestStats counts calls of one kind by how they ended and how long they took.
+type requestStats struct {
+	byOutcome   []atomic.Uint64
+	buckets     [len(bucketBounds) + 1]atomic.Uint64 // by bucket; the last is of those that took longer
+	nanoseconds atomic.Int64                         // of all together
 }
 
-// tookBounds are the upper ends of the buckets: a request takes milliseconds, a refund may take a minute.
-var tookBounds = [...]time.Duration{
+// bucketBounds are the upper ends of the buckets: a request takes milliseconds, a refund may take a minute.
+var bucketBounds = [...]time.Duration{
 	500 * time.Microsecond, time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
 	50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
 	2500 * time.Millisecond, 5 * time.Second, 10 * time.Second, time.Minute,
 }
 
-func newTraffic(waysToEnd int) *traffic { return &traffic{ended: make([]atomic.Uint64, waysToEnd)} }
+func newRequestStats(waysToEnd int) *requestStats {
+	return &requestStats{byOutcome: make([]atomic.Uint64, waysToEnd)}
+}
 
 // count counts one call that ended in this way.
-func (t *traffic) count(way int, took time.Duration) {
-	t.ended[way].Add(1)
+func (t *requestStats) count(way int, took time.Duration) {
+	t.byOutcome[way].Add(1)
 	bucket := 0
-	for bucket < len(tookBounds) && took > tookBounds[bucket] {
+	for bucket < len(bucketBounds) && took > bucketBounds[bucket] {
 		bucket++
 	}
-	t.took[bucket].Add(1)
+	t.buckets[bucket].Add(1)
 	t.nanoseconds.Add(int64(took))
 }
 
@@ -51,30 +53,30 @@ var (
 
 // metrics are the figures that are counted as things happen.
 type metrics struct {
-	routes  []routeTraffic // as the table of routes
-	noRoute *traffic       // of what is on none
-	gateway [len(gatewayCalls)]*traffic
+	routes  []routeStats  // as the table of routes
+	noRoute *requestStats // of what is on none
+	gateway [len(gatewayCalls)]*requestStats
 }
 
-// routeTraffic is the traffic of a route, by HTTP status.
-type routeTraffic struct {
+// routeStats is the traffic of a route, by HTTP status.
+type routeStats struct {
 	pattern string
-	*traffic
+	*requestStats
 }
 
 func newMetrics() *metrics {
 	m := &metrics{}
 	for i := range m.gateway {
-		m.gateway[i] = newTraffic(len(gatewayOutcomes))
+		m.gateway[i] = newRequestStats(len(gatewayOutcomes))
 	}
 	m.noRoute = m.route("none")
 	return m
 }
 
 // route is where the requests of a route are counted. It is called before the first of them.
-func (m *metrics) route(pattern string) *traffic {
-	t := newTraffic(600)
-	m.routes = append(m.routes, routeTraffic{pattern, t})
+func (m *metrics) route(pattern string) *requestStats {
+	t := newRequestStats(600)
+	m.routes = append(m.routes, routeStats{pattern, t})
 	return t
 }
 
@@ -140,21 +142,21 @@ func gauge(yes bool) float64 {
 func (m *metrics) expose(e *exposition) {
 	e.family("lumiere_http_requests_total", "counter", "Requests answered, by route and HTTP status.")
 	for _, r := range m.routes {
-		for status := range r.ended {
-			if n := r.ended[status].Load(); n > 0 {
+		for status := range r.byOutcome {
+			if n := r.byOutcome[status].Load(); n > 0 {
 				e.sample("", float64(n), "route", r.pattern, "status", strconv.Itoa(status))
 			}
 		}
 	}
 	e.family("lumiere_http_request_duration_seconds", "histogram", "Time to answer a request, by route.")
 	for _, r := range m.routes {
-		e.histogram(r.traffic, "route", r.pattern)
+		e.histogram(r.requestStats, "route", r.pattern)
 	}
 	e.family("lumiere_gateway_calls_total", "counter",
 		"Calls to the payment gateway by how they ended: none is an answer, too; broken, unreachable and timeout are not.")
 	for i, t := range m.gateway {
-		for outcome := range t.ended {
-			e.sample("", float64(t.ended[outcome].Load()), "call", gatewayCalls[i], "outcome", gatewayOutcomes[outcome])
+		for outcome := range t.byOutcome {
+			e.sample("", float64(t.byOutcome[outcome].Load()), "call", gatewayCalls[i], "outcome", gatewayOutcomes[outcome])
 		}
 	}
 	e.family("lumiere_gateway_call_duration_seconds", "histogram", "Time that a call to the payment gateway took, all waiting included.")
@@ -228,13 +230,13 @@ func (e *exposition) sample(suffix string, value float64, labels ...string) {
 }
 
 // histogram writes how long the calls of t took.
-func (e *exposition) histogram(t *traffic, label, value string) {
+func (e *exposition) histogram(t *requestStats, label, value string) {
 	n := uint64(0)
-	for i := range t.took {
-		n += t.took[i].Load()
+	for i := range t.buckets {
+		n += t.buckets[i].Load()
 		bound := "+Inf"
-		if i < len(tookBounds) {
-			bound = strconv.FormatFloat(tookBounds[i].Seconds(), 'g', -1, 64)
+		if i < len(bucketBounds) {
+			bound = strconv.FormatFloat(bucketBounds[i].Seconds(), 'g', -1, 64)
 		}
 		e.sample("_bucket", float64(n), label, value, "le", bound)
 	}

@@ -272,17 +272,17 @@ func TestTrafficBuckets(t *testing.T) {
 			m.gatewayCall(call, outcome, time.Millisecond)
 		}
 	}
-	for took, bucket := range map[time.Duration]int{0: 0, time.Millisecond: 1, time.Millisecond + 1: 2, time.Minute: len(tookBounds) - 1, time.Hour: len(tookBounds)} {
-		one := newTraffic(1)
+	for took, bucket := range map[time.Duration]int{0: 0, time.Millisecond: 1, time.Millisecond + 1: 2, time.Minute: len(bucketBounds) - 1, time.Hour: len(bucketBounds)} {
+		one := newRequestStats(1)
 		one.count(0, took)
-		if one.took[bucket].Load() != 1 || one.nanoseconds.Load() != int64(took) {
+		if one.buckets[bucket].Load() != 1 || one.nanoseconds.Load() != int64(took) {
 			t.Errorf("%v is not in bucket %d", took, bucket)
 		}
 	}
 }
 
 func TestCountingAllocatesNothing(t *testing.T) {
-	one := newTraffic(600)
+	one := newRequestStats(600)
 	if n := testing.AllocsPerRun(100, func() { one.count(200, time.Second) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}

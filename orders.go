@@ -386,7 +386,7 @@ func (s *server) pay(r *request) (any, error) {
 
 // lookUpAndSettle settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
 func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlement, error) {
-	who := asker{buyer: r.caller.ID}
+	who := client{buyer: r.caller.ID}
 	if who.buyer == "" {
 		who.address = clientAddress(r.Request, s.config.proxies)
 	}
@@ -396,7 +396,7 @@ func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlemen
 	}
 	settled, err := s.settler.settleReported(r.Context(), by, p)
 	if errors.Is(err, errNotOurs) || err == nil && settled.State == "" {
-		s.limits.waste(who)
+		s.limits.penalize(who)
 	}
 	r.orderID = settled.OrderID
 	return settled, err
@@ -404,7 +404,7 @@ func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlemen
 
 // tooManyError is the refusal of who has asked about too many payments that are none.
 func tooManyError(status int, cause error) *httpError {
-	return &httpError{status: status, body: message{messageTooMany}, retryAfter: wasteOfOne.forgiven, cause: cause}
+	return &httpError{status: status, body: message{messageTooMany}, retryAfter: clientLimit.refill, cause: cause}
 }
 
 // whyNotPaid is the refusal of a payment that pays nothing.
