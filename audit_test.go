@@ -66,8 +66,8 @@ func TestAuditOfBalancedBooks(t *testing.T) {
 	part, impUID, _ := s.paid(buyerB)
 	check(t, s.double.refundInConsole(impUID, 9000))
 	s.want(s.notice(impUID), 200, "")
-	s.double.pay(pretendPayment{MerchantUID: part, Amount: 109000, Status: "failed"})
-	s.double.pay(pretendPayment{MerchantUID: part, Amount: 109000, Sandbox: true})
+	s.double.pay(fakePayment{MerchantUID: part, Amount: 109000, Status: "failed"})
+	s.double.pay(fakePayment{MerchantUID: part, Amount: 109000, Sandbox: true})
 	check(t, s.double.refundInConsole(s.charge(part, 5000), 0)) // came and went without us
 	s.charge("another-shop-1", 109000)
 
@@ -91,7 +91,7 @@ func TestAuditFindsMismatches(t *testing.T) {
 	var painting string // of the last order
 	order := func() string { painting = s.painting(99000); return s.order(newTestID(), painting) }
 	paid := func() (order, impUID string) { order, impUID, painting = s.paid(newTestID()); return order, impUID }
-	atGateway := func(impUID string, change func(*pretendPayment)) { s.double.set(impUID, change) }
+	atGateway := func(impUID string, change func(*fakePayment)) { s.double.set(impUID, change) }
 
 	type row struct {
 		name  string
@@ -110,7 +110,7 @@ func TestAuditFindsMismatches(t *testing.T) {
 	s.charge(o, 1000)
 	settled("wrong amount, not reported", o, mismatchPaidThere)
 	o = order()
-	s.want(s.call(desk, "DELETE", "/api/orders/"+o, nil), 200, "")
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+o, nil), 200, "")
 	s.charge(o, 109000)
 	settled("tombstone", o, mismatchPaidThere)
 	o, _ = paid()
@@ -133,17 +133,17 @@ func TestAuditFindsMismatches(t *testing.T) {
 	settled("refund booked, made by another hand", o, mismatchDueDone)
 
 	o, impUID = paid()
-	atGateway(impUID, func(p *pretendPayment) { p.Amount = 108000 })
+	atGateway(impUID, func(p *fakePayment) { p.Amount = 108000 })
 	byHand("another amount", o, mismatchAmount)
 	o, impUID = paid()
-	atGateway(impUID, func(p *pretendPayment) { p.Currency = "USD" })
+	atGateway(impUID, func(p *fakePayment) { p.Currency = "USD" })
 	byHand("another currency", o, mismatchAmount)
 	o, impUID = paid()
-	atGateway(impUID, func(p *pretendPayment) { p.Status = "failed" })
+	atGateway(impUID, func(p *fakePayment) { p.Status = "failed" })
 	byHand("never paid", o, mismatchUnknown)
 	o, impUID = paid()
-	s.want(s.call(desk, "DELETE", "/api/orders/"+o, nil), 200, "")
-	atGateway(impUID, func(p *pretendPayment) { p.Status, p.Cancelled = "paid", 0 })
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+o, nil), 200, "")
+	atGateway(impUID, func(p *fakePayment) { p.Status, p.Cancelled = "paid", 0 })
 	byHand("refund undone", o, mismatchNotBack)
 	o, _ = paid()
 	behindItsBack(`UPDATE payments SET state = 'refunded', reason = 'none', refunded = amount WHERE order_id = $1`, o)
@@ -409,7 +409,7 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 
 	c, err := readConfig(nothingSet, "")
 	check(t, err)
-	house, err := openLocalHouse(t.Context(), &c)
+	house, err := openDevEnv(t.Context(), &c)
 	check(t, err)
 	defer house.Close()
 	if out, err := audit(); err != nil || !strings.Contains(out, "0 of 0 orders") {
@@ -425,7 +425,7 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 		CreatedAt: now, HeldUntil: now.Add(time.Hour)})
 	check(t, err)
 	store.Close()
-	impUID := house.gateway.pay(pretendPayment{MerchantUID: created.orderID, Amount: 109000})
+	impUID := house.gateway.pay(fakePayment{MerchantUID: created.orderID, Amount: 109000})
 	for _, running := range []bool{true, false} {
 		if out, err := audit(); !errors.Is(err, errUnbalanced) || !strings.Contains(out, impUID) {
 			t.Errorf("service running %v: %v\n%s", running, err, out)

@@ -50,7 +50,7 @@ type crash struct {
 	env       []string
 	log       *os.File
 	postgres  *postgresServer
-	double    *pretendGateway
+	double    *fakeGateway
 	replicas  [2]*crashReplica
 	paintings []string
 	over      context.Context // ends when the actors go home
@@ -119,7 +119,7 @@ func openCrash(t *testing.T) *crash {
 	c.postgres = runPostgres(t, postgresConfig{Dir: postgresDir(t)})
 	check(t, <-built)
 
-	c.double = newPretendGateway(time.Now)
+	c.double = newFakeGateway(time.Now)
 	faultDice := c.dice(3)
 	c.double.setFaults(func(call, _ string) fault { return c.chooseFault(faultDice, call) })
 	gateway := httptest.NewServer(c.double)
@@ -372,21 +372,21 @@ func (b *crashBuyer) visit() {
 	}
 	switch roll := b.dice.IntN(20); {
 	case roll < 9:
-		b.pay(order, pretendPayment{Amount: total})
+		b.pay(order, fakePayment{Amount: total})
 	case roll < 11:
-		b.pay(order, pretendPayment{Amount: total - 1000})
+		b.pay(order, fakePayment{Amount: total - 1000})
 	case roll < 12:
-		b.pay(order, pretendPayment{Amount: 100, Currency: "USD"})
+		b.pay(order, fakePayment{Amount: 100, Currency: "USD"})
 	case roll < 13:
-		b.pay(order, pretendPayment{Amount: total, Status: []string{"ready", "failed"}[b.dice.IntN(2)]})
+		b.pay(order, fakePayment{Amount: total, Status: []string{"ready", "failed"}[b.dice.IntN(2)]})
 	case roll < 15: // in two windows
-		b.pay(order, pretendPayment{Amount: total})
-		b.pay(order, pretendPayment{Amount: total})
+		b.pay(order, fakePayment{Amount: total})
+		b.pay(order, fakePayment{Amount: total})
 	case roll < 16: // at a second try
-		b.pay(order, pretendPayment{Amount: total + 1000})
-		b.pay(order, pretendPayment{Amount: total})
+		b.pay(order, fakePayment{Amount: total + 1000})
+		b.pay(order, fakePayment{Amount: total})
 	case roll < 17: // and deletes it at once
-		b.pay(order, pretendPayment{Amount: total})
+		b.pay(order, fakePayment{Amount: total})
 		b.remove(b.id, b.dice, order, "")
 	case roll < 18:
 		b.remove(b.id, b.dice, order, "")
@@ -416,7 +416,7 @@ func (b *crashBuyer) order() (id string, total int64) {
 }
 
 // pay pays in the gateway's window. The browser may report it, once or more, and notices may come, late or never.
-func (b *crashBuyer) pay(order string, p pretendPayment) {
+func (b *crashBuyer) pay(order string, p fakePayment) {
 	b.change(order, func(o *crashOrder) { o.charged = true })
 	p.MerchantUID = order
 	impUID := b.double.pay(p)
@@ -495,16 +495,16 @@ func (c *crash) remove(user string, dice *rand.Rand, order, body string) answer 
 // runDesk moves orders on, and cancels what was returned and now and then what was just paid.
 func (c *crash) runDesk(dice *rand.Rand) {
 	for c.over.Err() == nil {
-		var list deskOrders
+		var list adminOrders
 		query := []string{"pageNumber=1", "pageNumber=2", "status=0", "status=4"}[dice.IntN(4)]
-		a := c.call(dice, desk, "GET", "/api/orders?"+query, nil)
+		a := c.call(dice, adminID, "GET", "/api/orders?"+query, nil)
 		json.Unmarshal([]byte(a.body), &list)
 		for _, o := range list.Orders {
 			switch status := o.Result.Status; {
 			case status == statusReturning && dice.IntN(4) > 0, status == statusPaid && dice.IntN(20) == 0:
-				c.remove(desk, dice, o.ID, "")
+				c.remove(adminID, dice, o.ID, "")
 			case status <= statusShipping && dice.IntN(3) == 0:
-				if c.call(dice, desk, "PATCH", "/api/orders/"+o.ID, map[string]int{"status": status + 1}).status == 200 {
+				if c.call(dice, adminID, "PATCH", "/api/orders/"+o.ID, map[string]int{"status": status + 1}).status == 200 {
 					c.said(o.ID, status+1)
 				}
 			}
@@ -556,7 +556,7 @@ func (c *crash) send(dice *rand.Rand, user, method, path string, body any) (a an
 	}
 	request.Header.Set("X-Forwarded-For", address)
 	if user != "" {
-		token, err := newTokens([]byte(testSecret), time.Now).issue(caller{ID: user, Admin: user == desk}, time.Now(), time.Hour)
+		token, err := newTokens([]byte(testSecret), time.Now).issue(caller{ID: user, Admin: user == adminID}, time.Now(), time.Hour)
 		if err != nil {
 			return a, err
 		}

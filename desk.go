@@ -10,8 +10,8 @@ import (
 
 // Orders to a page.
 const (
-	minePage = 3
-	deskPage = 10
+	minePageSize  = 3
+	adminPageSize = 10
 )
 
 // pageNumber is the page asked for; what is no page is page 1.
@@ -51,7 +51,7 @@ type myOrders struct {
 // listMine answers GET /api/orders/mine.
 func (s *server) listMine(r *request) (any, error) {
 	page := pageNumber(r)
-	orders, count, err := s.store.OrdersOf(r.Context(), r.caller.ID, (page-1)*minePage, minePage)
+	orders, count, err := s.store.listBuyerOrders(r.Context(), r.caller.ID, (page-1)*minePageSize, minePageSize)
 	if err != nil {
 		return nil, err
 	}
@@ -65,25 +65,25 @@ func (s *server) listMine(r *request) (any, error) {
 	for _, n := range count {
 		all += n
 	}
-	answer.Pages = pagesOf(all, minePage)
+	answer.Pages = pagesOf(all, minePageSize)
 	return answer, nil
 }
 
-// deskOrder is an order in the desk's list: whole, and with its buyer spelled out.
-type deskOrder struct {
+// adminOrder is an order in the desk's list: whole, and with its buyer spelled out.
+type adminOrder struct {
 	Result          orderResult     `json:"result"`
 	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
 	DeliveryDetails json.RawMessage `json:"deliveryDetails,omitempty"`
 	OrdererInfo     json.RawMessage `json:"ordererInfo"`
 	ID              string          `json:"_id"`
-	User            deskUser        `json:"user"`
+	User            adminOrderUser  `json:"user"`
 	OrderItems      json.RawMessage `json:"orderItems"`
 	ShippingPrice   int64           `json:"shippingPrice"`
 	TotalPrice      int64           `json:"totalPrice"`
 }
 
-// deskUser is a buyer as the orderer wrote himself.
-type deskUser struct {
+// adminOrderUser is a buyer as the orderer wrote himself.
+type adminOrderUser struct {
 	ID      string `json:"_id"`
 	Name    string `json:"name"`
 	General struct {
@@ -91,15 +91,15 @@ type deskUser struct {
 	} `json:"general"`
 }
 
-// deskOrders is what GET /api/orders answers.
-type deskOrders struct {
-	Orders []deskOrder `json:"orders"`
-	Page   int         `json:"page"`
-	Pages  int         `json:"pages"`
+// adminOrders is what GET /api/orders answers.
+type adminOrders struct {
+	Orders []adminOrder `json:"orders"`
+	Page   int          `json:"page"`
+	Pages  int          `json:"pages"`
 }
 
-// listForDesk answers GET /api/orders, the administrator's list.
-func (s *server) listForDesk(r *request) (any, error) {
+// listOrders answers GET /api/orders, the administrator's list.
+func (s *server) listOrders(r *request) (any, error) {
 	query := r.URL.Query()
 	filter := OrderFilter{Number: strings.TrimSpace(query.Get("number"))}
 	if invalidString(filter.Number) || strings.ToValidUTF8(filter.Number, "\ufffd") != filter.Number {
@@ -113,15 +113,15 @@ func (s *server) listForDesk(r *request) (any, error) {
 		filter.Status = &status
 	}
 	page := pageNumber(r)
-	orders, count, err := s.store.OrdersForDesk(r.Context(), filter, (page-1)*deskPage, deskPage)
+	orders, count, err := s.store.listAllOrders(r.Context(), filter, (page-1)*adminPageSize, adminPageSize)
 	if err != nil {
 		return nil, err
 	}
-	answer := deskOrders{Orders: make([]deskOrder, len(orders)), Page: page, Pages: pagesOf(count, deskPage)}
+	answer := adminOrders{Orders: make([]adminOrder, len(orders)), Page: page, Pages: pagesOf(count, adminPageSize)}
 	for i, o := range orders {
-		user := deskUser{ID: o.UserID, Name: o.OrdererName}
+		user := adminOrderUser{ID: o.UserID, Name: o.OrdererName}
 		user.General.Email = o.OrdererEmail
-		answer.Orders[i] = deskOrder{o.result(), o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID, user, o.Items, o.ShippingPrice, o.Total}
+		answer.Orders[i] = adminOrder{o.result(), o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID, user, o.Items, o.ShippingPrice, o.Total}
 	}
 	return answer, nil
 }

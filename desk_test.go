@@ -18,16 +18,16 @@ func TestDeskSteps(t *testing.T) {
 		status int
 		text   string
 	}{
-		{0, desk, `{"status":1}`, 200, "해당 주문이 발송 준비 중 단계로 변경되었습니다"},
-		{1, desk, `{"status":2}`, 200, "해당 주문이 배송 중 단계로 변경되었습니다"},
-		{2, desk, `{"status":3}`, 200, "해당 주문이 배송 완료 단계로 변경되었습니다"},
+		{0, adminID, `{"status":1}`, 200, "해당 주문이 발송 준비 중 단계로 변경되었습니다"},
+		{1, adminID, `{"status":2}`, 200, "해당 주문이 배송 중 단계로 변경되었습니다"},
+		{2, adminID, `{"status":3}`, 200, "해당 주문이 배송 완료 단계로 변경되었습니다"},
 		{1, buyerA, `{"status":4}`, 200, "해당 주문의 반품 요청 단계로 변경되었습니다"},
-		{2, desk, `{"status":4}`, 200, "해당 주문의 반품 요청 단계로 변경되었습니다"},
+		{2, adminID, `{"status":4}`, 200, "해당 주문의 반품 요청 단계로 변경되었습니다"},
 		{3, buyerA, `{"status":4}`, 200, "해당 주문의 반품 요청 단계로 변경되었습니다"},
-		{0, desk, `{"status":2}`, 400, wrong}, {1, desk, `{"status":1}`, 400, wrong}, {2, desk, `{"status":1}`, 400, wrong},
-		{0, buyerA, `{"status":4}`, 400, wrong}, {4, buyerA, `{"status":4}`, 400, wrong}, {3, desk, `{"status":5}`, 400, wrong},
-		{0, desk, `{"status":-1}`, 400, wrong}, {0, desk, `{}`, 400, wrong}, {0, desk, ``, 400, wrong},
-		{0, desk, `{"status":"1"}`, 400, ""}, {0, desk, `{"status":1.5}`, 400, ""}, {0, desk, `[]`, 400, ""},
+		{0, adminID, `{"status":2}`, 400, wrong}, {1, adminID, `{"status":1}`, 400, wrong}, {2, adminID, `{"status":1}`, 400, wrong},
+		{0, buyerA, `{"status":4}`, 400, wrong}, {4, buyerA, `{"status":4}`, 400, wrong}, {3, adminID, `{"status":5}`, 400, wrong},
+		{0, adminID, `{"status":-1}`, 400, wrong}, {0, adminID, `{}`, 400, wrong}, {0, adminID, ``, 400, wrong},
+		{0, adminID, `{"status":"1"}`, 400, ""}, {0, adminID, `{"status":1.5}`, 400, ""}, {0, adminID, `[]`, 400, ""},
 		{0, buyerA, `{"status":1}`, 403, messageAdmin},
 		{0, buyerB, `{"status":1}`, 404, messageNoSuchOrder}, {1, buyerB, `{"status":4}`, 404, messageNoSuchOrder},
 		{0, "", `{"status":1}`, 401, messageSignIn},
@@ -47,14 +47,14 @@ func TestDeskSteps(t *testing.T) {
 		})
 	}
 	for _, id := range []string{"61a7adc903b7708e5dbba693", "no-id"} {
-		s.want(s.call(desk, "PATCH", "/api/orders/"+id, `{"status":1}`), 404, messageNoSuchOrder)
+		s.want(s.call(adminID, "PATCH", "/api/orders/"+id, `{"status":1}`), 404, messageNoSuchOrder)
 	}
 }
 
 func TestTwoDesksAtOnce(t *testing.T) {
 	s := newShop(t)
 	order, _, _ := s.orderAt(0)
-	count := crowd(20, func(int) answer { return s.call(desk, "PATCH", "/api/orders/"+order, `{"status":1}`) })
+	count := crowd(20, func(int) answer { return s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`) })
 	if count[200] != 1 || count[400] != 19 || s.statusOf(order) != statusPreparing {
 		t.Fatalf("answers by status: %v, order %d", count, s.statusOf(order))
 	}
@@ -136,20 +136,20 @@ func TestDeskList(t *testing.T) {
 		{"?status=4", 4, 1, 1, last}, {"?status=0", 4, 1, 1, ""}, {"?status=5", 0, 1, 0, ""}, {"?status=-1", 1, 1, 1, unpaid},
 		{"?number=" + number, 1, 1, 1, last}, {"?number=" + number + "&status=4", 1, 1, 1, last}, {"?number=" + number + "&status=0", 0, 1, 0, ""}, {"?number=none", 0, 1, 0, ""},
 	} {
-		l := s.list(desk, "/api/orders"+row.query)
+		l := s.list(adminID, "/api/orders"+row.query)
 		if len(l.Orders) != row.count || l.Page != row.page || l.Pages != row.pages || (row.first != "" && l.Orders[0].ID != row.first) {
 			t.Errorf("%q: %+v", row.query, l)
 		}
 	}
 	check(t, s.store.compactStatusCounts(t.Context()))
-	if l := s.list(desk, "/api/orders"); l.Pages != 2 {
+	if l := s.list(adminID, "/api/orders"); l.Pages != 2 {
 		t.Errorf("after folding: %d pages", l.Pages)
 	}
-	if user := fmt.Sprint(s.list(desk, "/api/orders").Orders[0].User); user != "map[_id:"+buyerA+" general:map[email:buyer@example.com] name:홍길동]" {
+	if user := fmt.Sprint(s.list(adminID, "/api/orders").Orders[0].User); user != "map[_id:"+buyerA+" general:map[email:buyer@example.com] name:홍길동]" {
 		t.Errorf("user %s", user)
 	}
-	s.want(s.call(desk, "GET", "/api/orders?status=7", nil), 400, "")
-	s.want(s.call(desk, "GET", "/api/orders?number=%00", nil), 400, "")
+	s.want(s.call(adminID, "GET", "/api/orders?status=7", nil), 400, "")
+	s.want(s.call(adminID, "GET", "/api/orders?number=%00", nil), 400, "")
 	s.want(s.call(buyerA, "GET", "/api/orders", nil), 403, messageAdmin)
 	s.want(s.call("", "GET", "/api/orders", nil), 401, messageSignIn)
 }
@@ -157,7 +157,7 @@ func TestDeskList(t *testing.T) {
 func TestHistory(t *testing.T) {
 	s := newShop(t)
 	order, impUID, _ := s.orderAt(statusReturning)
-	s.want(s.call(desk, "DELETE", "/api/orders/"+order, nil), 200, "")
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "")
 	lines := func(user string) (lines []string) {
 		var h struct{ History []historyLine }
 		check(t, json.Unmarshal([]byte(s.want(s.call(user, "GET", "/api/orders/"+order+"/history", nil), 200, "").body), &h))
@@ -170,15 +170,15 @@ func TestHistory(t *testing.T) {
 		return lines
 	}
 	want := []string{"buyer  created  0", "buyer  paid  0", "buyer  payment kept " + impUID + " 109000",
-		"administrator " + desk + " preparing  0", "administrator " + desk + " shipping  0", "administrator " + desk + " delivered  0",
-		"buyer  return requested  0", "administrator " + desk + " cancel requested  0",
-		"administrator " + desk + " refunding: " + reasonShopCancel + " " + impUID + " 109000",
-		"administrator " + desk + " refunded: " + reasonShopCancel + " " + impUID + " 109000", "administrator " + desk + " cancelled  0"}
+		"administrator " + adminID + " preparing  0", "administrator " + adminID + " shipping  0", "administrator " + adminID + " delivered  0",
+		"buyer  return requested  0", "administrator " + adminID + " cancel requested  0",
+		"administrator " + adminID + " refunding: " + reasonShopCancel + " " + impUID + " 109000",
+		"administrator " + adminID + " refunded: " + reasonShopCancel + " " + impUID + " 109000", "administrator " + adminID + " cancelled  0"}
 	sorted := func(lines []string) string { return strings.Join(lines, "\n") }
-	if got := lines(desk); sorted(got) != sorted(want) {
+	if got := lines(adminID); sorted(got) != sorted(want) {
 		t.Errorf("the desk sees\n%s\nwant\n%s", sorted(got), sorted(want))
 	}
-	if got := sorted(lines(buyerA)); got != strings.ReplaceAll(sorted(want), desk, "") {
+	if got := sorted(lines(buyerA)); got != strings.ReplaceAll(sorted(want), adminID, "") {
 		t.Errorf("the buyer sees\n%s", got)
 	}
 	s.want(s.call(buyerB, "GET", "/api/orders/"+order+"/history", nil), 404, messageOrderUnknown)

@@ -151,12 +151,12 @@ func instantGateway(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, `{"code":0,"message":null,"response":{"access_token":"token","now":%d,"expired_at":%d}}`, now, now+1800)
 		return
 	case r.URL.Path == "/payments/cancel":
-		var body pretendCancel
+		var body fakeCancel
 		json.NewDecoder(r.Body).Decode(&body)
 		impUID, status, cancelled = body.ImpUID, "cancelled", 109000
 	case !strings.HasPrefix(impUID, "imp_"):
 		w.WriteHeader(http.StatusNotFound)
-		fmt.Fprintf(w, `{"code":-1,"message":%q,"response":null}`, pretendNotFound)
+		fmt.Fprintf(w, `{"code":-1,"message":%q,"response":null}`, fakeNotFound)
 		return
 	}
 	fmt.Fprintf(w, `{"code":0,"message":null,"response":{"imp_uid":%q,"merchant_uid":%q,"status":%q,"currency":"KRW",
@@ -226,7 +226,7 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*checkoutCl
 }
 
 func (g *gallery) token(user string) string {
-	token, err := g.tokens.issue(caller{ID: user, Admin: user == desk}, g.now(), 3*time.Hour)
+	token, err := g.tokens.issue(caller{ID: user, Admin: user == adminID}, g.now(), 3*time.Hour)
 	check(g.t, err)
 	return token
 }
@@ -260,7 +260,7 @@ func (g *gallery) cart() []string {
 
 // requests are one call's questions, about many orders and paintings.
 func (g *gallery) requests(name string) [][]byte {
-	byDesk := g.token(desk)
+	byDesk := g.token(adminID)
 	ask := map[string]func(o shownOrder) []byte{
 		"cart-items": func(shownOrder) []byte {
 			return wireRequest("GET", "/api/products/cart-items?productId="+strings.Join(g.cart(), "&productId="), "", "")
@@ -319,7 +319,7 @@ func life(c *checkoutClient) {
 	buyer := newTestID()
 	order := c.order(buyer, c.painting)
 	c.pay(buyer, order)
-	path, byBuyer, byDesk := "/api/orders/"+order, c.token(buyer), c.token(desk)
+	path, byBuyer, byDesk := "/api/orders/"+order, c.token(buyer), c.token(adminID)
 	for status := statusPreparing; status <= statusDelivered; status++ {
 		c.call("step", wireRequest("PATCH", path, byDesk, fmt.Sprintf(`{"status":%d}`, status)), 200)
 	}

@@ -35,7 +35,7 @@ type shop struct {
 	*server
 	t      testing.TB
 	clock  *testClock
-	double *pretendGateway
+	double *fakeGateway
 	logged *bytes.Buffer // what it logged; read it when nothing runs
 	traced *tracer
 	url    string // empty: without a network
@@ -46,16 +46,16 @@ const testSecret = "test-secret-test-secret-test-secret-test"
 
 // Users of the tests.
 const (
-	buyerA = "61a4e52b4f5f6aa036bfeca1"
-	buyerB = "61a4e52b4f5f6aa036bfeca2"
-	desk   = "61a4e52b4f5f6aa036bfecad"
+	buyerA  = "61a4e52b4f5f6aa036bfeca1"
+	buyerB  = "61a4e52b4f5f6aa036bfeca2"
+	adminID = "61a4e52b4f5f6aa036bfecad"
 )
 
 // newShop opens a shop. change, when given, changes its configuration first.
 func newShop(t testing.TB, change ...func(*config)) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
-	s.double = newPretendGateway(s.clock.Now)
+	s.double = newFakeGateway(s.clock.Now)
 	gateway := httptest.NewServer(s.double)
 	t.Cleanup(gateway.Close)
 	s.open(gateway.URL, nil, change...)
@@ -70,7 +70,7 @@ func newShop(t testing.TB, change ...func(*config)) *shop {
 func newDirectShop(t testing.TB) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
-	s.double = newPretendGateway(s.clock.Now)
+	s.double = newFakeGateway(s.clock.Now)
 	s.open("http://gateway.invalid", s.double)
 	return s
 }
@@ -111,7 +111,7 @@ func (s *shop) as(user string) string {
 	if user == "" {
 		return ""
 	}
-	return "Bearer " + s.token(user, user == desk)
+	return "Bearer " + s.token(user, user == adminID)
 }
 
 // answer is what a call answered.
@@ -249,7 +249,7 @@ func (s *shop) order(user string, paintings ...string) string {
 
 // charge has the gateway take amount for an order and returns the imp_uid; nobody is told.
 func (s *shop) charge(order string, amount int64) string {
-	return s.double.pay(pretendPayment{MerchantUID: order, Amount: amount})
+	return s.double.pay(fakePayment{MerchantUID: order, Amount: amount})
 }
 
 // report tells the service of a payment as the browser does.
@@ -273,7 +273,7 @@ func (s *shop) orderAt(status int) (order, impUID, painting string) {
 	s.t.Helper()
 	order, impUID, painting = s.paid(buyerA)
 	for step := 1; step <= min(status, statusDelivered); step++ {
-		s.want(s.call(desk, "PATCH", "/api/orders/"+order, map[string]int{"status": step}), 200, "")
+		s.want(s.call(adminID, "PATCH", "/api/orders/"+order, map[string]int{"status": step}), 200, "")
 	}
 	if status == statusReturning {
 		s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, map[string]int{"status": 4}), 200, "")
@@ -285,7 +285,7 @@ func (s *shop) orderAt(status int) (order, impUID, painting string) {
 func (s *shop) statusOf(order string) int {
 	s.t.Helper()
 	var detail struct{ Result struct{ Status int } }
-	check(s.t, json.Unmarshal([]byte(s.want(s.call(desk, "GET", "/api/orders/"+order, nil), 200, "").body), &detail))
+	check(s.t, json.Unmarshal([]byte(s.want(s.call(adminID, "GET", "/api/orders/"+order, nil), 200, "").body), &detail))
 	return detail.Result.Status
 }
 

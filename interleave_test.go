@@ -40,7 +40,7 @@ var situations = []struct {
 		c.pay()
 		c.want(c.report(c.first), 200, "결제 성공")
 		c.want(c.call(c.buyer, "DELETE", "/api/orders/"+c.order, `{"status":4}`), 200, "")
-		c.deleter = desk
+		c.deleter = adminID
 	}},
 	{"cancelled, its refund not done", func(c *crossing) {
 		c.pay()
@@ -72,7 +72,7 @@ var roads = []struct {
 	{"delete", false, func(c *crossing) (answer, string) { return c.delete("") }},
 	{"return", false, func(c *crossing) (answer, string) { return c.delete(`{"status":4}`) }},
 	{"step", false, func(c *crossing) (answer, string) {
-		return c.call(desk, "PATCH", "/api/orders/"+c.order, `{"status":1}`), c.order
+		return c.call(adminID, "PATCH", "/api/orders/"+c.order, `{"status":1}`), c.order
 	}},
 	{"second payment", true, func(c *crossing) (answer, string) { return c.reportNew(c.order, 109000) }},
 	{"wrong amount", false, func(c *crossing) (answer, string) { return c.reportNew(c.order, 1000) }},

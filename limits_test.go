@@ -91,7 +91,7 @@ func TestUnknownPaymentIsRemembered(t *testing.T) {
 	} {
 		order, impUID, before := s.order(newTestID(), s.painting(99000)), newImpUID(), s.double.calls("payment")
 		row.first(s, impUID)
-		s.double.pay(pretendPayment{ImpUID: impUID, MerchantUID: order, Amount: 109000})
+		s.double.pay(fakePayment{ImpUID: impUID, MerchantUID: order, Amount: 109000})
 		s.clock.advance(row.after)
 		if a := row.then(s, impUID); a.status != row.status {
 			t.Errorf("%s: answered %d %s", name, a.status, a.body)
@@ -221,7 +221,7 @@ func TestWaste(t *testing.T) {
 	s := newDirectShop(t)
 	order, kept, _ := s.paid(buyerA)
 	open := s.order(buyerB, s.painting(99000))
-	ready := s.double.pay(pretendPayment{MerchantUID: open, Amount: 109000, Status: "ready"})
+	ready := s.double.pay(fakePayment{MerchantUID: open, Amount: 109000, Status: "ready"})
 	foreign := s.charge("another-shop-1", 109000)
 	duplicate := s.charge(order, 109000)
 	silent := func() { s.double.faultOnce("payment", fault{before: answer500}) }

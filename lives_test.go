@@ -70,7 +70,7 @@ func newModelLife(s *shop, seed uint64) *modelLife {
 		l.model.paintings = append(l.model.paintings, &modelPainting{id: id, forSale: true})
 		l.names = append(l.names, id, fmt.Sprintf("painting%d", i+1))
 	}
-	l.names = append(l.names, desk, "desk")
+	l.names = append(l.names, adminID, "desk")
 	return l
 }
 
@@ -153,7 +153,7 @@ func (l *modelLife) user(o *modelOrder) string {
 	case n < 13 && o != nil:
 		return o.buyer
 	case n < 17:
-		return desk
+		return adminID
 	case n < 19:
 		return pick(l, l.buyers)
 	}
@@ -342,7 +342,7 @@ func (l *modelLife) playShow() {
 		got = fmt.Sprint(list.ids(), list.Status["paid"], list.Status["ready"], list.Status["coming"], list.Status["done"])
 	case 3:
 		l.say("the desk lists the orders")
-		ids, list := newest(func(o *modelOrder) bool { return o.status >= 0 }, 10), l.list(desk, "/api/orders").ids()
+		ids, list := newest(func(o *modelOrder) bool { return o.status >= 0 }, 10), l.list(adminID, "/api/orders").ids()
 		want, got = fmt.Sprint(ids), fmt.Sprint(list[:min(len(ids), len(list))]) // those of earlier lives follow
 	case 4:
 		l.say("%s looks at the paintings", buyer)
@@ -371,7 +371,7 @@ func (l *modelLife) playCharge() {
 	for _, waiting := range l.model.payments {
 		if waiting.status == "ready" && l.random.IntN(4) == 0 {
 			waiting.status, waiting.changed = "paid", l.model.now
-			l.double.set(waiting.impUID, func(p *pretendPayment) { p.Status, p.PaidAt = "paid", l.model.now })
+			l.double.set(waiting.impUID, func(p *fakePayment) { p.Status, p.PaidAt = "paid", l.model.now })
 			l.say("%s is paid after all", waiting.impUID)
 			return
 		}
@@ -398,7 +398,7 @@ func (l *modelLife) playCharge() {
 	case kind < 8:
 		p.status = "ready"
 	}
-	p.impUID = l.double.pay(pretendPayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status})
+	p.impUID = l.double.pay(fakePayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status})
 	l.model.payments = append(l.model.payments, p)
 	l.names = append(l.names, p.impUID, fmt.Sprintf("payment%d", len(l.model.payments)))
 	l.say("%s: %d %s for order %s, %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, p.sandbox)
@@ -438,7 +438,7 @@ func (l *modelLife) playStep() {
 	o := lately(l, l.model.orders)
 	user, to := l.user(o), 1+l.random.IntN(4)
 	if o != nil && l.random.IntN(2) == 0 {
-		user, to = desk, o.status+1
+		user, to = adminID, o.status+1
 	}
 	want := l.model.step(user, o, to)
 	l.want(l.call(user, "PATCH", "/api/orders/"+o.orderID(), map[string]int{"status": to}), want, "%s moves order %s to %d", user, o.orderID(), to)

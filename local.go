@@ -24,24 +24,24 @@ import (
 // on in a configured deployment: it is there only when DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET are all unset.
 
 //go:embed catalogue.json
-var sampleCatalogue []byte
+var devCatalogueFile []byte
 
 //go:embed page.html
-var samplePage []byte
+var devPage []byte
 
-// pagePolicy lets the page be what it is, one file that talks to this service alone. With trusted types the browser
+// devPagePolicy lets the page be what it is, one file that talks to this service alone. With trusted types the browser
 // itself refuses to make HTML of a text.
-const pagePolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; " +
+const devPagePolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; " +
 	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 
-// localPeople are the users whose tokens are handed out.
-var localPeople = []localPerson{
+// devUsers are the users whose tokens are handed out.
+var devUsers = []devUser{
 	{ID: "61a4e52b4f5f6aa036bfec61", Name: "가람", Variable: "BUYER"},
 	{ID: "61a4e52b4f5f6aa036bfec62", Name: "나래", Variable: "BUYER2"},
 	{ID: "61a4e52b4f5f6aa036bfec6a", Name: "관리자", Variable: "DESK", Admin: true},
 }
 
-type localPerson struct {
+type devUser struct {
 	ID       string `json:"id"`
 	Name     string `json:"name"`
 	Variable string `json:"variable"` // the shell variable that keeps the token, in what is printed and shown to be pasted
@@ -49,21 +49,21 @@ type localPerson struct {
 	Token    string `json:"token"`
 }
 
-// localTokenTTL is long enough for a day's work.
-const localTokenTTL = 12 * time.Hour
+// devTokenTTL is long enough for a day's work.
+const devTokenTTL = 12 * time.Hour
 
-// localHouse is what local development runs beside the service.
-type localHouse struct {
+// devEnv is what local development runs beside the service.
+type devEnv struct {
 	dir     string
 	unlock  func()
 	server  *postgresServer
-	gateway *pretendGateway
+	gateway *fakeGateway
 	http    *http.Server // the gateway's
 }
 
-// openLocalHouse starts the private PostgreSQL and the pretend gateway, and completes the configuration with them.
-func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err error) {
-	h := &localHouse{}
+// openDevEnv starts the private PostgreSQL and the fake gateway, and completes the configuration with them.
+func openDevEnv(ctx context.Context, c *config) (env *devEnv, err error) {
+	h := &devEnv{}
 	defer func() {
 		if err != nil {
 			h.Close()
@@ -78,10 +78,10 @@ func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err erro
 	if h.server, err = startPostgres(ctx, postgresConfig{Dir: filepath.Join(h.dir, "postgres")}); err != nil {
 		return nil, err
 	}
-	if c.jwtSecret, err = localSecret(); err != nil {
+	if c.jwtSecret, err = devSecret(); err != nil {
 		return nil, err
 	}
-	h.gateway = newPretendGateway(time.Now)
+	h.gateway = newFakeGateway(time.Now)
 	if err := h.gateway.persist(filepath.Join(h.dir, "payments.json")); err != nil {
 		return nil, err
 	}
@@ -93,8 +93,8 @@ func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err erro
 	go h.http.Serve(listener)
 	c.databaseURL, c.iamportURL = h.server.URL, "http://"+listener.Addr().String()
 	c.iamportKey, c.iamportSecret = h.gateway.key, h.gateway.secret
-	where, _ := json.Marshal(localGateway{c.iamportURL, c.iamportKey, c.iamportSecret})
-	if err := os.WriteFile(filepath.Join(h.dir, localGatewayFile), where, 0o600); err != nil {
+	where, _ := json.Marshal(devGatewayAddress{c.iamportURL, c.iamportKey, c.iamportSecret})
+	if err := os.WriteFile(filepath.Join(h.dir, devGatewayFile), where, 0o600); err != nil {
 		return nil, err
 	}
 	if len(c.origins) == 0 {
@@ -103,8 +103,8 @@ func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err erro
 	return h, nil
 }
 
-// Close stops what openLocalHouse started.
-func (h *localHouse) Close() (err error) {
+// Close stops what openDevEnv started.
+func (h *devEnv) Close() (err error) {
 	if h.http != nil {
 		err = h.http.Close()
 	}
@@ -117,15 +117,15 @@ func (h *localHouse) Close() (err error) {
 	return err
 }
 
-// furnish loads the sample catalogue into an empty database, adds the calls that only local development has, and prints
+// setUp loads the sample catalogue into an empty database, adds the calls that only local development has, and prints
 // how to use it all.
-func (h *localHouse) furnish(ctx context.Context, s *server, address string, out io.Writer) error {
+func (h *devEnv) setUp(ctx context.Context, s *server, address string, out io.Writer) error {
 	ids, err := s.store.AllPaintingIDs(ctx, 200)
 	if err != nil {
 		return err
 	}
 	if len(ids) == 0 {
-		if _, err := importCatalogue(ctx, s.store, bytes.NewReader(sampleCatalogue)); err != nil {
+		if _, err := importCatalogue(ctx, s.store, bytes.NewReader(devCatalogueFile)); err != nil {
 			return err
 		}
 	}
@@ -133,7 +133,7 @@ func (h *localHouse) furnish(ctx context.Context, s *server, address string, out
 		text, _ := json.Marshal(map[string]string{"imp_uid": impUID, "merchant_uid": merchantUID, "status": status})
 		response, err := http.Post("http://"+address+"/api/payments/webhook", "application/json", bytes.NewReader(text))
 		if err != nil {
-			s.log.Warn("pretend gateway: notice not delivered", "error", err)
+			s.log.Warn("fake gateway: notice not delivered", "error", err)
 			return
 		}
 		response.Body.Close()
@@ -142,42 +142,42 @@ func (h *localHouse) furnish(ctx context.Context, s *server, address string, out
 	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.Header().Set("Cache-Control", "no-store")
-		w.Header().Set("Content-Security-Policy", pagePolicy)
-		w.Write(samplePage)
+		w.Header().Set("Content-Security-Policy", devPagePolicy)
+		w.Write(devPage)
 	})
-	s.add(route{"GET /local/catalogue", public, http.StatusOK, s.localCatalogue})
-	return h.welcome(s, address, out)
+	s.add(route{"GET /local/catalogue", public, http.StatusOK, s.showDevCatalogue})
+	return h.printBanner(s, address, out)
 }
 
-// localCatalogue is what the page starts from.
-type localCatalogue struct {
-	IDs    []string      `json:"ids"`
-	People []localPerson `json:"people"`
+// devCatalogue is what the page starts from.
+type devCatalogue struct {
+	IDs    []string  `json:"ids"`
+	People []devUser `json:"people"`
 }
 
-func (s *server) localCatalogue(r *request) (any, error) {
+func (s *server) showDevCatalogue(r *request) (any, error) {
 	ids, err := s.store.AllPaintingIDs(r.Context(), 200)
 	if err != nil {
 		return nil, err
 	}
-	return localCatalogue{ids, s.peopleWithTokens()}, nil
+	return devCatalogue{ids, s.devUsersWithTokens()}, nil
 }
 
-// peopleWithTokens are the localPeople, each with a new token.
-func (s *server) peopleWithTokens() []localPerson {
-	people := slices.Clone(localPeople)
+// devUsersWithTokens are the devUsers, each with a new token.
+func (s *server) devUsersWithTokens() []devUser {
+	people := slices.Clone(devUsers)
 	for i, p := range people {
 		var err error
-		if people[i].Token, err = s.tokens.issue(caller{ID: p.ID, Admin: p.Admin}, s.now(), localTokenTTL); err != nil {
+		if people[i].Token, err = s.tokens.issue(caller{ID: p.ID, Admin: p.Admin}, s.now(), devTokenTTL); err != nil {
 			panic(err) // HS256 signs with any secret
 		}
 	}
 	return people
 }
 
-// localSecret is the secret of local development's tokens, made at the first run and kept, so that a command in another
+// devSecret is the secret of local development's tokens, made at the first run and kept, so that a command in another
 // terminal makes tokens that the running service accepts.
-func localSecret() ([]byte, error) {
+func devSecret() ([]byte, error) {
 	dir, err := cacheDir()
 	if err != nil {
 		return nil, err
@@ -192,12 +192,12 @@ func localSecret() ([]byte, error) {
 	return secret, os.WriteFile(name, secret, 0o600)
 }
 
-// joinLocalHouse finds what a command stands on in local development: the private PostgreSQL and the pretend gateway of
+// joinDevEnv finds what a command stands on in local development: the private PostgreSQL and the fake gateway of
 // the running service, or those that it starts itself until leave.
-func joinLocalHouse(ctx context.Context, c *config) (leave func() error, err error) {
-	house, problem := openLocalHouse(ctx, c)
+func joinDevEnv(ctx context.Context, c *config) (leave func() error, err error) {
+	env, problem := openDevEnv(ctx, c)
 	if problem == nil {
-		return house.Close, nil
+		return env.Close, nil
 	}
 	dir, err := cacheDir()
 	if err != nil {
@@ -206,11 +206,11 @@ func joinLocalHouse(ctx context.Context, c *config) (leave func() error, err err
 	if c.databaseURL, err = runningPostgres(filepath.Join(dir, "postgres")); err != nil {
 		return nil, problem
 	}
-	text, err := os.ReadFile(filepath.Join(dir, localGatewayFile))
+	text, err := os.ReadFile(filepath.Join(dir, devGatewayFile))
 	if err != nil {
 		return nil, err
 	}
-	var at localGateway
+	var at devGatewayAddress
 	if err := json.Unmarshal(text, &at); err != nil {
 		return nil, err
 	}
@@ -218,16 +218,16 @@ func joinLocalHouse(ctx context.Context, c *config) (leave func() error, err err
 	return func() error { return nil }, nil
 }
 
-// localGateway is where a running service has its pretend gateway, kept in localGatewayFile for commands in another
+// devGatewayAddress is where a running service has its fake gateway, kept in devGatewayFile for commands in another
 // terminal. Its keys are made anew at each start.
-type localGateway struct{ URL, Key, Secret string }
+type devGatewayAddress struct{ URL, Key, Secret string }
 
-const localGatewayFile = "gateway.json"
+const devGatewayFile = "gateway.json"
 
-// welcome prints where the service is, tokens, and the lines that walk from a cart to a cancelled order.
-func (h *localHouse) welcome(s *server, address string, out io.Writer) error {
+// printBanner prints where the service is, tokens, and the lines that walk from a cart to a cancelled order.
+func (h *devEnv) printBanner(s *server, address string, out io.Writer) error {
 	var tokens strings.Builder
-	for _, p := range s.peopleWithTokens() {
+	for _, p := range s.devUsersWithTokens() {
 		fmt.Fprintf(&tokens, "%s=%s\n", p.Variable, p.Token)
 	}
 	_, err := fmt.Fprint(out, strings.NewReplacer("{url}", "http://"+address, "{tokens}", tokens.String()).Replace(`

@@ -37,7 +37,7 @@ Usage:
   lumiere version                            print the version
 
 Without DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET it runs in local development: a private PostgreSQL,
-a sample catalogue and a pretend gateway. README.md describes the configuration.
+a sample catalogue and a fake gateway. README.md describes the configuration.
 `
 
 func main() {
@@ -250,7 +250,7 @@ func (s *server) routes() []route {
 		{"POST /api/payments/webhook", public, 200, s.webhook},
 
 		{"GET /api/orders/mine", authenticated, 200, s.listMine},
-		{"GET /api/orders", admin, 200, s.listForDesk},
+		{"GET /api/orders", admin, 200, s.listOrders},
 		{"PATCH /api/orders/{id}", authenticated, 200, s.advanceOrder},
 		{"GET /api/orders/{id}/history", authenticated, 200, s.showHistory},
 
@@ -300,13 +300,13 @@ func randomDigits() string {
 // serve runs the service until ctx ends, then lets what is under way finish for 10 seconds.
 func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	log := newLog(c, errOut)
-	var house *localHouse
+	var env *devEnv
 	host := ""
 	if c.local {
-		if house, err = openLocalHouse(ctx, &c); err != nil {
+		if env, err = openDevEnv(ctx, &c); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, house.Close()) }()
+		defer func() { err = errors.Join(err, env.Close()) }()
 		host = "127.0.0.1"
 	}
 	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
@@ -327,8 +327,8 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	}
 	defer store.Close()
 	s := newServer(c, store, nil, log, time.Now)
-	if house != nil {
-		if err := house.furnish(ctx, s, listener.Addr().String(), out); err != nil {
+	if env != nil {
+		if err := env.setUp(ctx, s, listener.Addr().String(), out); err != nil {
 			return err
 		}
 	}
@@ -432,10 +432,10 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 }
 
 // withStore opens the database for a command and brings its schema up to date. In local development it completes the
-// configuration with the private PostgreSQL and the pretend gateway first.
+// configuration with the private PostgreSQL and the fake gateway first.
 func withStore(ctx context.Context, c *config, do func(*Store) error) (err error) {
 	if c.local {
-		leave, err := joinLocalHouse(ctx, c)
+		leave, err := joinDevEnv(ctx, c)
 		if err != nil {
 			return err
 		}
@@ -456,7 +456,7 @@ func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io
 		return errors.New("-user must be an ObjectId: 24 hex digits")
 	}
 	if c.local {
-		if c.jwtSecret, err = localSecret(); err != nil {
+		if c.jwtSecret, err = devSecret(); err != nil {
 			return err
 		}
 	}

@@ -87,7 +87,7 @@ func (o *modelOrder) note(why string) { o.history = append(o.history, why) }
 
 // seenBy reports whether the order exists for user: its buyer and the desk.
 func (o *modelOrder) seenBy(user string) bool {
-	return o != nil && o.ended == "" && (user == o.buyer || user == desk)
+	return o != nil && o.ended == "" && (user == o.buyer || user == adminID)
 }
 
 // end lets an unpaid order go.
@@ -363,7 +363,7 @@ func (m *model) deletePaid(user string, o *modelOrder, wanted *int) reply {
 		o.status = 4
 		o.note("return requested")
 		return reply{200, "해당 주문의 반품 요청이 완료되었습니다"}
-	case o.status == 4 && user != desk:
+	case o.status == 4 && user != adminID:
 		return reply{409, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다"}
 	case o.status != 0 && o.status != 4:
 		return reply{409, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다"}
@@ -384,7 +384,7 @@ func (m *model) cancelOrder(user string, o *modelOrder) (status int) {
 	o.cancelling = true
 	o.note("cancel requested")
 	reason := "buyer cancelled"
-	if user == desk {
+	if user == adminID {
 		reason = "shop cancelled"
 	}
 	p := m.payments[i]
@@ -403,7 +403,7 @@ func (m *model) step(user string, o *modelOrder, to int) reply {
 		return nobodyAsks
 	case !o.seenBy(user):
 		return noSuchOrder
-	case onward && user != desk:
+	case onward && user != adminID:
 		return reply{403, "관리자만 사용할 수 있습니다"}
 	case o.cancelling, onward && o.status != to-1, !onward && (to != 4 || o.status < 1 || o.status > 3):
 		return reply{400, "변경실패, 진행 단계가 알맞지 않습니다"}

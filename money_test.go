@@ -53,7 +53,7 @@ func TestWebhook(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
 	impUID := s.charge(order, 109000)
-	ready := s.double.pay(pretendPayment{MerchantUID: order, Amount: 109000, Status: "ready"})
+	ready := s.double.pay(fakePayment{MerchantUID: order, Amount: 109000, Status: "ready"})
 	foreign := s.charge("another-shop-1", 109000)
 	for _, row := range []struct {
 		body   string
@@ -119,7 +119,7 @@ func TestCancelThroughTrouble(t *testing.T) {
 				if s.statusOf(order) != statusPaid || s.inStock("", painting) || s.row(impUID) != "refunding: "+reasonBuyerCancel {
 					t.Fatalf("status %d, %s", s.statusOf(order), s.row(impUID))
 				}
-				s.want(s.call(desk, "PATCH", "/api/orders/"+order, `{"status":1}`), 400, "") // its money is on the way back
+				s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`), 400, "") // its money is on the way back
 				s.later(time.Minute)
 			}
 			if s.statusOf(order) != statusCancelled || !s.inStock("", painting) || s.back(impUID) != 109000 || s.double.calls("cancel") != row.calls {

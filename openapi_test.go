@@ -472,7 +472,7 @@ func (s *shop) callExample(c *apiCall) answer {
 	if schema := c.RequestBody.Content["application/json"].Schema; schema != nil {
 		body = schema.example()
 	}
-	return s.call(desk, method, at+"?"+query.Encode(), body)
+	return s.call(adminID, method, at+"?"+query.Encode(), body)
 }
 
 func TestOpenAPIHasEveryCall(t *testing.T) {
@@ -529,7 +529,7 @@ func TestOpenAPIIsServed(t *testing.T) {
 // exampleShop is a shop that knows the payment of the examples, which is for a wrong amount and an order that is not there.
 func exampleShop(t *testing.T) *shop {
 	s := newShop(t)
-	s.double.pay(pretendPayment{ImpUID: "imp_448280090638", MerchantUID: newTestID(), Amount: 1})
+	s.double.pay(fakePayment{ImpUID: "imp_448280090638", MerchantUID: newTestID(), Amount: 1})
 	return s
 }
 
@@ -590,14 +590,14 @@ func TestEveryBodyThatCannotBeRead(t *testing.T) {
 			continue
 		}
 		method, path, _ := strings.Cut(strings.Replace(c.name, "{id}", newTestID(), 1), " ")
-		s.want(s.call(desk, method, path, "{"), 400, "요청 본문이 올바른 JSON이 아닙니다")
-		s.want(s.call(desk, method, path, "{\xff}"), 400, "요청 본문이 올바른 UTF-8이 아닙니다")
-		s.want(s.call(desk, method, path, strings.Repeat(" ", maxBody+1)), 413, "요청 본문은 1MB를 넘을 수 없습니다")
+		s.want(s.call(adminID, method, path, "{"), 400, "요청 본문이 올바른 JSON이 아닙니다")
+		s.want(s.call(adminID, method, path, "{\xff}"), 400, "요청 본문이 올바른 UTF-8이 아닙니다")
+		s.want(s.call(adminID, method, path, strings.Repeat(" ", maxBody+1)), 413, "요청 본문은 1MB를 넘을 수 없습니다")
 
 		connection, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
 		check(t, err)
 		fmt.Fprintf(connection, "%s %s HTTP/1.1\r\nHost: test\r\nAuthorization: %s\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{",
-			method, path, s.as(desk))
+			method, path, s.as(adminID))
 		check(t, connection.(*net.TCPConn).CloseWrite())
 		answered, err := io.ReadAll(connection)
 		check(t, errors.Join(err, connection.Close()))
@@ -645,7 +645,7 @@ func TestHistoryByTheProgramAndByHand(t *testing.T) {
 	moved, _, _ = s.paid(buyerA)
 	execSQL(t, s.config.databaseURL, `UPDATE orders SET status = 1 WHERE id = '`+moved+`'`)
 	for order, who := range map[string]string{noticed: "gateway", found: "reconciler", moved: "database"} {
-		if a := s.call(desk, "GET", "/api/orders/"+order+"/history", nil); !strings.Contains(a.body, `"who":"`+who+`"`) {
+		if a := s.call(adminID, "GET", "/api/orders/"+order+"/history", nil); !strings.Contains(a.body, `"who":"`+who+`"`) {
 			t.Errorf("no %s in %s", who, a.body)
 		}
 	}

@@ -159,7 +159,7 @@ func TestCartItemsStock(t *testing.T) {
 		{"the holder", s.as(buyerA), false, true, true},
 		{"the holder, scheme in lower case", "bearer " + s.token(buyerA, false), false, true, true},
 		{"another buyer", s.as(buyerB), false, false, true},
-		{"an administrator", s.as(desk), false, false, true},
+		{"an administrator", s.as(adminID), false, false, true},
 		{"an expired token is ignored", "Bearer " + expired, false, false, true},
 		{"garbage is ignored", "Bearer garbage", false, false, true},
 	} {
@@ -482,26 +482,26 @@ func TestPayRefusals(t *testing.T) {
 	const forged = "금액 불일치, 위조된 결제 시도"
 	for _, row := range []struct {
 		name    string
-		payment pretendPayment // for the order unless MerchantUID is set
+		payment fakePayment // for the order unless MerchantUID is set
 		sandbox bool
 		status  int
 		message string
 		back    int64
 	}{
-		{"too little", pretendPayment{Amount: 108999}, false, 400, forged, 108999},
-		{"one won", pretendPayment{Amount: 1}, false, 400, forged, 1},
-		{"too much", pretendPayment{Amount: 109001}, false, 400, forged, 109001},
-		{"dollars", pretendPayment{Amount: 109000, Currency: "USD"}, false, 400, forged, 109000},
-		{"dollars, partly back", pretendPayment{Amount: 80, Currency: "USD", Status: "cancelled", Cancelled: 1}, false, 400, forged, 80},
-		{"won, partly back", pretendPayment{Amount: 109000, Status: "cancelled", Cancelled: 1}, false, 400, forged, 109000},
-		{"ready", pretendPayment{Amount: 109000, Status: "ready"}, false, 400, "", 0},
-		{"failed", pretendPayment{Amount: 109000, Status: "failed"}, false, 400, "", 0},
-		{"failed, other amount", pretendPayment{Amount: 1, Status: "failed"}, false, 400, "", 0},
-		{"cancelled", pretendPayment{Amount: 109000, Status: "cancelled", Cancelled: 109000}, false, 400, "", 109000},
-		{"another shop's", pretendPayment{Amount: 109000, MerchantUID: "other-shop-1"}, false, 404, "", 0},
-		{"an order that never was", pretendPayment{Amount: 109000, MerchantUID: "ffffffffffffffffffffffff"}, false, 404, "", 0},
-		{"sandbox", pretendPayment{Amount: 109000, Sandbox: true}, false, 404, "", 0},
-		{"sandbox configured, forged", pretendPayment{Amount: 1, Sandbox: true}, true, 400, forged, 1},
+		{"too little", fakePayment{Amount: 108999}, false, 400, forged, 108999},
+		{"one won", fakePayment{Amount: 1}, false, 400, forged, 1},
+		{"too much", fakePayment{Amount: 109001}, false, 400, forged, 109001},
+		{"dollars", fakePayment{Amount: 109000, Currency: "USD"}, false, 400, forged, 109000},
+		{"dollars, partly back", fakePayment{Amount: 80, Currency: "USD", Status: "cancelled", Cancelled: 1}, false, 400, forged, 80},
+		{"won, partly back", fakePayment{Amount: 109000, Status: "cancelled", Cancelled: 1}, false, 400, forged, 109000},
+		{"ready", fakePayment{Amount: 109000, Status: "ready"}, false, 400, "", 0},
+		{"failed", fakePayment{Amount: 109000, Status: "failed"}, false, 400, "", 0},
+		{"failed, other amount", fakePayment{Amount: 1, Status: "failed"}, false, 400, "", 0},
+		{"cancelled", fakePayment{Amount: 109000, Status: "cancelled", Cancelled: 109000}, false, 400, "", 109000},
+		{"another shop's", fakePayment{Amount: 109000, MerchantUID: "other-shop-1"}, false, 404, "", 0},
+		{"an order that never was", fakePayment{Amount: 109000, MerchantUID: "ffffffffffffffffffffffff"}, false, 404, "", 0},
+		{"sandbox", fakePayment{Amount: 109000, Sandbox: true}, false, 404, "", 0},
+		{"sandbox configured, forged", fakePayment{Amount: 1, Sandbox: true}, true, 400, forged, 1},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			s := newShop(t, func(c *config) { c.sandbox = row.sandbox })
@@ -548,7 +548,7 @@ func TestPay(t *testing.T) {
 			s := rowOf(t, s)
 			painting := s.painting(99000)
 			order := s.order(buyerA, painting)
-			impUID := s.double.pay(pretendPayment{MerchantUID: order, Amount: 109000, Sandbox: row.sandbox})
+			impUID := s.double.pay(fakePayment{MerchantUID: order, Amount: 109000, Sandbox: row.sandbox})
 			for range 2 {
 				s.wantBody(s.callWith(row.authorization, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}), 200, `{"message":"결제 성공"}`)
 			}
@@ -678,16 +678,16 @@ func TestDeleteTable(t *testing.T) {
 	for _, n := range []int{-1, 0, 1, 4, 5, 6} {
 		add(statusUnpaid, buyerA, []any{fmt.Sprintf(`{"status":%d}`, n)}, 200, deleted, gone)
 	}
-	add(statusUnpaid, desk, five, 200, deleted, gone)
+	add(statusUnpaid, adminID, five, 200, deleted, gone)
 	add(statusPaid, buyerA, fiveOrNone, 200, cancelled, statusCancelled)
-	add(statusPaid, desk, five, 200, cancelled, statusCancelled)
+	add(statusPaid, adminID, five, 200, cancelled, statusCancelled)
 	for from := statusPaid; from <= statusDelivered; from++ {
 		add(from, buyerA, four, 200, returned, statusReturning)
 	}
 	for from := statusPreparing; from <= statusDelivered; from++ {
 		add(from, buyerA, fiveOrNone, 409, "반품", from)
 	}
-	add(statusReturning, desk, fiveOrNone, 200, cancelled, statusCancelled)
+	add(statusReturning, adminID, fiveOrNone, 200, cancelled, statusCancelled)
 	add(statusReturning, buyerA, fiveOrNone, 409, "", statusReturning)
 	add(statusReturning, buyerA, four, 409, "이미", statusReturning)
 	add(statusCancelled, buyerA, append(fiveOrNone, four...), 409, "이미", statusCancelled)
@@ -717,7 +717,7 @@ func TestDeleteTable(t *testing.T) {
 			}
 			if row.to == gone {
 				s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 404, messageOrderUnknown)
-				s.want(s.call(desk, "GET", "/api/orders/"+order, nil), 404, messageOrderUnknown)
+				s.want(s.call(adminID, "GET", "/api/orders/"+order, nil), 404, messageOrderUnknown)
 				s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, row.body), 404, messageNoSuchOrder)
 			} else if status := s.statusOf(order); status != row.to {
 				t.Fatalf("the order has status %d, want %d", status, row.to)
@@ -771,7 +771,7 @@ func TestShowOrder(t *testing.T) {
 	}{
 		{"its buyer", buyer, path, 200},
 		{"upper case", buyer, "/api/orders/" + strings.ToUpper(made.OrderID), 200},
-		{"an administrator", desk, path, 200},
+		{"an administrator", adminID, path, 200},
 		{"a stranger", buyerB, path, 404},
 		{"unknown", buyer, "/api/orders/ffffffffffffffffffffffff", 404},
 		{"malformed", buyer, "/api/orders/1", 404},
@@ -818,7 +818,7 @@ func TestLatestOrder(t *testing.T) {
 	s.wantBody(latest(buyerA), 200, `{"deliveryInfo":{"address":"[00000] 어느시 어느로 1","detailedAddress":"101호","receiver":"홍길동","contactNum":"010-0000-0000"},`+
 		`"ordererInfo":{"name":"홍길동","phoneNum":"010-0000-0000","email":"buyer@example.com","refundTerms":"품절 시 결제수단으로 환불"},"_id":"`+second.OrderID+`"}`)
 	s.want(latest(buyerB), 404, "최근 주문 내역이 없습니다")
-	s.want(latest(desk), 404, "최근 주문 내역이 없습니다") // an administrator's own are none
+	s.want(latest(adminID), 404, "최근 주문 내역이 없습니다") // an administrator's own are none
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+second.OrderID, nil), 200, "")
 	if id() != first {
 		t.Fatal("a deleted order is the latest")
@@ -872,7 +872,7 @@ func TestTokens(t *testing.T) {
 		{"HS512", sign(jwt.SigningMethodHS512, []byte(testSecret), as)},
 		{"another secret", sign(jwt.SigningMethodHS256, []byte(testSecret+"x"), as)},
 		{"no signature", parts[0] + "." + parts[1] + "."},
-		{"another's claims", parts[0] + "." + strings.Split(s.as(desk), ".")[1] + "." + parts[2]},
+		{"another's claims", parts[0] + "." + strings.Split(s.as(adminID), ".")[1] + "." + parts[2]},
 		{"no exp", without("exp")},
 		{"exp no number", with("exp", "tomorrow")},
 		{"exp null", with("exp", nil)},

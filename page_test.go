@@ -15,8 +15,8 @@ import (
 // TestPage walks all of the page's ways, partly with the keyboard alone, on a phone and on a wide screen.
 func TestPage(t *testing.T) {
 	s := newShop(t, func(c *config) { c.local = true })
-	house := &localHouse{gateway: s.double}
-	check(t, house.furnish(t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))
+	house := &devEnv{gateway: s.double}
+	check(t, house.setUp(t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))
 	const odd = `<img src="/odd" onerror="alert(1)"> & "따옴표"`
 	check(t, s.store.ImportPaintings(t.Context(), []Painting{{ID: newTestID(), ArtistID: newTestID(), ArtistName: "<b>화가</b>", Title: odd,
 		Image: "/images/odd.jpg", Size: "73x61cm", Canvas: 20, Price: 99000, ForSale: true}}))

@@ -21,7 +21,7 @@ import (
 // gatewayTest is a client before a double, on one clock.
 type gatewayTest struct {
 	*iamportClient
-	double   *pretendGateway
+	double   *fakeGateway
 	clock    *testClock
 	outcomes chan string // "call outcome" of every call that ended
 }
@@ -39,7 +39,7 @@ func newGatewayTest(t *testing.T, sandbox bool) *gatewayTest {
 // newGatewayTestInMemory uses no network, so that time can be that of a synctest.
 func newGatewayTestInMemory(sandbox bool) *gatewayTest {
 	clock := newTestClock()
-	double := newPretendGateway(clock.Now)
+	double := newFakeGateway(clock.Now)
 	outcomes := make(chan string, 1000)
 	gateway := newIamportClient(iamportConfig{
 		Key: double.key, Secret: double.secret, Sandbox: sandbox, Now: clock.Now, Transport: double,
@@ -74,9 +74,9 @@ func (g *gatewayTest) wantFailure(t *testing.T, err error, status int, call stri
 
 func TestGatewayLooksUpAndCancels(t *testing.T) {
 	g := newGatewayTest(t, false)
-	first := g.double.pay(pretendPayment{MerchantUID: "order-1", Amount: 5900})
-	g.double.pay(pretendPayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
-	g.double.pay(pretendPayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
+	first := g.double.pay(fakePayment{MerchantUID: "order-1", Amount: 5900})
+	g.double.pay(fakePayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
+	g.double.pay(fakePayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
 	want := gatewayPayment{
 		ImpUID: first, MerchantUID: "order-1", Status: "paid", Currency: "KRW", Amount: 5900, PaidAt: g.clock.Now(),
 	}
@@ -126,7 +126,7 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 
 func TestGatewayCancelRefused(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
+	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	if err := g.double.refundInConsole(impUID, 900); err != nil {
 		t.Fatal(err)
 	}
@@ -134,8 +134,8 @@ func TestGatewayCancelRefused(t *testing.T) {
 		request cancelRequest
 		message string
 	}{
-		"unknown":  {cancelRequest{"imp_none", 5900, true, ""}, pretendNoTarget},
-		"checksum": {cancelRequest{impUID, 5900, true, ""}, pretendChecksum},
+		"unknown":  {cancelRequest{"imp_none", 5900, true, ""}, fakeNoTarget},
+		"checksum": {cancelRequest{impUID, 5900, true, ""}, fakeChecksum},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := g.cancelPayment(t.Context(), c.request)
@@ -165,14 +165,14 @@ func TestGatewayCancelRefused(t *testing.T) {
 	}
 	var refusal *gatewayRefusal
 	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); !errors.As(err, &refusal) ||
-		refusal.Message != pretendCancelled {
+		refusal.Message != fakeCancelled {
 		t.Errorf("second cancel: %v", err)
 	}
 }
 
 func TestGatewayCancelsForeignPaymentWithoutChecksum(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
+	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
 	check(t, g.double.refundInConsole(impUID, 20))
 	if p, err := g.payment(t.Context(), impUID); err != nil || p.Status != "cancelled" || p.fullyRefunded {
 		t.Errorf("with a remainder: %+v, %v", p, err)
@@ -200,10 +200,10 @@ func TestGatewaySandbox(t *testing.T) {
 	for _, sandbox := range []bool{false, true} {
 		t.Run(fmt.Sprint(sandbox), func(t *testing.T) {
 			g := newGatewayTest(t, sandbox)
-			test := g.double.pay(pretendPayment{MerchantUID: "test", Amount: 1, Sandbox: true})
-			real := g.double.pay(pretendPayment{MerchantUID: "mixed", Amount: 1})
+			test := g.double.pay(fakePayment{MerchantUID: "test", Amount: 1, Sandbox: true})
+			real := g.double.pay(fakePayment{MerchantUID: "mixed", Amount: 1})
 			g.clock.advance(time.Minute)
-			later := g.double.pay(pretendPayment{MerchantUID: "mixed", Amount: 1, Sandbox: true})
+			later := g.double.pay(fakePayment{MerchantUID: "mixed", Amount: 1, Sandbox: true})
 
 			p, err := g.payment(t.Context(), test)
 			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, errNoPayment) {
@@ -234,7 +234,7 @@ func TestGatewaySandbox(t *testing.T) {
 func TestGatewayReadsAllPages(t *testing.T) {
 	g := newGatewayTest(t, false)
 	for i := range 100 * maxPages {
-		g.double.pay(pretendPayment{MerchantUID: "order", Amount: int64(i)})
+		g.double.pay(fakePayment{MerchantUID: "order", Amount: int64(i)})
 	}
 	all, err := g.paymentsOf(t.Context(), "order")
 	if err != nil || len(all) != 100*maxPages {
@@ -245,14 +245,14 @@ func TestGatewayReadsAllPages(t *testing.T) {
 			t.Fatalf("payment %d is number %d", i, p.Amount)
 		}
 	}
-	g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
+	g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	_, err = g.paymentsOf(t.Context(), "order")
 	g.wantFailure(t, err, 502, "findAll")
 }
 
 func TestGatewayTokenLife(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
+	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	for _, step := range []struct {
 		wait time.Duration
 		want int // token calls so far
@@ -298,7 +298,7 @@ func TestGatewayTokenLifeIgnoresClockSkew(t *testing.T) {
 func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGatewayTestInMemory(false)
-		impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
+		impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
 		release := make(chan struct{})
 		g.double.faultOnce("token", fault{before: stopUntil(release)})
 
@@ -332,7 +332,7 @@ func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 // gateway gave them the same string.
 func TestGatewayRenewsRejectedTokenOnce(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
+	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	if _, err := g.payment(t.Context(), impUID); err != nil {
 		t.Fatal(err)
 	}
@@ -357,7 +357,7 @@ func TestGatewayRenewsRejectedTokenOnce(t *testing.T) {
 
 func TestGatewayRetriesOnceOn401(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
+	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	g.double.faultOnce("cancel", fault{before: answer401})
 	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); err != nil {
 		t.Error(err)
@@ -410,7 +410,7 @@ func TestGatewayFaults(t *testing.T) {
 }
 
 func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) {
-	id := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
+	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	g.double.setFaults(func(arrived, _ string) fault {
 		if arrived == call {
 			return f
@@ -473,7 +473,7 @@ func TestGatewayRejectsKeys(t *testing.T) {
 func TestGatewayCancelRefusedByCardCompany(t *testing.T) {
 	const message = "결제취소에 실패하였습니다. 기취소성공"
 	g := newGatewayTest(t, false)
-	id := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
+	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	g.double.faultOnce("cancel", fault{before: answerRefusal(-1, message)})
 	_, err := g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, ""})
 	var refusal *gatewayRefusal
@@ -710,9 +710,9 @@ func TestGatewayEscapesPaths(t *testing.T) {
 
 func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 	g := newGatewayTest(t, false)
-	id := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 1})
+	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	bend := fault{before: waitFor(func(context.Context) {
-		g.double.set(id, func(p *pretendPayment) { p.ImpUID = "not an imp_uid" })
+		g.double.set(id, func(p *fakePayment) { p.ImpUID = "not an imp_uid" })
 	})}
 	g.double.faultOnce("findAll", bend)
 	_, err := g.paymentsOf(t.Context(), "order")
@@ -729,7 +729,7 @@ func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 // A caller that goes away ends its look-up, at the gateway too, but never its cancel.
 func TestGatewayCallerGoesAway(t *testing.T) {
 	g := newGatewayTest(t, false)
-	id := g.double.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
+	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	if _, err := g.payment(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
@@ -853,11 +853,11 @@ func gatewayResponse(body string) *http.Response {
 	return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader(body))}
 }
 
-func TestPretendGatewayFind(t *testing.T) {
+func TestFakeGatewayFind(t *testing.T) {
 	g := newGatewayTest(t, false)
 	ids := map[string]string{}
 	for i, status := range []string{"paid", "ready", "paid", "failed"} {
-		ids[g.double.pay(pretendPayment{MerchantUID: "a/b", Status: status, Amount: 100})] = fmt.Sprint(i)
+		ids[g.double.pay(fakePayment{MerchantUID: "a/b", Status: status, Amount: 100})] = fmt.Sprint(i)
 		g.clock.advance(time.Second)
 	}
 	find := func(path string) string {
@@ -910,7 +910,7 @@ func TestPretendGatewayFind(t *testing.T) {
 	}
 }
 
-func TestPretendGatewayCancel(t *testing.T) {
+func TestFakeGatewayCancel(t *testing.T) {
 	for name, c := range map[string]struct {
 		body      string
 		want      string // "" or what the error says
@@ -920,18 +920,18 @@ func TestPretendGatewayCancel(t *testing.T) {
 		"amount 0":           {`{"imp_uid":"imp_1","amount":0,"checksum":null}`, "", 5900},
 		"part":               {`{"imp_uid":"imp_1","amount":900,"checksum":5900}`, "", 900},
 		"by merchant_uid":    {`{"merchant_uid":"order"}`, "", 5900},
-		"imp_uid goes first": {`{"imp_uid":"imp_2","merchant_uid":"order"}`, pretendNoTarget, 0},
-		"wrong checksum":     {`{"imp_uid":"imp_1","checksum":5000}`, pretendChecksum, 0},
-		"too much":           {`{"imp_uid":"imp_1","amount":5901}`, pretendTooMuch, 0},
-		"negative":           {`{"imp_uid":"imp_1","amount":-1}`, pretendTooMuch, 0},
-		"not paid":           {`{"imp_uid":"imp_ready"}`, pretendNoTarget, 0},
+		"imp_uid goes first": {`{"imp_uid":"imp_2","merchant_uid":"order"}`, fakeNoTarget, 0},
+		"wrong checksum":     {`{"imp_uid":"imp_1","checksum":5000}`, fakeChecksum, 0},
+		"too much":           {`{"imp_uid":"imp_1","amount":5901}`, fakeTooMuch, 0},
+		"negative":           {`{"imp_uid":"imp_1","amount":-1}`, fakeTooMuch, 0},
+		"not paid":           {`{"imp_uid":"imp_ready"}`, fakeNoTarget, 0},
 		"nobody's":           {`{}`, "HTTP status 400", 0},
 		"broken":             {`{`, "HTTP status 400", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newGatewayTestInMemory(false)
-			g.double.pay(pretendPayment{ImpUID: "imp_1", MerchantUID: "order", Amount: 5900})
-			g.double.pay(pretendPayment{ImpUID: "imp_ready", MerchantUID: "other", Amount: 5900, Status: "ready"})
+			g.double.pay(fakePayment{ImpUID: "imp_1", MerchantUID: "order", Amount: 5900})
+			g.double.pay(fakePayment{ImpUID: "imp_ready", MerchantUID: "other", Amount: 5900, Status: "ready"})
 			token, err := g.freshToken(t.Context(), "", nil)
 			if err != nil {
 				t.Fatal(err)
@@ -951,7 +951,7 @@ func TestPretendGatewayCancel(t *testing.T) {
 	}
 }
 
-func TestPretendGatewayKnowsItsToken(t *testing.T) {
+func TestFakeGatewayKnowsItsToken(t *testing.T) {
 	g := newGatewayTestInMemory(false)
 	if _, err := g.freshToken(t.Context(), "", nil); err != nil {
 		t.Fatal(err)
@@ -965,8 +965,8 @@ func TestPretendGatewayKnowsItsToken(t *testing.T) {
 	}
 }
 
-func TestPretendGatewayWindowAndNotices(t *testing.T) {
-	g := newPretendGateway(nil)
+func TestFakeGatewayWindowAndNotices(t *testing.T) {
+	g := newFakeGateway(nil)
 	notices := make(chan [3]string, 1)
 	g.notify = func(impUID, merchantUID, status string) { notices <- [3]string{impUID, merchantUID, status} }
 	post := func(body string) *httptest.ResponseRecorder {
@@ -995,23 +995,23 @@ func TestPretendGatewayWindowAndNotices(t *testing.T) {
 	if got := <-notices; got != [3]string{impUID, "order", "cancelled"} {
 		t.Errorf("notice %q", got)
 	}
-	if err := g.refundInConsole(impUID, 0); err == nil || err.Error() != pretendCancelled {
+	if err := g.refundInConsole(impUID, 0); err == nil || err.Error() != fakeCancelled {
 		t.Errorf("second refund: %v", err)
 	}
 }
 
-func TestPretendGatewayPersists(t *testing.T) {
+func TestFakeGatewayPersists(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "payments.json")
-	first := newPretendGateway(nil)
+	first := newFakeGateway(nil)
 	if err := first.persist(path); err != nil {
 		t.Fatal(err)
 	}
-	id := first.pay(pretendPayment{MerchantUID: "order", Amount: 5900})
-	first.set(id, func(p *pretendPayment) { p.Sandbox = true })
+	id := first.pay(fakePayment{MerchantUID: "order", Amount: 5900})
+	first.set(id, func(p *fakePayment) { p.Sandbox = true })
 	if err := first.refundInConsole(id, 900); err != nil {
 		t.Fatal(err)
 	}
-	second := newPretendGateway(nil)
+	second := newFakeGateway(nil)
 	if err := second.persist(path); err != nil {
 		t.Fatal(err)
 	}
@@ -1028,7 +1028,7 @@ func TestPretendGatewayPersists(t *testing.T) {
 	if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := newPretendGateway(nil).persist(path); err == nil {
+	if err := newFakeGateway(nil).persist(path); err == nil {
 		t.Error("a broken file was read")
 	}
 }

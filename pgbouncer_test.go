@@ -80,12 +80,12 @@ func TestPgBouncer(t *testing.T) {
 		s.want(s.call(buyerA, "GET", "/api/products/total-price?productId="+painting, nil), 200, "")
 		b.walk(painting, i%3 == 0)
 		s.call(buyerA, "GET", "/api/orders/latest", nil)
-		s.want(s.call(desk, "GET", "/api/orders", nil), 200, "")
+		s.want(s.call(adminID, "GET", "/api/orders", nil), 200, "")
 		return s.want(s.call(buyerA, "GET", "/api/orders/mine", nil), 200, "")
 	})
 	s.later(time.Hour)
 	for order := range b.given() {
-		s.want(s.call(desk, "GET", "/api/orders/"+order+"/history", nil), 200, "")
+		s.want(s.call(adminID, "GET", "/api/orders/"+order+"/history", nil), 200, "")
 	}
 	s.orderAt(statusReturning)
 	s.order(buyerB, s.painting(99000))

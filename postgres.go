@@ -383,7 +383,7 @@ func (p *postgresServer) launch(ctx context.Context) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	dismiss, err := p.postGuard(cmd.Process.Pid)
+	stop, err := p.startWatchdog(cmd.Process.Pid)
 	if err != nil {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -392,7 +392,7 @@ func (p *postgresServer) launch(ctx context.Context) error {
 	p.process, p.exited = cmd.Process, make(chan error, 1)
 	go func() {
 		err := cmd.Wait()
-		dismiss()
+		stop()
 		p.exited <- err
 	}()
 	if err := p.makeDatabase(ctx); err != nil {
@@ -418,23 +418,23 @@ func (p *postgresServer) arguments() []string {
 	return args
 }
 
-// postGuard has the server shut down when this process dies without doing so (SIGKILL, a panic, a test out of time):
+// startWatchdog has the server shut down when this process dies without doing so (SIGKILL, a panic, a test out of time):
 // a shell waits at a pipe whose other end is ours alone. The parent-death signal would be Linux's only, and it follows
-// the thread that started the server, not the process. dismiss sends the guard home.
-func (p *postgresServer) postGuard(pid int) (dismiss func(), err error) {
-	guard := exec.Command("/bin/sh", "-c", `read -r _ || kill -INT "$0"`, strconv.Itoa(pid))
-	guard.Dir = "/"
-	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: p.account}
-	pipe, err := guard.StdinPipe()
+// the thread that started the server, not the process. stop ends the watchdog.
+func (p *postgresServer) startWatchdog(pid int) (stop func(), err error) {
+	watchdog := exec.Command("/bin/sh", "-c", `read -r _ || kill -INT "$0"`, strconv.Itoa(pid))
+	watchdog.Dir = "/"
+	watchdog.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: p.account}
+	pipe, err := watchdog.StdinPipe()
 	if err != nil {
 		return nil, err
 	}
-	if err := guard.Start(); err != nil {
+	if err := watchdog.Start(); err != nil {
 		return nil, err
 	}
 	return func() {
 		io.WriteString(pipe, "\n")
-		guard.Wait()
+		watchdog.Wait()
 	}, nil
 }
 

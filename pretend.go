@@ -22,10 +22,10 @@ import (
 	"time"
 )
 
-// pretendGateway is an Iamport in memory: its REST API as an http.Handler, the payment window and the console
+// fakeGateway is an Iamport in memory: its REST API as an http.Handler, the payment window and the console
 // as methods. No money moves. It serves local development and the tests, never a configured deployment.
 // It is safe for concurrent use.
-type pretendGateway struct {
+type fakeGateway struct {
 	key, secret string // the only keys it gives a token for
 	// notify stands for the webhook; set it before the first call. Nil: no notices.
 	notify func(impUID, merchantUID, status string)
@@ -34,8 +34,8 @@ type pretendGateway struct {
 	mux http.ServeMux
 
 	mu           sync.Mutex
-	payments     []*pretendPayment // in the order their windows were opened
-	byImpUID     map[string]*pretendPayment
+	payments     []*fakePayment // in the order their windows were opened
+	byImpUID     map[string]*fakePayment
 	token        string
 	tokenExpires time.Time
 	counts       map[string]int
@@ -46,30 +46,30 @@ type pretendGateway struct {
 	once    map[string][]fault
 }
 
-// pretendPayment is a payment as the gateway knows it. Amounts are in the currency's major unit.
-type pretendPayment struct {
+// fakePayment is a payment as the gateway knows it. Amounts are in the currency's major unit.
+type fakePayment struct {
 	ImpUID, MerchantUID, Status, Currency                 string
 	Amount, Cancelled                                     int64
 	Sandbox                                               bool
 	StartedAt, PaidAt, FailedAt, CancelledAt, LastChanged time.Time
-	Refunds                                               []pretendRefund
+	Refunds                                               []fakeRefund
 }
 
-// pretendRefund is one refund, by the API or in the console.
-type pretendRefund struct {
+// fakeRefund is one refund, by the API or in the console.
+type fakeRefund struct {
 	ID, Reason string
 	Amount     int64
 	At         time.Time
 }
 
-// newPretendGateway makes one with no payments and keys of its own. Now nil: time.Now.
-func newPretendGateway(now func() time.Time) *pretendGateway {
+// newFakeGateway makes one with no payments and keys of its own. Now nil: time.Now.
+func newFakeGateway(now func() time.Time) *fakeGateway {
 	if now == nil {
 		now = time.Now
 	}
-	g := &pretendGateway{
-		key: "pretend-key-" + rand.Text(), secret: "pretend-secret-" + rand.Text(), now: now,
-		byImpUID: map[string]*pretendPayment{}, counts: map[string]int{}, once: map[string][]fault{},
+	g := &fakeGateway{
+		key: "fake-key-" + rand.Text(), secret: "fake-secret-" + rand.Text(), now: now,
+		byImpUID: map[string]*fakePayment{}, counts: map[string]int{}, once: map[string][]fault{},
 	}
 	for pattern, handler := range map[string]http.HandlerFunc{
 		"POST /users/getToken":                        g.handler("token", g.answerToken),
@@ -86,12 +86,12 @@ func newPretendGateway(now func() time.Time) *pretendGateway {
 }
 
 // ServeHTTP serves the REST API.
-func (g *pretendGateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.mux.ServeHTTP(w, r) }
+func (g *fakeGateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.mux.ServeHTTP(w, r) }
 
 // RoundTrip makes it the Transport of a client in the same process: no port that others could call. As at the
 // true gateway, work goes on when the caller goes away.
-func (g *pretendGateway) RoundTrip(r *http.Request) (*http.Response, error) {
-	answer := &pretendResponse{header: http.Header{}}
+func (g *fakeGateway) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer := &fakeResponse{header: http.Header{}}
 	dropped := make(chan bool, 1)
 	go func() {
 		defer func() {
@@ -118,25 +118,25 @@ func (g *pretendGateway) RoundTrip(r *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// pretendResponse keeps an answer for RoundTrip.
-type pretendResponse struct {
+// fakeResponse keeps an answer for RoundTrip.
+type fakeResponse struct {
 	header http.Header
 	status int
 	body   bytes.Buffer
 }
 
-func (r *pretendResponse) Header() http.Header { return r.header }
+func (r *fakeResponse) Header() http.Header { return r.header }
 
-func (r *pretendResponse) WriteHeader(status int) { r.status = status }
+func (r *fakeResponse) WriteHeader(status int) { r.status = status }
 
-func (r *pretendResponse) Write(data []byte) (int, error) {
+func (r *fakeResponse) Write(data []byte) (int, error) {
 	r.status = cmp.Or(r.status, http.StatusOK)
 	return r.body.Write(data)
 }
 
 // pay is a payment window that was opened and came to an end. Zero fields get defaults: a new imp_uid, status
 // "paid", currency "KRW", the times that belong to the status.
-func (g *pretendGateway) pay(p pretendPayment) (impUID string) {
+func (g *fakeGateway) pay(p fakePayment) (impUID string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := g.now()
@@ -159,7 +159,7 @@ func (g *pretendGateway) pay(p pretendPayment) (impUID string) {
 }
 
 // newImpUID is random, so that two gateways before one database don't give the same.
-func (g *pretendGateway) newImpUID() string {
+func (g *fakeGateway) newImpUID() string {
 	for {
 		id := fmt.Sprintf("imp_%012d", mathrand.Int64N(1e12))
 		if g.byImpUID[id] == nil {
@@ -168,13 +168,13 @@ func (g *pretendGateway) newImpUID() string {
 	}
 }
 
-func (g *pretendGateway) add(p pretendPayment) {
+func (g *fakeGateway) add(p fakePayment) {
 	g.payments = append(g.payments, &p)
 	g.byImpUID[p.ImpUID] = &p
 }
 
 // set changes a payment behind everybody's back and reports whether there is one. The change must not call g.
-func (g *pretendGateway) set(impUID string, change func(*pretendPayment)) bool {
+func (g *fakeGateway) set(impUID string, change func(*fakePayment)) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	p := g.byImpUID[impUID]
@@ -188,28 +188,28 @@ func (g *pretendGateway) set(impUID string, change func(*pretendPayment)) bool {
 }
 
 // get answers a copy of one payment.
-func (g *pretendGateway) get(impUID string) (pretendPayment, bool) {
+func (g *fakeGateway) get(impUID string) (fakePayment, bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	p := g.byImpUID[impUID]
 	if p == nil {
-		return pretendPayment{}, false
+		return fakePayment{}, false
 	}
 	return p.clone(), true
 }
 
 // all answers copies of all payments, in the order their windows were opened.
-func (g *pretendGateway) all() []pretendPayment {
+func (g *fakeGateway) all() []fakePayment {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	all := make([]pretendPayment, 0, len(g.payments))
+	all := make([]fakePayment, 0, len(g.payments))
 	for _, p := range g.payments {
 		all = append(all, p.clone())
 	}
 	return all
 }
 
-func (p *pretendPayment) clone() pretendPayment {
+func (p *fakePayment) clone() fakePayment {
 	c := *p
 	c.Refunds = slices.Clone(p.Refunds)
 	return c
@@ -217,7 +217,7 @@ func (p *pretendPayment) clone() pretendPayment {
 
 // refundInConsole is a refund by hand in the gateway's console, of all that is left when amount is 0. It gives
 // notice.
-func (g *pretendGateway) refundInConsole(impUID string, amount int64) error {
+func (g *fakeGateway) refundInConsole(impUID string, amount int64) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	p := g.byImpUID[impUID]
@@ -232,34 +232,34 @@ func (g *pretendGateway) refundInConsole(impUID string, amount int64) error {
 
 // What the gateway says when it refuses. The last two texts are not known of the true one.
 const (
-	pretendNotFound  = "존재하지 않는 결제정보입니다."
-	pretendNoTarget  = "취소할 결제건이 존재하지 않습니다."
-	pretendCancelled = "이미 전액취소된 주문입니다."
-	pretendTooMuch   = "취소 요청 금액이 취소 가능 금액보다 큽니다."
-	pretendChecksum  = "취소 가능 잔액(checksum)이 일치하지 않습니다."
+	fakeNotFound  = "존재하지 않는 결제정보입니다."
+	fakeNoTarget  = "취소할 결제건이 존재하지 않습니다."
+	fakeCancelled = "이미 전액취소된 주문입니다."
+	fakeTooMuch   = "취소 요청 금액이 취소 가능 금액보다 큽니다."
+	fakeChecksum  = "취소 가능 잔액(checksum)이 일치하지 않습니다."
 )
 
 // refund needs the lock, and answers what speaks against it, or "". A payment is "cancelled" after a partial
 // refund too.
-func (g *pretendGateway) refund(p *pretendPayment, amount int64, reason string) (problem string) {
+func (g *fakeGateway) refund(p *fakePayment, amount int64, reason string) (problem string) {
 	switch {
 	case p == nil || p.Status != "paid" && p.Status != "cancelled":
-		return pretendNoTarget
+		return fakeNoTarget
 	case p.Cancelled >= p.Amount:
-		return pretendCancelled
+		return fakeCancelled
 	case amount < 0 || amount > p.Amount-p.Cancelled:
-		return pretendTooMuch
+		return fakeTooMuch
 	}
 	amount = cmp.Or(amount, p.Amount-p.Cancelled)
 	p.Status, p.Cancelled = "cancelled", p.Cancelled+amount
 	p.CancelledAt, p.LastChanged = g.now(), g.now()
-	p.Refunds = append(p.Refunds, pretendRefund{rand.Text(), reason, amount, p.CancelledAt})
+	p.Refunds = append(p.Refunds, fakeRefund{rand.Text(), reason, amount, p.CancelledAt})
 	g.save()
 	return ""
 }
 
 // persist keeps the payments in a JSON file from now on, and first reads those it holds.
-func (g *pretendGateway) persist(path string) error {
+func (g *fakeGateway) persist(path string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	data, err := os.ReadFile(path)
@@ -267,7 +267,7 @@ func (g *pretendGateway) persist(path string) error {
 		return err
 	}
 	if err == nil {
-		var kept []pretendPayment
+		var kept []fakePayment
 		if err := json.Unmarshal(data, &kept); err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
@@ -280,17 +280,17 @@ func (g *pretendGateway) persist(path string) error {
 }
 
 // save needs the lock. It has nobody to tell of a failure but the log.
-func (g *pretendGateway) save() {
+func (g *fakeGateway) save() {
 	if g.file == "" {
 		return
 	}
 	if err := g.write(); err != nil {
-		slog.Error("pretend payments not saved", "err", err)
+		slog.Error("fake payments not saved", "err", err)
 	}
 }
 
 // write replaces the file whole, so that a kill leaves the old or the new one. It is for its owner alone.
-func (g *pretendGateway) write() error {
+func (g *fakeGateway) write() error {
 	data, err := json.MarshalIndent(g.payments, "", "\t")
 	if err != nil {
 		return err
@@ -309,7 +309,7 @@ func (g *pretendGateway) write() error {
 
 // window is the payment window as a call, for local development: POST {"merchant_uid", "amount", "status":
 // "paid" (default), "failed" or "ready", "notify": also give notice of it} → {"imp_uid", "merchant_uid"}.
-func (g *pretendGateway) window(w http.ResponseWriter, r *http.Request) {
+func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 	var request struct {
 		MerchantUID string `json:"merchant_uid"`
 		Amount      int64  `json:"amount"`
@@ -317,10 +317,10 @@ func (g *pretendGateway) window(w http.ResponseWriter, r *http.Request) {
 		Notify      bool   `json:"notify"`
 	}
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&request); err != nil {
-		writePretendJSON(w, http.StatusBadRequest, map[string]string{"message": "요청 본문이 올바른 JSON이 아닙니다"})
+		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": "요청 본문이 올바른 JSON이 아닙니다"})
 		return
 	}
-	p := pretendPayment{
+	p := fakePayment{
 		MerchantUID: request.MerchantUID, Amount: request.Amount, Status: cmp.Or(request.Status, "paid"),
 	}
 	problem := ""
@@ -333,25 +333,25 @@ func (g *pretendGateway) window(w http.ResponseWriter, r *http.Request) {
 		problem = "status는 paid, failed, ready 중 하나여야 합니다"
 	}
 	if problem != "" {
-		writePretendJSON(w, http.StatusBadRequest, map[string]string{"message": problem})
+		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": problem})
 		return
 	}
 	p.ImpUID = g.pay(p)
 	if request.Notify && g.notify != nil {
 		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
 	}
-	writePretendJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
+	writeFakeJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
 }
 
-// pretendCall is a call of the REST API, read whole.
-type pretendCall struct {
+// fakeCall is a call of the REST API, read whole.
+type fakeCall struct {
 	*http.Request
 	id     string // imp_uid or merchant_uid; "" for a token
 	body   []byte
-	cancel pretendCancel
+	cancel fakeCancel
 }
 
-type pretendCancel struct {
+type fakeCancel struct {
 	ImpUID      string `json:"imp_uid"`
 	MerchantUID string `json:"merchant_uid"`
 	Amount      int64  `json:"amount"`   // 0: all that is left
@@ -359,28 +359,28 @@ type pretendCancel struct {
 	Reason      string `json:"reason"`
 }
 
-// pretendAnswer is an HTTP status and the envelope.
-type pretendAnswer struct {
+// fakeAnswer is an HTTP status and the envelope.
+type fakeAnswer struct {
 	status   int
 	Code     int     `json:"code"`
 	Message  *string `json:"message"`
 	Response any     `json:"response"`
 }
 
-func pretendRefusal(status, code int, message string) pretendAnswer {
-	return pretendAnswer{status, code, &message, nil}
+func fakeRefusal(status, code int, message string) fakeAnswer {
+	return fakeAnswer{status, code, &message, nil}
 }
 
-func pretendSuccess(response any) pretendAnswer {
-	return pretendAnswer{http.StatusOK, 0, nil, response}
+func fakeSuccess(response any) fakeAnswer {
+	return fakeAnswer{http.StatusOK, 0, nil, response}
 }
 
 // handler runs one call and its fault. Only the work itself holds the lock.
-func (g *pretendGateway) handler(name string, work func(pretendCall) pretendAnswer) http.HandlerFunc {
+func (g *fakeGateway) handler(name string, work func(fakeCall) fakeAnswer) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		call, err := readPretendCall(w, r, name)
+		call, err := readFakeCall(w, r, name)
 		if err != nil {
-			pretendRefusal(http.StatusBadRequest, -1, "잘못된 요청입니다.").write(w)
+			fakeRefusal(http.StatusBadRequest, -1, "잘못된 요청입니다.").write(w)
 			return
 		}
 		f := g.arrived(name, call.id)
@@ -397,8 +397,8 @@ func (g *pretendGateway) handler(name string, work func(pretendCall) pretendAnsw
 	}
 }
 
-func readPretendCall(w http.ResponseWriter, r *http.Request, name string) (pretendCall, error) {
-	c := pretendCall{Request: r, id: r.PathValue("id")}
+func readFakeCall(w http.ResponseWriter, r *http.Request, name string) (fakeCall, error) {
+	c := fakeCall{Request: r, id: r.PathValue("id")}
 	var err error
 	if c.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20)); err != nil {
 		return c, err
@@ -411,24 +411,24 @@ func readPretendCall(w http.ResponseWriter, r *http.Request, name string) (prete
 }
 
 // withToken lets in who shows the current token, bare or as Bearer.
-func (g *pretendGateway) withToken(work func(pretendCall) pretendAnswer) func(pretendCall) pretendAnswer {
-	return func(c pretendCall) pretendAnswer {
+func (g *fakeGateway) withToken(work func(fakeCall) fakeAnswer) func(fakeCall) fakeAnswer {
+	return func(c fakeCall) fakeAnswer {
 		token := strings.TrimPrefix(c.Header.Get("Authorization"), "Bearer ")
 		if token == "" || token != g.token || !g.now().Before(g.tokenExpires) {
-			return pretendRefusal(http.StatusUnauthorized, -1, "Unauthorized")
+			return fakeRefusal(http.StatusUnauthorized, -1, "Unauthorized")
 		}
 		return work(c)
 	}
 }
 
 // answerToken gives the same token until it expires. Asked in its last minute, it adds 5 minutes to its life.
-func (g *pretendGateway) answerToken(c pretendCall) pretendAnswer {
+func (g *fakeGateway) answerToken(c fakeCall) fakeAnswer {
 	var keys struct {
 		Key    string `json:"imp_key"`
 		Secret string `json:"imp_secret"`
 	}
 	if json.Unmarshal(c.body, &keys) != nil || keys.Key != g.key || keys.Secret != g.secret {
-		return pretendRefusal(http.StatusUnauthorized, -1, "인증에 실패하였습니다. API키와 secret을 확인하세요.")
+		return fakeRefusal(http.StatusUnauthorized, -1, "인증에 실패하였습니다. API키와 secret을 확인하세요.")
 	}
 	now := g.now()
 	switch left := g.tokenExpires.Sub(now); {
@@ -439,28 +439,28 @@ func (g *pretendGateway) answerToken(c pretendCall) pretendAnswer {
 	case left <= time.Minute:
 		g.tokenExpires = g.tokenExpires.Add(5 * time.Minute)
 	}
-	return pretendSuccess(map[string]any{
+	return fakeSuccess(map[string]any{
 		"access_token": g.token, "now": now.Unix(), "expired_at": g.tokenExpires.Unix(),
 	})
 }
 
-func (g *pretendGateway) answerPayment(c pretendCall) pretendAnswer {
+func (g *fakeGateway) answerPayment(c fakeCall) fakeAnswer {
 	p := g.byImpUID[c.id]
 	if p == nil || p.Sandbox && c.URL.Query().Get("include_sandbox") != "true" {
-		return pretendRefusal(http.StatusNotFound, -1, pretendNotFound)
+		return fakeRefusal(http.StatusNotFound, -1, fakeNotFound)
 	}
-	return pretendSuccess(p.object())
+	return fakeSuccess(p.object())
 }
 
-func (g *pretendGateway) answerFind(c pretendCall) pretendAnswer {
+func (g *fakeGateway) answerFind(c fakeCall) fakeAnswer {
 	found, problem := g.find(c)
 	if problem != nil {
 		return *problem
 	}
-	return pretendSuccess(found[0].object())
+	return fakeSuccess(found[0].object())
 }
 
-func (g *pretendGateway) answerFindAll(c pretendCall) pretendAnswer {
+func (g *fakeGateway) answerFindAll(c fakeCall) fakeAnswer {
 	found, problem := g.find(c)
 	if problem != nil {
 		return *problem
@@ -468,7 +468,7 @@ func (g *pretendGateway) answerFindAll(c pretendCall) pretendAnswer {
 	page, err1 := strconv.Atoi(cmp.Or(c.URL.Query().Get("page"), "1"))
 	limit, err2 := strconv.Atoi(cmp.Or(c.URL.Query().Get("limit"), "20"))
 	if err1 != nil || err2 != nil || limit < 1 || limit > 1000 || page < 1 || (page-1)*limit >= len(found) {
-		return pretendRefusal(http.StatusBadRequest, -1, "page 또는 limit이 올바르지 않습니다.")
+		return fakeRefusal(http.StatusBadRequest, -1, "page 또는 limit이 올바르지 않습니다.")
 	}
 	next := page + 1
 	if page*limit >= len(found) {
@@ -478,37 +478,37 @@ func (g *pretendGateway) answerFindAll(c pretendCall) pretendAnswer {
 	for _, p := range found[(page-1)*limit : min(page*limit, len(found))] {
 		list = append(list, p.object())
 	}
-	return pretendSuccess(map[string]any{"total": len(found), "previous": page - 1, "next": next, "list": list})
+	return fakeSuccess(map[string]any{"total": len(found), "previous": page - 1, "next": next, "list": list})
 }
 
 // find answers at least one payment of a merchant_uid, sorted, or what is the problem.
-func (g *pretendGateway) find(c pretendCall) ([]*pretendPayment, *pretendAnswer) {
+func (g *fakeGateway) find(c fakeCall) ([]*fakePayment, *fakeAnswer) {
 	status := c.PathValue("payment_status")
 	if !slices.Contains([]string{"", "all", "ready", "paid", "cancelled", "failed"}, status) {
-		problem := pretendRefusal(http.StatusBadRequest, -1, "payment_status가 올바르지 않습니다.")
+		problem := fakeRefusal(http.StatusBadRequest, -1, "payment_status가 올바르지 않습니다.")
 		return nil, &problem
 	}
 	sorting := cmp.Or(c.URL.Query().Get("sorting"), "-started")
-	key, ok := map[string]func(*pretendPayment) time.Time{
-		"started": func(p *pretendPayment) time.Time { return p.StartedAt },
-		"paid":    func(p *pretendPayment) time.Time { return p.PaidAt },
-		"updated": func(p *pretendPayment) time.Time { return p.LastChanged },
+	key, ok := map[string]func(*fakePayment) time.Time{
+		"started": func(p *fakePayment) time.Time { return p.StartedAt },
+		"paid":    func(p *fakePayment) time.Time { return p.PaidAt },
+		"updated": func(p *fakePayment) time.Time { return p.LastChanged },
 	}[strings.TrimPrefix(sorting, "-")]
 	if !ok {
-		problem := pretendRefusal(http.StatusBadRequest, -1, "sorting이 올바르지 않습니다.")
+		problem := fakeRefusal(http.StatusBadRequest, -1, "sorting이 올바르지 않습니다.")
 		return nil, &problem
 	}
-	var found []*pretendPayment
+	var found []*fakePayment
 	for _, p := range g.payments {
 		if p.MerchantUID == c.id && (status == "" || status == "all" || status == p.Status) {
 			found = append(found, p)
 		}
 	}
 	if len(found) == 0 {
-		problem := pretendRefusal(http.StatusNotFound, -1, pretendNotFound)
+		problem := fakeRefusal(http.StatusNotFound, -1, fakeNotFound)
 		return nil, &problem
 	}
-	slices.SortStableFunc(found, func(a, b *pretendPayment) int { return key(a).Compare(key(b)) })
+	slices.SortStableFunc(found, func(a, b *fakePayment) int { return key(a).Compare(key(b)) })
 	if strings.HasPrefix(sorting, "-") {
 		slices.Reverse(found)
 	}
@@ -516,9 +516,9 @@ func (g *pretendGateway) find(c pretendCall) ([]*pretendPayment, *pretendAnswer)
 }
 
 // answerCancel refuses with HTTP 200 and code 1. An imp_uid goes before a merchant_uid, even a wrong one.
-func (g *pretendGateway) answerCancel(c pretendCall) pretendAnswer {
+func (g *fakeGateway) answerCancel(c fakeCall) fakeAnswer {
 	if c.id == "" {
-		return pretendRefusal(http.StatusBadRequest, -1, "imp_uid 또는 merchant_uid가 필요합니다.")
+		return fakeRefusal(http.StatusBadRequest, -1, "imp_uid 또는 merchant_uid가 필요합니다.")
 	}
 	p := g.byImpUID[c.cancel.ImpUID]
 	if c.cancel.ImpUID == "" {
@@ -530,20 +530,20 @@ func (g *pretendGateway) answerCancel(c pretendCall) pretendAnswer {
 	}
 	checksum := c.cancel.Checksum
 	if p != nil && p.Cancelled < p.Amount && checksum != nil && *checksum != p.Amount-p.Cancelled {
-		return pretendRefusal(http.StatusOK, 1, pretendChecksum)
+		return fakeRefusal(http.StatusOK, 1, fakeChecksum)
 	}
 	if problem := g.refund(p, c.cancel.Amount, c.cancel.Reason); problem != "" {
-		return pretendRefusal(http.StatusOK, 1, problem)
+		return fakeRefusal(http.StatusOK, 1, problem)
 	}
-	return pretendSuccess(p.object())
+	return fakeSuccess(p.object())
 }
 
 // object is a payment as the API shows it, fields that our client has to ignore included.
-func (p *pretendPayment) object() map[string]any {
+func (p *fakePayment) object() map[string]any {
 	history := []any{}
 	for _, r := range p.Refunds {
 		history = append(history, map[string]any{
-			"pg_tid": "pretend_tid", "amount": r.Amount, "cancelled_at": unixOrZero(r.At), "reason": r.Reason,
+			"pg_tid": "fake_tid", "amount": r.Amount, "cancelled_at": unixOrZero(r.At), "reason": r.Reason,
 			"cancellation_id": r.ID, "receipt_url": nil,
 		})
 	}
@@ -557,8 +557,8 @@ func (p *pretendPayment) object() map[string]any {
 		"started_at": unixOrZero(p.StartedAt), "paid_at": unixOrZero(p.PaidAt),
 		"failed_at": unixOrZero(p.FailedAt), "cancelled_at": unixOrZero(p.CancelledAt),
 		"cancel_history": history, "cancel_reason": cancelReason, "fail_reason": nil,
-		"name": "Lumiere", "pay_method": "card", "channel": "pc", "pg_provider": "pretend",
-		"emb_pg_provider": nil, "pg_tid": "pretend_tid", "buyer_name": nil, "buyer_tel": nil,
+		"name": "Lumiere", "pay_method": "card", "channel": "pc", "pg_provider": "fake",
+		"emb_pg_provider": nil, "pg_tid": "fake_tid", "buyer_name": nil, "buyer_tel": nil,
 		"apply_num": nil, "card_name": nil, "card_quota": 0, "card_type": nil,
 		"vbank_num": nil, "vbank_date": 0, "custom_data": nil,
 		"escrow": false, "promotion": map[string]any{"id": nil, "discount": 0}, "receipt_url": nil,
@@ -572,9 +572,9 @@ func unixOrZero(t time.Time) int64 {
 	return t.Unix()
 }
 
-func (a pretendAnswer) write(w http.ResponseWriter) { writePretendJSON(w, a.status, a) }
+func (a fakeAnswer) write(w http.ResponseWriter) { writeFakeJSON(w, a.status, a) }
 
-func writePretendJSON(w http.ResponseWriter, status int, v any) {
+func writeFakeJSON(w http.ResponseWriter, status int, v any) {
 	var body bytes.Buffer
 	encoder := json.NewEncoder(&body)
 	encoder.SetEscapeHTML(false)
@@ -599,14 +599,14 @@ type faultHook func(w http.ResponseWriter, r *http.Request) (answered bool)
 
 // setFaults has f asked about every call that arrives, one at a time; nil: no faults. Id is the imp_uid or
 // merchant_uid the call is about, "" for a token. F must not block, but its fault's hooks may.
-func (g *pretendGateway) setFaults(f func(call, id string) fault) {
+func (g *fakeGateway) setFaults(f func(call, id string) fault) {
 	g.faultMu.Lock()
 	defer g.faultMu.Unlock()
 	g.fault = f
 }
 
 // faultOnce gives f to the next such call that has none yet, before the function of setFaults is asked.
-func (g *pretendGateway) faultOnce(call string, f fault) {
+func (g *fakeGateway) faultOnce(call string, f fault) {
 	g.faultMu.Lock()
 	defer g.faultMu.Unlock()
 	g.once[call] = append(g.once[call], f)
@@ -614,13 +614,13 @@ func (g *pretendGateway) faultOnce(call string, f fault) {
 
 // calls answers how many calls have arrived, whatever became of them: "token", "payment", "find", "findAll",
 // "cancel".
-func (g *pretendGateway) calls(call string) int {
+func (g *fakeGateway) calls(call string) int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.counts[call]
 }
 
-func (g *pretendGateway) arrived(call, id string) fault {
+func (g *fakeGateway) arrived(call, id string) fault {
 	g.mu.Lock()
 	g.counts[call]++
 	g.mu.Unlock()
@@ -656,14 +656,14 @@ func answer500(w http.ResponseWriter, _ *http.Request) bool {
 
 // answer401 turns a good token down.
 func answer401(w http.ResponseWriter, _ *http.Request) bool {
-	pretendRefusal(http.StatusUnauthorized, -1, "Unauthorized").write(w)
+	fakeRefusal(http.StatusUnauthorized, -1, "Unauthorized").write(w)
 	return true
 }
 
 // answerRefusal is HTTP 200 with a code that is not 0.
 func answerRefusal(code int, message string) faultHook {
 	return func(w http.ResponseWriter, _ *http.Request) bool {
-		pretendRefusal(http.StatusOK, code, message).write(w)
+		fakeRefusal(http.StatusOK, code, message).write(w)
 		return true
 	}
 }

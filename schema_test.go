@@ -203,8 +203,8 @@ func (s *shop) finishOldOrders(orders map[int][]oldOrder) {
 	s.want(s.report(s.charge(unpaid.id, 109000)), 200, "결제 성공")
 	s.want(s.report(s.charge(late.id, 109000)), 200, "결제 성공")
 	s.want(s.call(paid.buyer, "DELETE", "/api/orders/"+paid.id, nil), 200, "")
-	s.want(s.call(desk, "DELETE", "/api/orders/"+returning.id, nil), 200, "")
-	s.want(s.call(desk, "PATCH", "/api/orders/"+preparing.id, `{"status":2}`), 200, "")
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+returning.id, nil), 200, "")
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+preparing.id, `{"status":2}`), 200, "")
 	s.later(0) // the refund that did not succeed
 	for id, want := range map[string]int{unpaid.id: 0, late.id: 0, paid.id: 5, returning.id: 5, preparing.id: 2, orders[statusPaid][2].id: 5} {
 		if got := s.statusOf(id); got != want {
@@ -261,7 +261,7 @@ func TestUpgradeOfTheFirstRelease(t *testing.T) {
 	beside := old.works() // it goes on beside the new one
 	s.wantOldOrders(beside)
 	for _, o := range slices.Concat(before[statusPaid], before[statusReturning], beside[statusPaid], beside[statusReturning]) {
-		s.double.pay(pretendPayment{ImpUID: o.impUID, MerchantUID: o.id, Amount: 109000})
+		s.double.pay(fakePayment{ImpUID: o.impUID, MerchantUID: o.id, Amount: 109000})
 	}
 	s.finishOldOrders(before)
 	s.finishOldOrders(beside)

@@ -917,8 +917,8 @@ func scanOrder(row pgx.CollectableRow) (o Order, err error) {
 	return o, err
 }
 
-// OrdersOf is a page of the buyer's orders, newest first, and how many he has in each status.
-func (s *Store) OrdersOf(ctx context.Context, buyer string, offset, limit int) (orders []Order, count map[int]int, err error) {
+// listBuyerOrders is a page of the buyer's orders, newest first, and how many he has in each status.
+func (s *Store) listBuyerOrders(ctx context.Context, buyer string, offset, limit int) (orders []Order, count map[int]int, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(`SELECT status, count(*) FROM orders WHERE user_id = $1 AND ended IS NULL GROUP BY status`, buyer).Query(func(rows pgx.Rows) error {
 		count, err = collectCounts(rows)
@@ -949,10 +949,10 @@ type OrderFilter struct {
 	Number string // the order number; empty: any
 }
 
-// OrdersForDesk is a page of all buyers' orders, newest first, and how many there are on all pages. Only the paid
+// listAllOrders is a page of all buyers' orders, newest first, and how many there are on all pages. Only the paid
 // ones, unless the filter asks for unpaid. A page past the end reads nothing; a far one walks the index up to it.
-func (s *Store) OrdersForDesk(ctx context.Context, filter OrderFilter, offset, limit int) (orders []Order, count int, err error) {
-	where, counted, args := deskQuery(filter)
+func (s *Store) listAllOrders(ctx context.Context, filter OrderFilter, offset, limit int) (orders []Order, count int, err error) {
+	where, counted, args := adminListQuery(filter)
 	args = append(args, offset, limit)
 	counted = `SELECT coalesce((` + counted + `), 0)::bigint`
 	batch := &pgx.Batch{}
@@ -966,9 +966,9 @@ func (s *Store) OrdersForDesk(ctx context.Context, filter OrderFilter, offset, l
 	return orders, count, s.transact(ctx, batch)
 }
 
-// deskQuery is the condition of a filter and the statement that counts what meets it. The paid ones are counted by
+// adminListQuery is the condition of a filter and the statement that counts what meets it. The paid ones are counted by
 // their tally, the unpaid ones (as many as there are holds) and those of one number one by one.
-func deskQuery(filter OrderFilter) (where, counted string, args []any) {
+func adminListQuery(filter OrderFilter) (where, counted string, args []any) {
 	switch {
 	case filter.Number != "" && filter.Status != nil:
 		where, args = `number = $1 AND ended IS NULL AND status = $2`, []any{filter.Number, *filter.Status}
