@@ -17,7 +17,7 @@ import (
 // auditor compares the books with the gateway. It changes neither: what the gateway knows and the books don't it leaves
 // to the reconciler, which it has look at once.
 type auditor struct {
-	store         *Store
+	store         *store
 	gateway       *iamportClient
 	now           func() time.Time
 	pause         func(context.Context) error // before an order that did not match is looked at again
@@ -111,7 +111,7 @@ type auditedOrder struct {
 // gateway, and all paintings with the orders.
 func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, error) {
 	report := auditReport{Since: jsonTime(since), At: jsonTime(a.now()), Mismatches: []mismatch{}}
-	ids, err := a.store.OrdersToAudit(ctx, since)
+	ids, err := a.store.ordersToAudit(ctx, since)
 	if err != nil {
 		return report, err
 	}
@@ -125,14 +125,14 @@ func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, erro
 			return report, err
 		}
 	}
-	strays, err := a.store.StrayPaintings(ctx)
+	strays, err := a.store.strayPaintings(ctx)
 	for _, s := range strays {
 		kind := mismatchStray
-		if s.Missing {
+		if s.missing {
 			kind = mismatchMissing
 		}
 		report.Mismatches = append(report.Mismatches, mismatch{
-			Order: s.OrderID, Painting: s.PaintingID, Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
+			Order: s.orderID, Painting: s.paintingID, Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
 	}
 	return report, err
 }
@@ -228,7 +228,7 @@ func (a *auditor) leaveToReconciler(ctx context.Context, o auditedOrder) error {
 }
 
 func (o *auditedOrder) mismatch(kind mismatchKind, impUID string, amount int64) *mismatch {
-	o.mismatches = append(o.mismatches, mismatch{Order: o.ledger.OrderID, ImpUID: impUID, Amount: amount,
+	o.mismatches = append(o.mismatches, mismatch{Order: o.ledger.orderID, ImpUID: impUID, Amount: amount,
 		Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
 	return &o.mismatches[len(o.mismatches)-1]
 }
@@ -237,19 +237,19 @@ func (o *auditedOrder) mismatch(kind mismatchKind, impUID string, amount int64) 
 func (o *auditedOrder) compare() {
 	there := map[string]gatewayPayment{}
 	for _, p := range o.there {
-		there[p.ImpUID] = p
+		there[p.impUID] = p
 	}
 	paid, kept := false, false
-	for _, row := range o.ledger.Payments {
-		p, known := there[row.ImpUID]
-		delete(there, row.ImpUID)
-		kept = kept || row.State == stateKept
-		paid = paid || row.State == stateKept || row.State == stateRefunding && o.ledger.Cancelling
+	for _, row := range o.ledger.payments {
+		p, known := there[row.impUID]
+		delete(there, row.impUID)
+		kept = kept || row.state == stateKept
+		paid = paid || row.state == stateKept || row.state == stateRefunding && o.ledger.cancelling
 		o.comparePayment(row, p, known)
 	}
 	again := paid
 	for _, p := range o.there {
-		if _, unbooked := there[p.ImpUID]; !unbooked || p.fullyRefunded {
+		if _, unbooked := there[p.impUID]; !unbooked || p.fullyRefunded {
 			continue
 		}
 		kind := mismatchPaidThere
@@ -257,57 +257,57 @@ func (o *auditedOrder) compare() {
 			kind = mismatchTwice
 		}
 		again = true
-		o.mismatch(kind, p.ImpUID, p.Amount-p.Cancelled)
+		o.mismatch(kind, p.impUID, p.amount-p.cancelled)
 	}
-	live := o.ledger.Status >= statusPaid && o.ledger.Status < statusCancelled
+	live := o.ledger.status >= statusPaid && o.ledger.status < statusCancelled
 	switch {
 	case live && !paid:
-		o.mismatch(mismatchUnpaid, "", o.ledger.Total)
+		o.mismatch(mismatchUnpaid, "", o.ledger.total)
 	case !live && kept:
-		o.mismatch(mismatchNoOrder, "", o.ledger.Total)
+		o.mismatch(mismatchNoOrder, "", o.ledger.total)
 	}
 }
 
 // comparePayment compares a row of the ledger with what the gateway says of the payment, if it knows it.
-func (o *auditedOrder) comparePayment(row AuditPayment, p gatewayPayment, known bool) {
-	left := row.Amount - row.Refunded
+func (o *auditedOrder) comparePayment(row auditPayment, p gatewayPayment, known bool) {
+	left := row.amount - row.refunded
 	switch {
-	case row.State == stateRefunding:
+	case row.state == stateRefunding:
 		kind := mismatchDue
 		if known && p.fullyRefunded {
 			kind = mismatchDueDone
 		}
-		o.mismatch(kind, row.ImpUID, left).Due = &auditDue{jsonTime(row.DueSince), row.Attempts, row.LastError}
-	case row.State == stateRefunded && known && !p.fullyRefunded:
-		o.mismatch(mismatchNotBack, row.ImpUID, p.Amount-p.Cancelled)
-	case row.State == stateRefunded:
+		o.mismatch(kind, row.impUID, left).Due = &auditDue{jsonTime(row.dueSince), row.attempts, row.lastError}
+	case row.state == stateRefunded && known && !p.fullyRefunded:
+		o.mismatch(mismatchNotBack, row.impUID, p.amount-p.cancelled)
+	case row.state == stateRefunded:
 	case !known:
-		o.mismatch(mismatchUnknown, row.ImpUID, left)
+		o.mismatch(mismatchUnknown, row.impUID, left)
 	case p.fullyRefunded:
-		o.mismatch(mismatchCancelled, row.ImpUID, left)
-	case p.Cancelled > row.Refunded:
-		o.mismatch(mismatchPartBack, row.ImpUID, p.Cancelled-row.Refunded)
-	case !p.isKRW() || p.Amount != row.Amount || p.Amount != o.ledger.Total || p.Cancelled != row.Refunded:
-		o.mismatch(mismatchAmount, row.ImpUID, p.Amount)
+		o.mismatch(mismatchCancelled, row.impUID, left)
+	case p.cancelled > row.refunded:
+		o.mismatch(mismatchPartBack, row.impUID, p.cancelled-row.refunded)
+	case !p.isKRW() || p.amount != row.amount || p.amount != o.ledger.total || p.cancelled != row.refunded:
+		o.mismatch(mismatchAmount, row.impUID, p.amount)
 	}
 }
 
 // add takes an order into the report. Money that came and went back without us is in neither side's sum.
 func (r *auditReport) add(o auditedOrder) {
 	booked := map[string]bool{}
-	for _, row := range o.ledger.Payments {
-		booked[row.ImpUID] = true
-		r.Books.Taken += row.Amount
-		r.Books.Refunded += row.Refunded
-		if row.State == stateKept {
-			r.Books.Kept += row.Amount - row.Refunded
+	for _, row := range o.ledger.payments {
+		booked[row.impUID] = true
+		r.Books.Taken += row.amount
+		r.Books.Refunded += row.refunded
+		if row.state == stateKept {
+			r.Books.Kept += row.amount - row.refunded
 		}
 	}
 	for _, p := range o.there {
-		if booked[p.ImpUID] || !p.fullyRefunded {
-			r.Gateway.Taken += p.Amount
-			r.Gateway.Refunded += p.Cancelled
-			r.Gateway.Kept += p.Amount - p.Cancelled
+		if booked[p.impUID] || !p.fullyRefunded {
+			r.Gateway.Taken += p.amount
+			r.Gateway.Refunded += p.cancelled
+			r.Gateway.Kept += p.amount - p.cancelled
 		}
 	}
 	r.Orders++
@@ -352,8 +352,8 @@ func auditCommand(ctx context.Context, c config, within time.Duration, asJSON bo
 	if within <= 0 {
 		return errors.New("-since must be a duration such as 24h")
 	}
-	return withStore(ctx, &c, func(store *Store) error {
-		gateway := newIamportClient(iamportConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox})
+	return withStore(ctx, &c, func(store *store) error {
+		gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox})
 		a := &auditor{store: store, gateway: gateway, now: time.Now, progress: errOut, progressEvery: time.Second,
 			pause: func(ctx context.Context) error { return pause(ctx, auditPause) }}
 		report, err := a.audit(ctx, a.now().Add(-within))

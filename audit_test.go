@@ -399,7 +399,7 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 	t.Setenv("HOME", cache)
 	dir, err := cacheDir()
 	check(t, err)
-	check(t, runPostgres(t, postgresConfig{Dir: filepath.Join(dir, "postgres"), Settings: unsafeSettings}).Stop()) // make the cluster quickly
+	check(t, runPostgres(t, postgresConfig{dir: filepath.Join(dir, "postgres"), settings: unsafeSettings}).stop()) // make the cluster quickly
 	nothingSet := func(string) string { return "" }
 	audit := func() (string, error) {
 		var out bytes.Buffer
@@ -411,7 +411,7 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 	check(t, err)
 	house, err := openDevEnv(t.Context(), &c)
 	check(t, err)
-	defer house.Close()
+	defer house.close()
 	if out, err := audit(); err != nil || !strings.Contains(out, "0 of 0 orders") {
 		t.Errorf("nothing sold yet: %v\n%s", err, out)
 	}
@@ -420,16 +420,16 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 	painting, now := newTestID(), time.Now()
 	_, err = importCatalogue(t.Context(), store, strings.NewReader("["+catalogueEntry(painting, "", "")+"]"))
 	check(t, err)
-	created, err := store.CreateOrder(t.Context(), actor{kind: actorBuyer}, NewOrder{ID: newTestID(), UserID: buyerA, Number: newNumber(),
-		ProductIDs: []string{painting}, Prices: []int64{99000}, ShippingPrice: 10000, Total: 109000, DeliveryInfo: "{}", OrdererInfo: "{}",
-		CreatedAt: now, HeldUntil: now.Add(time.Hour)})
+	created, err := store.insertOrder(t.Context(), actor{kind: actorBuyer}, newOrder{id: newTestID(), userID: buyerA, number: newNumber(),
+		productIDs: []string{painting}, prices: []int64{99000}, shippingPrice: 10000, total: 109000, deliveryInfo: "{}", ordererInfo: "{}",
+		createdAt: now, heldUntil: now.Add(time.Hour)})
 	check(t, err)
-	store.Close()
+	store.close()
 	impUID := house.gateway.pay(fakePayment{MerchantUID: created.orderID, Amount: 109000})
 	for _, running := range []bool{true, false} {
 		if out, err := audit(); !errors.Is(err, errUnbalanced) || !strings.Contains(out, impUID) {
 			t.Errorf("service running %v: %v\n%s", running, err, out)
 		}
-		check(t, house.Close())
+		check(t, house.close())
 	}
 }

@@ -13,8 +13,8 @@ import (
 
 // caller is who a request comes from; the zero Caller is nobody.
 type caller struct {
-	ID    string // the user's ObjectId, lower case
-	Admin bool
+	id    string // the user's ObjectId, lower case
+	admin bool
 }
 
 // tokens reads and makes the bearer tokens of the Lumiere login service: HS256, claims id, isAdmin, iat, exp.
@@ -90,13 +90,13 @@ func (t *tokens) verify(token string) (goodToken, error) {
 	if !ok {
 		return goodToken{}, errors.New("the token's id is not an ObjectId")
 	}
-	return goodToken{caller{ID: id, Admin: c.IsAdmin == true}, c.ExpiresAt.Time}, nil
+	return goodToken{caller{id: id, admin: c.IsAdmin == true}, c.ExpiresAt.Time}, nil
 }
 
 // issue makes a token for caller that is good for ttl from now.
 func (t *tokens) issue(who caller, now time.Time, ttl time.Duration) (string, error) {
 	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims{
-		ID: who.ID, IsAdmin: who.Admin,
+		ID: who.id, IsAdmin: who.admin,
 		RegisteredClaims: jwt.RegisteredClaims{IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(ttl))},
 	}).SignedString(t.secret)
 }

@@ -209,7 +209,7 @@ func BenchmarkCalls(b *testing.B) {
 		{"latest", func(ctx context.Context) error { _, err := s.store.readLatest(ctx, []string{some().Buyer}); return err }},
 		{"history", func(ctx context.Context) error {
 			o := some()
-			_, err := s.store.historyOf(ctx, o.ID, caller{ID: o.Buyer})
+			_, err := s.store.historyOf(ctx, o.ID, caller{id: o.Buyer})
 			return err
 		}},
 		{"mine", func(ctx context.Context) error {
@@ -217,7 +217,7 @@ func BenchmarkCalls(b *testing.B) {
 			return err
 		}},
 		{"desk", func(ctx context.Context) error {
-			_, _, err := s.store.listAllOrders(ctx, OrderFilter{}, 0, adminPageSize)
+			_, _, err := s.store.listAllOrders(ctx, orderFilter{}, 0, adminPageSize)
 			return err
 		}},
 		{"life", nil},

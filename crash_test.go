@@ -116,7 +116,7 @@ func openCrash(t *testing.T) *crash {
 		}
 		built <- err
 	}()
-	c.postgres = runPostgres(t, postgresConfig{Dir: postgresDir(t)})
+	c.postgres = runPostgres(t, postgresConfig{dir: postgresDir(t)})
 	check(t, <-built)
 
 	c.double = newFakeGateway(time.Now)
@@ -124,7 +124,7 @@ func openCrash(t *testing.T) *crash {
 	c.double.setFaults(func(call, _ string) fault { return c.chooseFault(faultDice, call) })
 	gateway := httptest.NewServer(c.double)
 	t.Cleanup(gateway.Close)
-	c.env = append(os.Environ(), "DATABASE_URL="+c.postgres.URL, "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
+	c.env = append(os.Environ(), "DATABASE_URL="+c.postgres.url, "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
 		"IAMPORT_KEY="+c.double.key, "IAMPORT_SECRET="+c.double.secret, "PORT=0", "LOG_LEVEL=info", "TRUSTED_PROXIES=127.0.0.1",
 		"ORDER_HOLD="+crashHold.String(), "RECONCILE_INTERVAL="+crashInterval.String())
 
@@ -277,7 +277,7 @@ func (c *crash) befall(dice *rand.Rand, goHome func()) {
 		if done*float64(crashes) > float64(crashed)+0.5 {
 			crashed++
 			c.count("PostgreSQL crashes", 1)
-			if err := errors.Join(c.postgres.Crash(), c.postgres.Start(context.Background())); err != nil {
+			if err := errors.Join(c.postgres.crash(), c.postgres.start(context.Background())); err != nil {
 				c.t.Error(err)
 				return
 			}
@@ -556,7 +556,7 @@ func (c *crash) send(dice *rand.Rand, user, method, path string, body any) (a an
 	}
 	request.Header.Set("X-Forwarded-For", address)
 	if user != "" {
-		token, err := newTokens([]byte(testSecret), time.Now).issue(caller{ID: user, Admin: user == adminID}, time.Now(), time.Hour)
+		token, err := newTokens([]byte(testSecret), time.Now).issue(caller{id: user, admin: user == adminID}, time.Now(), time.Hour)
 		if err != nil {
 			return a, err
 		}
@@ -593,15 +593,15 @@ func (c *crash) said(order string, status int) {
 // endLeases makes the next round of the reconciler the one at which everything planned is due. That is impatience, no
 // help: whoever held the leases is dead, what is due later would come by itself, and what nobody has planned stays so.
 func (c *crash) endLeases() {
-	execSQL(c.t, c.postgres.URL, `UPDATE payments SET next_attempt_at = now(), leased_until = now() WHERE state = 'refunding'`)
-	execSQL(c.t, c.postgres.URL, `UPDATE orders SET next_look_at = now() WHERE next_look_at IS NOT NULL`)
+	execSQL(c.t, c.postgres.url, `UPDATE payments SET next_attempt_at = now(), leased_until = now() WHERE state = 'refunding'`)
+	execSQL(c.t, c.postgres.url, `UPDATE orders SET next_look_at = now() WHERE next_look_at IS NOT NULL`)
 }
 
 // settleDown waits until nothing is left to be done but what is planned for later than that: first the leases of what
 // the reconciler has just looked at, then only the looks a day after an order's last change.
 func (c *crash) settleDown(ahead string) {
 	c.wait(func() string {
-		return queryText(c.t, c.postgres.URL, `SELECT concat_ws(', ',
+		return queryText(c.t, c.postgres.url, `SELECT concat_ws(', ',
 			(SELECT count(*) || ' refunds' FROM payments WHERE state = 'refunding' HAVING count(*) > 0),
 			(SELECT count(*) || ' unpaid orders' FROM orders WHERE status = -1 AND ended IS NULL HAVING count(*) > 0),
 			(SELECT count(*) || ' cancels' FROM orders WHERE cancelling_since IS NOT NULL HAVING count(*) > 0),
@@ -619,7 +619,7 @@ type crashBooks struct {
 
 // wantProof fails the test for every won, painting or word that is not where it belongs.
 func (c *crash) wantProof() {
-	conn, err := pgx.Connect(c.t.Context(), c.postgres.URL)
+	conn, err := pgx.Connect(c.t.Context(), c.postgres.url)
 	check(c.t, err)
 	defer conn.Close(context.Background())
 	rows, _ := conn.Query(c.t.Context(), `SELECT id, status, ended IS NOT NULL, total_price,
@@ -655,7 +655,7 @@ func (c *crash) wantProof() {
 			c.mismatch(id, "was answered to its buyer and is not there")
 		}
 	}
-	wantOneOwner(c.t, c.postgres.URL)
+	wantOneOwner(c.t, c.postgres.url)
 	if out, err := c.command("audit").CombinedOutput(); err != nil {
 		c.t.Errorf("lumiere audit: %v\n%s", err, out)
 	}
@@ -684,7 +684,7 @@ func (c *crash) wantOrder(b *crashBooks) {
 // mismatch fails the test for an order, with all that is known of it.
 func (c *crash) mismatch(order, format string, args ...any) {
 	c.count("mismatches", 1)
-	history := queryText(c.t, c.postgres.URL, `SELECT coalesce(string_agg(concat_ws(' ', at, who, why, imp_uid, amount, request_id), E'\n' ORDER BY id), 'none')
+	history := queryText(c.t, c.postgres.url, `SELECT coalesce(string_agg(concat_ws(' ', at, who, why, imp_uid, amount, request_id), E'\n' ORDER BY id), 'none')
 		FROM history WHERE order_id = '`+order+`'`)
 	var gateway []string
 	for _, p := range c.double.all() {

@@ -51,13 +51,13 @@ type myOrders struct {
 // listMine answers GET /api/orders/mine.
 func (s *server) listMine(r *request) (any, error) {
 	page := pageNumber(r)
-	orders, count, err := s.store.listBuyerOrders(r.Context(), r.caller.ID, (page-1)*minePageSize, minePageSize)
+	orders, count, err := s.store.listBuyerOrders(r.Context(), r.caller.id, (page-1)*minePageSize, minePageSize)
 	if err != nil {
 		return nil, err
 	}
 	answer := myOrders{Orders: make([]myOrder, len(orders)), Page: page}
 	for i, o := range orders {
-		answer.Orders[i] = myOrder{o.result(), o.ID, o.UserID, o.Items, o.Total}
+		answer.Orders[i] = myOrder{o.result(), o.id, o.userID, o.items, o.total}
 	}
 	answer.Status.Paid, answer.Status.Ready = count[statusPaid], count[statusPreparing]
 	answer.Status.Coming, answer.Status.Done = count[statusShipping], count[statusDelivered]
@@ -101,8 +101,8 @@ type adminOrders struct {
 // listOrders answers GET /api/orders, the administrator's list.
 func (s *server) listOrders(r *request) (any, error) {
 	query := r.URL.Query()
-	filter := OrderFilter{Number: strings.TrimSpace(query.Get("number"))}
-	if invalidString(filter.Number) || strings.ToValidUTF8(filter.Number, "\ufffd") != filter.Number {
+	filter := orderFilter{number: strings.TrimSpace(query.Get("number"))}
+	if invalidString(filter.number) || strings.ToValidUTF8(filter.number, "\ufffd") != filter.number {
 		return nil, fieldError("number", "주문 번호가 올바르지 않습니다")
 	}
 	if text := query.Get("status"); text != "" {
@@ -110,7 +110,7 @@ func (s *server) listOrders(r *request) (any, error) {
 		if err != nil || status < statusUnpaid || status > statusCancelled {
 			return nil, fieldError("status", "진행 단계를 알 수 없습니다")
 		}
-		filter.Status = &status
+		filter.status = &status
 	}
 	page := pageNumber(r)
 	orders, count, err := s.store.listAllOrders(r.Context(), filter, (page-1)*adminPageSize, adminPageSize)
@@ -119,9 +119,9 @@ func (s *server) listOrders(r *request) (any, error) {
 	}
 	answer := adminOrders{Orders: make([]adminOrder, len(orders)), Page: page, Pages: pagesOf(count, adminPageSize)}
 	for i, o := range orders {
-		user := adminOrderUser{ID: o.UserID, Name: o.OrdererName}
-		user.General.Email = o.OrdererEmail
-		answer.Orders[i] = adminOrder{o.result(), o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID, user, o.Items, o.ShippingPrice, o.Total}
+		user := adminOrderUser{ID: o.userID, Name: o.ordererName}
+		user.General.Email = o.ordererEmail
+		answer.Orders[i] = adminOrder{o.result(), o.deliveryInfo, o.deliveryDetails, o.ordererInfo, o.id, user, o.items, o.shippingPrice, o.total}
 	}
 	return answer, nil
 }
@@ -145,7 +145,7 @@ func (s *server) advanceOrder(r *request) (any, error) {
 	if !ok {
 		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
 	}
-	state, err := s.store.OrderState(r.Context(), id, r.caller)
+	state, err := s.store.findOrderState(r.Context(), id, r.caller)
 	if errors.Is(err, errNotFound) {
 		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
 	} else if err != nil {
@@ -157,12 +157,12 @@ func (s *server) advanceOrder(r *request) (any, error) {
 		return nil, wrongStep
 	}
 	onward := *wanted >= statusPreparing && *wanted <= statusDelivered
-	returned := *wanted == statusReturning && state.Status >= statusPreparing && state.Status <= statusDelivered
+	returned := *wanted == statusReturning && state.status >= statusPreparing && state.status <= statusDelivered
 	switch {
-	case onward && !r.caller.Admin:
+	case onward && !r.caller.admin:
 		return nil, statusError(http.StatusForbidden, messageAdmin)
-	case onward && state.Status == *wanted-1, returned:
-		err = s.store.advance(r.Context(), r.actor(), id, state.Status, *wanted, s.now())
+	case onward && state.status == *wanted-1, returned:
+		err = s.store.advance(r.Context(), r.actor(), id, state.status, *wanted, s.now())
 	default:
 		return nil, wrongStep
 	}
@@ -206,10 +206,10 @@ func (s *server) showHistory(r *request) (any, error) {
 	}
 	answer := orderHistory{make([]historyEntry, len(entries))}
 	for i, e := range entries {
-		if !r.caller.Admin {
-			e.WhoID = ""
+		if !r.caller.admin {
+			e.whoID = ""
 		}
-		answer.History[i] = historyEntry{jsonTime(e.At), e.Who, e.WhoID, e.From, e.To, e.Why, e.ImpUID, e.Amount, e.RequestID}
+		answer.History[i] = historyEntry{jsonTime(e.at), e.who, e.whoID, e.from, e.to, e.why, e.impUID, e.amount, e.requestID}
 	}
 	return answer, nil
 }

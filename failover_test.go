@@ -23,22 +23,22 @@ import (
 // runReplicated starts a primary and a standby that has each commit before the primary's client hears of it.
 func runReplicated(t *testing.T) (primary, standby *postgresServer) {
 	t.Helper()
-	primary = runPostgres(t, postgresConfig{Dir: postgresDir(t), Settings: unsafeSettings})
+	primary = runPostgres(t, postgresConfig{dir: postgresDir(t), settings: unsafeSettings})
 	dir := postgresDir(t)
 	check(t, makeDir(dir))
 	data := filepath.Join(dir, filepath.Base(primary.data))
 	check(t, os.Mkdir(data, 0o700))
 	check(t, primary.own(data))
-	out, err := primary.command(t.Context(), "pg_basebackup", "-d", primary.URL, "-D", data, "--checkpoint=fast", "--no-sync",
+	out, err := primary.command(t.Context(), "pg_basebackup", "-d", primary.url, "-D", data, "--checkpoint=fast", "--no-sync",
 		"--write-recovery-conf").CombinedOutput()
 	if err != nil {
 		t.Fatalf("pg_basebackup: %v\n%s", err, out)
 	}
-	standby = runPostgres(t, postgresConfig{Dir: dir, Settings: unsafeSettings})
-	execSQL(t, primary.URL, `ALTER SYSTEM SET synchronous_standby_names = '*'`)
-	execSQL(t, primary.URL, `SELECT pg_reload_conf()`)
+	standby = runPostgres(t, postgresConfig{dir: dir, settings: unsafeSettings})
+	execSQL(t, primary.url, `ALTER SYSTEM SET synchronous_standby_names = '*'`)
+	execSQL(t, primary.url, `SELECT pg_reload_conf()`)
 	waitUntil(t, "the standby is synchronous", func() bool {
-		return queryText(t, primary.URL, `SELECT coalesce(max(sync_state), '') FROM pg_stat_replication`) == "sync"
+		return queryText(t, primary.url, `SELECT coalesce(max(sync_state), '') FROM pg_stat_replication`) == "sync"
 	})
 	return primary, standby
 }
@@ -46,8 +46,8 @@ func runReplicated(t *testing.T) (primary, standby *postgresServer) {
 // killAll ends the server and all of its sessions with SIGKILL. The server goes first: it would replace what it sees die.
 func killAll(t *testing.T, server *postgresServer) {
 	t.Helper()
-	pids := queryText(t, server.URL, `SELECT string_agg(pid::text, ' ') FROM pg_stat_activity`)
-	check(t, server.Kill())
+	pids := queryText(t, server.url, `SELECT string_agg(pid::text, ' ') FROM pg_stat_activity`)
+	check(t, server.kill())
 	for pid := range strings.FieldsSeq(pids) {
 		n, err := strconv.Atoi(pid)
 		check(t, err)
@@ -147,12 +147,12 @@ func TestFailover(t *testing.T) {
 	primary, standby := runReplicated(t)
 	s := newShop(t, func(c *config) {
 		// The standby comes first: it is passed over until it is promoted.
-		c.databaseURL = databaseVia(t, primary.URL, "target_session_attrs", "read-write",
+		c.databaseURL = databaseVia(t, primary.url, "target_session_attrs", "read-write",
 			"host", standby.socket+","+primary.socket, "port", postgresPort+","+postgresPort)
 	})
-	alone, err := openStore(t.Context(), standby.URL, nil)
+	alone, err := openStore(t.Context(), standby.url, nil)
 	check(t, err)
-	defer alone.Close()
+	defer alone.close()
 	if _, err := alone.schemaVersion(t.Context()); !unavailable(err) {
 		t.Errorf("a standby is taken for a primary: %v", err)
 	}
@@ -182,7 +182,7 @@ func TestFailover(t *testing.T) {
 	killed := time.Now()
 	killAll(t, primary)
 	waitUntil(t, "the outage is felt", b.refused.Load)
-	execSQL(t, standby.URL, `SELECT pg_promote()`)
+	execSQL(t, standby.url, `SELECT pg_promote()`)
 	promoted := time.Now()
 	b.walk(last, true)
 	t.Logf("an order, its payment and its cancel %v after the kill, %v after the promotion",
@@ -243,8 +243,8 @@ func TestSilentServer(t *testing.T) {
 	server, err := pgx.ParseConfig(databaseURL)
 	check(t, err)
 	network, address := pgconn.NetworkAddress(server.Host, server.Port)
-	for name, whenShut := range map[string]func(*testing.T, *Store){
-		"busy": func(t *testing.T, store *Store) {
+	for name, whenShut := range map[string]func(*testing.T, *store){
+		"busy": func(t *testing.T, store *store) {
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			defer cancel()
 			var all sync.WaitGroup
@@ -257,7 +257,7 @@ func TestSilentServer(t *testing.T) {
 			}
 			all.Wait()
 		},
-		"idle": func(t *testing.T, _ *Store) {
+		"idle": func(t *testing.T, _ *store) {
 			check(t, pause(t.Context(), 1100*time.Millisecond)) // a connection is not asked before it is given out
 		},
 	} {
@@ -267,7 +267,7 @@ func TestSilentServer(t *testing.T) {
 			store, err := openStore(t.Context(), databaseVia(t, databaseURL, "connect_timeout", "1",
 				"host", "127.0.0.1,"+server.Host, "port", port+","+strconv.Itoa(int(server.Port))), nil)
 			check(t, err)
-			defer store.Close()
+			defer store.close()
 			conns := make([]*pgxpool.Conn, store.pool.Config().MaxConns)
 			for i := range conns {
 				conns[i], err = store.pool.Acquire(t.Context())
@@ -290,7 +290,7 @@ func TestSilentServer(t *testing.T) {
 func TestReadOnlyServer(t *testing.T) {
 	store, err := openStore(t.Context(), newTestDatabase(t), nil)
 	check(t, err)
-	defer store.Close()
+	defer store.close()
 	_, err = store.pool.Exec(t.Context(), `SET default_transaction_read_only = on`)
 	check(t, err)
 	if err := store.migrate(t.Context(), migrations()[:1]); !unavailable(err) {

@@ -41,10 +41,10 @@ func TestFigures(t *testing.T) {
 	var galleries []*gallery
 	for orders := 5000; orders <= *figuresOrders; orders *= 10 {
 		name := fmt.Sprintf("gallery_%d", orders)
-		execSQL(t, f.server.URL, "CREATE DATABASE "+name)
-		galleries = append(galleries, newGallery(t, withDatabase(t, f.server.URL, name), orders, time.Now))
+		execSQL(t, f.server.url, "CREATE DATABASE "+name)
+		galleries = append(galleries, newGallery(t, withDatabase(t, f.server.url, name), orders, time.Now))
 	}
-	execSQL(t, f.server.URL, "CHECKPOINT")
+	execSQL(t, f.server.url, "CHECKPOINT")
 	for _, g := range galleries { // the largest last
 		execSQL(t, g.database, `CREATE EXTENSION pg_prewarm; SELECT pg_prewarm(oid) FROM pg_class
 			WHERE relkind IN ('r', 'i', 't') AND relnamespace IN ('public'::regnamespace, 'pg_toast'::regnamespace)`)
@@ -85,10 +85,10 @@ func newYardstick(t *testing.T) *yardstick {
 		"fsync": "on", "synchronous_commit": "on", "max_connections": "200", "max_wal_size": "16GB", "checkpoint_timeout": "30min",
 		"shared_buffers": fmt.Sprintf("%dMB", memoryOfMachine(t)/2>>20),
 	}
-	f.server = runPostgres(t, postgresConfig{Dir: f.dir, Settings: settings})
+	f.server = runPostgres(t, postgresConfig{dir: f.dir, settings: settings})
 	fmt.Printf("%d cores, %d GB, of them %d in huge pages, %s, %s with %v\n", runtime.NumCPU(), memoryOfMachine(t)>>30,
 		kilobytes(t, "/proc/meminfo", "Hugetlb")>>30, runtime.Version(),
-		queryText(t, f.server.URL, "SELECT split_part(version(), ' on ', 1)"), settings)
+		queryText(t, f.server.url, "SELECT split_part(version(), ' on ', 1)"), settings)
 	build := exec.Command("go", "build", "-o", filepath.Join(f.dir, "lumiere"), ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -156,11 +156,11 @@ func kilobytes(t testing.TB, file, line string) int {
 // ---- pgbench
 
 // statement is what the store sends for call.
-func (f *yardstick) statement(g *gallery, call func(*Store) error) *tracer {
+func (f *yardstick) statement(g *gallery, call func(*store) error) *tracer {
 	seen := &tracer{}
 	store, err := openStore(f.t.Context(), g.database, seen)
 	check(f.t, err)
-	defer store.Close()
+	defer store.close()
 	check(f.t, call(store))
 	return seen
 }
@@ -242,18 +242,18 @@ const readingKeys = `
 // againstStatement compares one endpoint with the statement behind it; both ask for keys at random.
 func (f *yardstick) againstStatement(g *gallery, name string) {
 	var keys map[int]string
-	statement := f.statement(g, func(s *Store) (err error) {
+	statement := f.statement(g, func(s *store) (err error) {
 		o, buyer := g.shown[0], "ARRAY["+sqlID("0b", ":b")+"]"
 		switch name {
 		case "detail":
 			keys = map[int]string{1: "ARRAY[" + sqlID("0d", ":o") + "]", 2: buyer}
-			_, err = s.Order(f.t.Context(), o.ID, caller{ID: o.Buyer})
+			_, err = s.findOrder(f.t.Context(), o.ID, caller{id: o.Buyer})
 		case "latest":
 			keys = map[int]string{1: buyer}
-			_, err = s.LatestOrder(f.t.Context(), o.Buyer)
+			_, err = s.findLatestOrder(f.t.Context(), o.Buyer)
 		default:
 			keys = map[int]string{1: "ARRAY[" + sqlID("0a", ":i") + ", " + sqlID("0a", ":j") + ", " + sqlID("0a", ":k") + "]"}
-			_, err = s.Paintings(f.t.Context(), g.cart())
+			_, err = s.findPaintings(f.t.Context(), g.cart())
 		}
 		return err
 	})
@@ -301,13 +301,13 @@ func (f *yardstick) wrk(g *gallery, script string) (rate float64, p99 time.Durat
 
 // checkouts compares whole checkouts with the statement that creates an order.
 func (f *yardstick) checkouts(g *gallery) {
-	statement := f.statement(g, func(s *Store) error {
+	statement := f.statement(g, func(s *store) error {
 		body, err := json.Marshal(orderBody(newNumber(), g.takeFree()))
 		check(f.t, err)
 		order, err := parseOrder(body, 10000)
 		check(f.t, err)
-		order.ID, order.UserID, order.CreatedAt, order.HeldUntil = newTestID(), newTestID(), time.Now(), time.Now().Add(time.Hour)
-		_, err = s.CreateOrder(f.t.Context(), actor{kind: actorBuyer}, order)
+		order.id, order.userID, order.createdAt, order.heldUntil = newTestID(), newTestID(), time.Now(), time.Now().Add(time.Hour)
+		_, err = s.insertOrder(f.t.Context(), actor{kind: actorBuyer}, order)
 		return err
 	})
 	const number = `\set i :n * 64 + :client_id`

@@ -56,17 +56,17 @@ func FuzzParseOrder(f *testing.F) {
 			wantBadRequest(t, err)
 			return
 		}
-		if n := len(o.ProductIDs); n < 1 || n > maxItems || n != len(o.Prices) || o.ShippingPrice != 10000 {
+		if n := len(o.productIDs); n < 1 || n > maxItems || n != len(o.prices) || o.shippingPrice != 10000 {
 			t.Fatalf("%s gives %+v", body, o)
 		}
-		for i, id := range o.ProductIDs {
-			if !validID(id) || slices.Contains(o.ProductIDs[:i], id) {
-				t.Fatalf("%s gives the paintings %q", body, o.ProductIDs)
+		for i, id := range o.productIDs {
+			if !validID(id) || slices.Contains(o.productIDs[:i], id) {
+				t.Fatalf("%s gives the paintings %q", body, o.productIDs)
 			}
 		}
-		documents := []string{o.DeliveryInfo, o.OrdererInfo}
-		if o.DeliveryDetails != nil {
-			documents = append(documents, *o.DeliveryDetails)
+		documents := []string{o.deliveryInfo, o.ordererInfo}
+		if o.deliveryDetails != nil {
+			documents = append(documents, *o.deliveryDetails)
 		}
 		for _, text := range documents {
 			var fields map[string]string
@@ -85,7 +85,7 @@ func FuzzParseOrder(f *testing.F) {
 func FuzzAuthorization(f *testing.F) {
 	now := func() time.Time { return time.Date(2026, 3, 2, 1, 0, 0, 0, time.UTC) }
 	tokens := newTokens([]byte(testSecret), now)
-	good, err := tokens.issue(caller{ID: buyerA}, now(), time.Hour)
+	good, err := tokens.issue(caller{id: buyerA}, now(), time.Hour)
 	check(f, err)
 	for _, seed := range []string{"", "Bearer", "Bearer ", "bearer " + good, "Bearer " + good + "x", "Basic " + good, good, "Bearer a.b.c",
 		"Bearer eyJhbGciOiJub25lIn0.e30.", "Bearer " + strings.Repeat(".", 300)} {
@@ -93,7 +93,7 @@ func FuzzAuthorization(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, header string) {
 		caller, err := tokens.caller(&http.Request{Header: http.Header{"Authorization": {header}}})
-		if (err == nil) != (caller.ID != "") || caller.Admin || (err == nil && caller.ID != buyerA) {
+		if (err == nil) != (caller.id != "") || caller.admin || (err == nil && caller.id != buyerA) {
 			t.Fatalf("%q makes %+v, %v", header, caller, err)
 		}
 	})

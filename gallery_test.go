@@ -42,7 +42,7 @@ func newGallery(t testing.TB, databaseURL string, orders int, now func() time.Ti
 	ctx := t.Context()
 	store, err := openMigratedStore(ctx, databaseURL)
 	check(t, err)
-	defer store.Close()
+	defer store.close()
 	conn, err := pgx.Connect(ctx, databaseURL)
 	check(t, err)
 	defer conn.Close(ctx)
@@ -226,7 +226,7 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*checkoutCl
 }
 
 func (g *gallery) token(user string) string {
-	token, err := g.tokens.issue(caller{ID: user, Admin: user == adminID}, g.now(), 3*time.Hour)
+	token, err := g.tokens.issue(caller{id: user, admin: user == adminID}, g.now(), 3*time.Hour)
 	check(g.t, err)
 	return token
 }

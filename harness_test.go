@@ -92,7 +92,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	s.traced = &tracer{}
 	store, err := openStore(context.Background(), c.databaseURL, s.traced)
 	check(s.t, err)
-	s.t.Cleanup(store.Close)
+	s.t.Cleanup(store.close)
 	check(s.t, store.migrate(context.Background(), migrations()))
 	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
 	s.t.Cleanup(s.settler.gateway.client.CloseIdleConnections)
@@ -101,7 +101,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 
 // token is a good token of user's.
 func (s *shop) token(user string, isAdmin bool) string {
-	token, err := s.tokens.issue(caller{ID: user, Admin: isAdmin}, s.clock.Now(), 3*time.Hour)
+	token, err := s.tokens.issue(caller{id: user, admin: isAdmin}, s.clock.Now(), 3*time.Hour)
 	check(s.t, err)
 	return token
 }
@@ -210,12 +210,12 @@ func (s *shop) paintings(n int, price int64) (ids []string) {
 // catalogue puts paintings into the catalogue, or changes them there.
 func (s *shop) catalogue(price int64, forSale bool, ids ...string) {
 	s.t.Helper()
-	var all []Painting
+	var all []painting
 	for _, id := range ids {
-		all = append(all, Painting{ID: id, ArtistID: "61a4c82a2c1eaad2e0d0084c", ArtistName: "안영희",
-			Title: "잠식", Image: "/images/bye/1.jpg", Size: "73x61cm", Canvas: 20, Price: price, ForSale: forSale})
+		all = append(all, painting{id: id, artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희",
+			title: "잠식", image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: price, forSale: forSale})
 	}
-	check(s.t, s.store.ImportPaintings(context.Background(), all))
+	check(s.t, s.store.importPaintings(context.Background(), all))
 }
 
 // orderBody is a good body of POST /api/orders for paintings of 99,000 won each; number is its result.id.

@@ -300,7 +300,7 @@ func TestLimiterAtOnce(t *testing.T) {
 						t.Errorf("%d look-ups at once", n)
 					}
 					defer looking.Add(-1)
-					return gatewayPayment{}, []error{nil, errNoPayment, errNoPayment, &gatewayError{Status: 503, Err: errors.New("down")}}[i%4]
+					return gatewayPayment{}, []error{nil, errNoPayment, errNoPayment, &gatewayError{status: 503, err: errors.New("down")}}[i%4]
 				})
 				if err != nil && !errors.Is(err, errTooMany) && !errors.Is(err, errNoPayment) && gatewayResponded(err) {
 					t.Error(err)

@@ -490,11 +490,11 @@ func (l *modelLife) round() {
 		if len(rows) == 0 {
 			break
 		}
-		i := slices.IndexFunc(l.model.payments, func(p *modelPayment) bool { return p.impUID == rows[0].ImpUID && p.state == "refunding" })
+		i := slices.IndexFunc(l.model.payments, func(p *modelPayment) bool { return p.impUID == rows[0].impUID && p.state == "refunding" })
 		if i < 0 {
-			l.fail("a refund of %s", rows[0].ImpUID)
+			l.fail("a refund of %s", rows[0].impUID)
 		}
-		l.say("  refunds %s again", rows[0].ImpUID)
+		l.say("  refunds %s again", rows[0].impUID)
 		err = l.settler.attemptRefund(ctx, byReconciler, rows[0])
 		if status := l.model.refundAgain(l.model.payments[i]); (status == 200) != (err == nil) {
 			l.fail("%v, by the model %d", err, status)
@@ -506,8 +506,8 @@ func (l *modelLife) round() {
 		if len(looks) == 0 {
 			break
 		}
-		i := slices.IndexFunc(l.model.orders, func(o *modelOrder) bool { return o.id == looks[0].ID })
-		l.say("  looks at order %s", looks[0].ID)
+		i := slices.IndexFunc(l.model.orders, func(o *modelOrder) bool { return o.id == looks[0].id })
+		l.say("  looks at order %s", looks[0].id)
 		_, err = l.settler.checkOrder(ctx, looks[0])
 		check(l.t, err)
 		l.model.reconcile(l.model.orders[i], l.config.hold)

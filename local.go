@@ -66,7 +66,7 @@ func openDevEnv(ctx context.Context, c *config) (env *devEnv, err error) {
 	h := &devEnv{}
 	defer func() {
 		if err != nil {
-			h.Close()
+			h.close()
 		}
 	}()
 	if h.dir, err = cacheDir(); err != nil {
@@ -75,7 +75,7 @@ func openDevEnv(ctx context.Context, c *config) (env *devEnv, err error) {
 	if h.unlock, err = lockDir(h.dir); err != nil {
 		return nil, fmt.Errorf("local development: %w", err)
 	}
-	if h.server, err = startPostgres(ctx, postgresConfig{Dir: filepath.Join(h.dir, "postgres")}); err != nil {
+	if h.server, err = startPostgres(ctx, postgresConfig{dir: filepath.Join(h.dir, "postgres")}); err != nil {
 		return nil, err
 	}
 	if c.jwtSecret, err = devSecret(); err != nil {
@@ -91,7 +91,7 @@ func openDevEnv(ctx context.Context, c *config) (env *devEnv, err error) {
 	}
 	h.http = httpServer(h.gateway, slog.Default())
 	go h.http.Serve(listener)
-	c.databaseURL, c.iamportURL = h.server.URL, "http://"+listener.Addr().String()
+	c.databaseURL, c.iamportURL = h.server.url, "http://"+listener.Addr().String()
 	c.iamportKey, c.iamportSecret = h.gateway.key, h.gateway.secret
 	where, _ := json.Marshal(devGatewayAddress{c.iamportURL, c.iamportKey, c.iamportSecret})
 	if err := os.WriteFile(filepath.Join(h.dir, devGatewayFile), where, 0o600); err != nil {
@@ -103,13 +103,13 @@ func openDevEnv(ctx context.Context, c *config) (env *devEnv, err error) {
 	return h, nil
 }
 
-// Close stops what openDevEnv started.
-func (h *devEnv) Close() (err error) {
+// close stops what openDevEnv started.
+func (h *devEnv) close() (err error) {
 	if h.http != nil {
 		err = h.http.Close()
 	}
 	if h.server != nil {
-		err = errors.Join(err, h.server.Stop())
+		err = errors.Join(err, h.server.stop())
 	}
 	if h.unlock != nil {
 		h.unlock()
@@ -120,7 +120,7 @@ func (h *devEnv) Close() (err error) {
 // setUp loads the sample catalogue into an empty database, adds the calls that only local development has, and prints
 // how to use it all.
 func (h *devEnv) setUp(ctx context.Context, s *server, address string, out io.Writer) error {
-	ids, err := s.store.AllPaintingIDs(ctx, 200)
+	ids, err := s.store.firstPaintingIDs(ctx, 200)
 	if err != nil {
 		return err
 	}
@@ -156,7 +156,7 @@ type devCatalogue struct {
 }
 
 func (s *server) showDevCatalogue(r *request) (any, error) {
-	ids, err := s.store.AllPaintingIDs(r.Context(), 200)
+	ids, err := s.store.firstPaintingIDs(r.Context(), 200)
 	if err != nil {
 		return nil, err
 	}
@@ -168,7 +168,7 @@ func (s *server) devUsersWithTokens() []devUser {
 	people := slices.Clone(devUsers)
 	for i, p := range people {
 		var err error
-		if people[i].Token, err = s.tokens.issue(caller{ID: p.ID, Admin: p.Admin}, s.now(), devTokenTTL); err != nil {
+		if people[i].Token, err = s.tokens.issue(caller{id: p.ID, admin: p.Admin}, s.now(), devTokenTTL); err != nil {
 			panic(err) // HS256 signs with any secret
 		}
 	}
@@ -197,7 +197,7 @@ func devSecret() ([]byte, error) {
 func joinDevEnv(ctx context.Context, c *config) (leave func() error, err error) {
 	env, problem := openDevEnv(ctx, c)
 	if problem == nil {
-		return env.Close, nil
+		return env.close, nil
 	}
 	dir, err := cacheDir()
 	if err != nil {

@@ -260,13 +260,13 @@ func (s *server) routes() []route {
 }
 
 // newServer builds the service around a store and the way to the gateway (nil: the network), for main and the tests alike.
-func newServer(c config, store *Store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
+func newServer(c config, store *store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
 	s := &server{
 		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
 		limits: newLimiter(now), metrics: newMetrics(),
 	}
-	gateway := newIamportClient(iamportConfig{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret, Sandbox: c.sandbox,
-		Now: now, Transport: toGateway, Observe: s.observeGateway})
+	gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox,
+		now: now, transport: toGateway, observe: s.observeGateway})
 	s.settler = &settler{store: store, gateway: gateway, now: now, log: log, interval: c.reconcile, hold: c.hold}
 	for _, rt := range s.routes() {
 		s.add(rt)
@@ -306,7 +306,7 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 		if env, err = openDevEnv(ctx, &c); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, env.Close()) }()
+		defer func() { err = errors.Join(err, env.close()) }()
 		host = "127.0.0.1"
 	}
 	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
@@ -325,7 +325,7 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	defer store.Close()
+	defer store.close()
 	s := newServer(c, store, nil, log, time.Now)
 	if env != nil {
 		if err := env.setUp(ctx, s, listener.Addr().String(), out); err != nil {
@@ -422,7 +422,7 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 		defer file.Close()
 		in = file
 	}
-	return withStore(ctx, &c, func(store *Store) error {
+	return withStore(ctx, &c, func(store *store) error {
 		n, err := importCatalogue(ctx, store, in)
 		if err == nil {
 			fmt.Fprintf(out, "%d paintings imported\n", n)
@@ -433,7 +433,7 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 
 // withStore opens the database for a command and brings its schema up to date. In local development it completes the
 // configuration with the private PostgreSQL and the fake gateway first.
-func withStore(ctx context.Context, c *config, do func(*Store) error) (err error) {
+func withStore(ctx context.Context, c *config, do func(*store) error) (err error) {
 	if c.local {
 		leave, err := joinDevEnv(ctx, c)
 		if err != nil {
@@ -445,7 +445,7 @@ func withStore(ctx context.Context, c *config, do func(*Store) error) (err error
 	if err != nil {
 		return err
 	}
-	defer store.Close()
+	defer store.close()
 	return do(store)
 }
 
@@ -460,7 +460,7 @@ func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io
 			return err
 		}
 	}
-	token, err := newTokens(c.jwtSecret, time.Now).issue(caller{ID: id, Admin: isAdmin}, time.Now(), ttl)
+	token, err := newTokens(c.jwtSecret, time.Now).issue(caller{id: id, admin: isAdmin}, time.Now(), ttl)
 	if err == nil {
 		fmt.Fprintln(out, token)
 	}

@@ -186,17 +186,17 @@ var paidStatuses = [...]string{"paid", "preparing", "shipping", "delivered", "re
 // expose writes the figures of money. They are the database's: every replica says the same.
 func (m openBalances) expose(e *exposition) {
 	e.family("lumiere_holds", "gauge", "Unpaid orders that hold paintings now.")
-	e.sample("", float64(m.Holds))
+	e.sample("", float64(m.holds))
 	e.family("lumiere_refunds_waiting", "gauge", "Payments whose refund is booked and not done yet.")
-	e.sample("", float64(m.Refunds))
+	e.sample("", float64(m.refunds))
 	e.family("lumiere_oldest_unsettled_payment_seconds", "gauge",
 		"How long the oldest money has been neither kept nor given back; 0 when there is none. "+
 			"refund: since a refund that is not done yet was booked. "+
 			"unknown: since the hold of an unpaid order ended of which the gateway has not said yet whether money came.")
-	e.sample("", m.OldestRefund.Seconds(), "kind", "refund")
-	e.sample("", m.OldestUnknown.Seconds(), "kind", "unknown")
+	e.sample("", m.oldestRefund.Seconds(), "kind", "refund")
+	e.sample("", m.oldestUnknown.Seconds(), "kind", "unknown")
 	e.family("lumiere_orders", "gauge", "Orders that were paid, by the status they have now.")
-	for status, n := range m.Orders {
+	for status, n := range m.orders {
 		e.sample("", float64(n), "status", paidStatuses[status])
 	}
 }

@@ -232,7 +232,7 @@ func TestAlarmsAreOfFigures(t *testing.T) {
 func TestMetricsWithoutADatabase(t *testing.T) {
 	s := newShop(t)
 	s.call("", "GET", "/healthz", nil)
-	s.store.Close()
+	s.store.close()
 	f := s.scrape()
 	f.want(t, figures{`lumiere_database_up`: 0, `lumiere_http_requests_total{route="GET /healthz",status="200"}`: 1})
 	if _, ok := f["lumiere_holds"]; ok {
@@ -259,7 +259,7 @@ func TestMoneyReadsNoWholeTable(t *testing.T) {
 		t.Error(text)
 	}
 	m, err := s.store.readOpenBalances(t.Context(), s.now())
-	if err != nil || m.Holds != 4 || m.Refunds != 4 || m.Orders[statusDelivered] != 1996 {
+	if err != nil || m.holds != 4 || m.refunds != 4 || m.orders[statusDelivered] != 1996 {
 		t.Errorf("%+v, %v", m, err)
 	}
 }

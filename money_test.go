@@ -134,7 +134,7 @@ func TestRefundGoesOnAfterTheProcessDied(t *testing.T) {
 	order, impUID, _ := s.paid(buyerA)
 	row, err := s.store.bookRefund(t.Context(), actor{kind: actorBuyer}, order, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
 	check(t, err)
-	if row.ImpUID != impUID {
+	if row.impUID != impUID {
 		t.Fatal(row)
 	}
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 409, messageCancelling)

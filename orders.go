@@ -107,7 +107,7 @@ type stringField struct {
 }
 
 // parseOrder turns the body of POST /api/orders into the order that it asks for.
-func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
+func parseOrder(body []byte, shipping int64) (o newOrder, err error) {
 	var in orderRequest
 	if err := decodeJSON(body, "", &in); err != nil {
 		return o, err
@@ -134,10 +134,10 @@ func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
 		if err != nil {
 			return o, err
 		}
-		if slices.Contains(o.ProductIDs, id) {
+		if slices.Contains(o.productIDs, id) {
 			return o, fieldError(name+".product", "같은 작품이 두 번 들어 있습니다")
 		}
-		o.ProductIDs, o.Prices = append(o.ProductIDs, id), append(o.Prices, price)
+		o.productIDs, o.prices = append(o.productIDs, id), append(o.prices, price)
 	}
 	if in.DeliveryDetails == nil {
 		in.DeliveryDetails = &deliveryDetails{}
@@ -159,11 +159,11 @@ func parseOrder(body []byte, shipping int64) (o NewOrder, err error) {
 	if *in.ShippingPrice != shipping {
 		return o, fieldError("shippingPrice", fmt.Sprintf("배송비는 %d원입니다", shipping))
 	}
-	o.Number, o.ShippingPrice, o.Total = in.Result.ID, *in.ShippingPrice, *in.TotalPrice
-	o.DeliveryInfo, o.OrdererInfo = marshalRaw(d), marshalRaw(w)
+	o.number, o.shippingPrice, o.total = in.Result.ID, *in.ShippingPrice, *in.TotalPrice
+	o.deliveryInfo, o.ordererInfo = marshalRaw(d), marshalRaw(w)
 	if *dd != (deliveryDetails{}) {
 		text := marshalRaw(dd)
-		o.DeliveryDetails = &text
+		o.deliveryDetails = &text
 	}
 	return o, nil
 }
@@ -206,15 +206,15 @@ func (s *server) createOrder(r *request) (any, error) {
 		return nil, err
 	}
 	now := s.now()
-	order.ID, order.UserID = s.newID(now), r.caller.ID
-	order.CreatedAt, order.HeldUntil = now, now.Add(s.config.hold)
-	created, err := s.store.CreateOrder(r.Context(), actor{kind: actorBuyer, request: r.id}, order)
+	order.id, order.userID = s.newID(now), r.caller.id
+	order.createdAt, order.heldUntil = now, now.Add(s.config.hold)
+	created, err := s.store.insertOrder(r.Context(), actor{kind: actorBuyer, request: r.id}, order)
 	if err != nil {
 		return nil, err
 	}
 	r.orderID = created.orderID
 	switch {
-	case created.existing && !sameSet(created.existingItems, order.ProductIDs):
+	case created.existing && !sameSet(created.existingItems, order.productIDs):
 		return nil, statusError(http.StatusConflict, "result.id: 다른 주문에 이미 사용된 주문 번호입니다")
 	case created.orderID != "":
 		return orderCreated{"주문서 생성 성공", created.orderID}, nil
@@ -223,21 +223,21 @@ func (s *server) createOrder(r *request) (any, error) {
 }
 
 // whyNotCreated is the refusal of an order that could not be made.
-func (s *server) whyNotCreated(r *request, order NewOrder, asked []requestedItem) error {
+func (s *server) whyNotCreated(r *request, order newOrder, asked []requestedItem) error {
 	for i, a := range asked {
-		if !a.Known {
+		if !a.known {
 			return statusError(http.StatusNotFound, fmt.Sprintf("orderItems[%d].product: 존재하지 않는 작품입니다", i))
 		}
 	}
-	if taken := slices.DeleteFunc(slices.Clone(asked), func(a requestedItem) bool { return a.Free }); len(taken) > 0 {
+	if taken := slices.DeleteFunc(slices.Clone(asked), func(a requestedItem) bool { return a.free }); len(taken) > 0 {
 		return s.whyTaken(r, taken)
 	}
-	total := order.ShippingPrice
+	total := order.shippingPrice
 	for i, a := range asked {
-		if a.Price != order.Prices[i] {
-			return fieldError(fmt.Sprintf("orderItems[%d].price", i), fmt.Sprintf("작품 가격은 %d원입니다", a.Price))
+		if a.price != order.prices[i] {
+			return fieldError(fmt.Sprintf("orderItems[%d].price", i), fmt.Sprintf("작품 가격은 %d원입니다", a.price))
 		}
-		total += a.Price
+		total += a.price
 	}
 	return fieldError("totalPrice", fmt.Sprintf("주문 금액은 %d원입니다", total))
 }
@@ -261,21 +261,21 @@ type takenProducts struct {
 func (s *server) whyTaken(r *request, taken []requestedItem) error {
 	ids := make([]string, len(taken))
 	for i, a := range taken {
-		ids[i] = a.ID
+		ids[i] = a.id
 	}
-	paintings, err := s.store.Paintings(r.Context(), ids)
+	paintings, err := s.store.findPaintings(r.Context(), ids)
 	if err != nil {
 		return err
 	}
 	body := takenProducts{Message: "이미 판매되었거나 다른 구매자가 결제 중인 작품이 있습니다"}
 	for _, a := range taken {
-		p := paintings[a.ID]
-		product := takenProduct{ID: a.ID, Title: a.Title, Reason: "sold"}
-		if p.ForSale && (!p.Taken || p.Holder != "") { // free again by now: it was held a moment ago
+		p := paintings[a.id]
+		product := takenProduct{ID: a.id, Title: a.title, Reason: "sold"}
+		if p.forSale && (!p.taken || p.holder != "") { // free again by now: it was held a moment ago
 			product.Reason = "held"
 		}
-		if product.Reason == "held" && p.HeldUntil != nil {
-			product.Until = (*jsonTime)(p.HeldUntil)
+		if product.Reason == "held" && p.heldUntil != nil {
+			product.Until = (*jsonTime)(p.heldUntil)
 		}
 		body.Products = append(body.Products, product)
 	}
@@ -310,8 +310,8 @@ type orderDetail struct {
 	TotalPrice      int64           `json:"totalPrice"`
 }
 
-func (o Order) result() orderResult {
-	return orderResult{o.Number, (*jsonTime)(o.PaidAt), o.Status, jsonTime(o.UpdatedAt)}
+func (o order) result() orderResult {
+	return orderResult{o.number, (*jsonTime)(o.paidAt), o.status, jsonTime(o.updatedAt)}
 }
 
 // showOrder answers GET /api/orders/{id}.
@@ -320,13 +320,13 @@ func (s *server) showOrder(r *request) (any, error) {
 	if !ok {
 		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
 	}
-	o, err := s.store.Order(r.Context(), id, r.caller)
+	o, err := s.store.findOrder(r.Context(), id, r.caller)
 	if errors.Is(err, errNotFound) {
 		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
 	} else if err != nil {
 		return nil, err
 	}
-	return orderDetail{o.result(), o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID, o.UserID, o.Items, o.ShippingPrice, o.Total}, nil
+	return orderDetail{o.result(), o.deliveryInfo, o.deliveryDetails, o.ordererInfo, o.id, o.userID, o.items, o.shippingPrice, o.total}, nil
 }
 
 // pathID is the order that the request's path names; a malformed id names no order.
@@ -346,14 +346,14 @@ type latestOrder struct {
 
 // showLatest answers GET /api/orders/latest.
 func (s *server) showLatest(r *request) (any, error) {
-	o, err := s.store.LatestOrder(r.Context(), r.caller.ID)
+	o, err := s.store.findLatestOrder(r.Context(), r.caller.id)
 	if errors.Is(err, errNotFound) {
 		return nil, statusError(http.StatusNotFound, "최근 주문 내역이 없습니다")
 	} else if err != nil {
 		return nil, err
 	}
-	r.orderID = o.ID
-	return latestOrder{o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo, o.ID}, nil
+	r.orderID = o.id
+	return latestOrder{o.deliveryInfo, o.deliveryDetails, o.ordererInfo, o.id}, nil
 }
 
 // ---- PATCH /api/orders/pay and the gateway's notices
@@ -377,7 +377,7 @@ func (s *server) pay(r *request) (any, error) {
 		return nil, tooManyError(http.StatusTooManyRequests, err)
 	case err != nil:
 		return nil, err
-	case settled.State == stateKept:
+	case settled.state == stateKept:
 		return message{"결제 성공"}, nil
 	default:
 		return nil, whyNotPaid(settled)
@@ -386,7 +386,7 @@ func (s *server) pay(r *request) (any, error) {
 
 // lookUpAndSettle settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
 func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlement, error) {
-	who := client{buyer: r.caller.ID}
+	who := client{buyer: r.caller.id}
 	if who.buyer == "" {
 		who.address = clientAddress(r.Request, s.config.proxies)
 	}
@@ -395,10 +395,10 @@ func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlemen
 		return settlement{}, err
 	}
 	settled, err := s.settler.settleReported(r.Context(), by, p)
-	if errors.Is(err, errNotOurs) || err == nil && settled.State == "" {
+	if errors.Is(err, errNotOurs) || err == nil && settled.state == "" {
 		s.limits.penalize(who)
 	}
-	r.orderID = settled.OrderID
+	r.orderID = settled.orderID
 	return settled, err
 }
 
@@ -409,7 +409,7 @@ func tooManyError(status int, cause error) *httpError {
 
 // whyNotPaid is the refusal of a payment that pays nothing.
 func whyNotPaid(settled settlement) error {
-	switch settled.Reason {
+	switch settled.reason {
 	case "":
 		return statusError(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
 	case reasonAmount:
@@ -481,7 +481,7 @@ func (s *server) deleteOrder(r *request) (any, error) {
 	}
 	// Each change names the status it changes from; when another change came first, the order is looked at anew.
 	for range 5 {
-		state, err := s.store.OrderState(r.Context(), id, r.caller)
+		state, err := s.store.findOrderState(r.Context(), id, r.caller)
 		if errors.Is(err, errNotFound) {
 			return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
 		} else if err != nil {
@@ -498,24 +498,24 @@ func (s *server) deleteOrder(r *request) (any, error) {
 
 // deleteInState does what DELETE with the wanted status (nil: none) means for an order in this state, and says so. errStale:
 // the order is in another state by now.
-func (s *server) deleteInState(r *request, state OrderState, wanted *int) (string, error) {
+func (s *server) deleteInState(r *request, state orderState, wanted *int) (string, error) {
 	cancel := wanted == nil || *wanted == statusCancelled
 	switch {
-	case state.Status == statusUnpaid:
-		return s.deleteUnpaid(r, state.ID)
+	case state.status == statusUnpaid:
+		return s.deleteUnpaid(r, state.id)
 	case !cancel && *wanted != statusReturning:
 		return "", statusError(http.StatusBadRequest, "진행 단계를 알 수 없습니다")
-	case state.Status == statusCancelled:
+	case state.status == statusCancelled:
 		return "", statusError(http.StatusConflict, "이미 취소된 주문입니다")
-	case !cancel && state.Status == statusReturning:
+	case !cancel && state.status == statusReturning:
 		return "", statusError(http.StatusConflict, "이미 반품을 요청한 주문입니다")
-	case !cancel && state.Cancelling:
+	case !cancel && state.cancelling:
 		return "", statusError(http.StatusConflict, messageCancelling)
 	case !cancel:
-		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), state.ID, state.Status, statusReturning, s.now())
-	case state.Status == statusReturning && !r.caller.Admin:
+		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), state.id, state.status, statusReturning, s.now())
+	case state.status == statusReturning && !r.caller.admin:
 		return "", statusError(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
-	case state.Status != statusPaid && state.Status != statusReturning:
+	case state.status != statusPaid && state.status != statusReturning:
 		return "", statusError(http.StatusConflict, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다")
 	default:
 		return "해당 주문의 결제 취소가 완료되었습니다", s.cancelPaid(r, state)
@@ -528,22 +528,22 @@ func (s *server) deleteUnpaid(r *request, id string) (string, error) {
 	if !errors.Is(err, errStale) {
 		return "결제 오류로 임시 주문서를 삭제했습니다", err
 	}
-	if _, err := s.store.OrderState(r.Context(), id, r.caller); errors.Is(err, errNotFound) {
+	if _, err := s.store.findOrderState(r.Context(), id, r.caller); errors.Is(err, errNotFound) {
 		return "", errStale
 	}
 	return "", statusError(http.StatusConflict, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요")
 }
 
 // cancelPaid gives the money of a paid or returned order back.
-func (s *server) cancelPaid(r *request, state OrderState) error {
+func (s *server) cancelPaid(r *request, state orderState) error {
 	reason := reasonBuyerCancel
-	if r.caller.Admin {
+	if r.caller.admin {
 		reason = reasonShopCancel
 	}
 	var err error
-	if !state.Cancelling {
-		err = s.settler.refundOrder(r.Context(), r.actor(), state.ID, state.Status, reason)
-	} else if err = s.settler.retryOrderRefund(r.Context(), r.actor(), state.ID); errors.Is(err, errStale) {
+	if !state.cancelling {
+		err = s.settler.refundOrder(r.Context(), r.actor(), state.id, state.status, reason)
+	} else if err = s.settler.retryOrderRefund(r.Context(), r.actor(), state.id); errors.Is(err, errStale) {
 		return s.whileCancelling(r, state)
 	}
 	if errors.Is(err, errRefundPending) {
@@ -558,8 +558,8 @@ func (s *server) cancelPaid(r *request, state OrderState) error {
 }
 
 // whileCancelling answers a second cancel beside one that is under way, or that has just ended.
-func (s *server) whileCancelling(r *request, state OrderState) error {
-	now, err := s.store.OrderState(r.Context(), state.ID, r.caller)
+func (s *server) whileCancelling(r *request, state orderState) error {
+	now, err := s.store.findOrderState(r.Context(), state.id, r.caller)
 	if err == nil && now == state {
 		return statusError(http.StatusConflict, messageCancelling)
 	}

@@ -75,13 +75,13 @@ func (s *shop) wantUntouched(order, painting string) {
 // pagePaintings puts the paintings that the page prints into the catalogue.
 func (s *shop) pagePaintings() {
 	s.t.Helper()
-	check(s.t, s.store.ImportPaintings(s.t.Context(), []Painting{
-		{ID: "61a4debe4f5f6aa036bfec5f", ArtistID: "61a4debe4f5f6aa036bfec5d", ArtistName: "로키산맥", Title: "파멸",
-			Image: "/images/owner/1.jpg", Size: "163x131cm", Canvas: 100, Price: 469000, ForSale: true},
-		{ID: "61a58ed5eebb463c14eca0f9", ArtistID: "61a4c82a2c1eaad2e0d0084c", ArtistName: "안영희", Title: "날갯짓",
-			Image: "/images/bye/2.jpg", Size: "146x112cm", Canvas: 80, Price: 310000, ForSale: true},
-		{ID: "61a4c895f59ea1b7a727a658", ArtistID: "61a4c82a2c1eaad2e0d0084c", ArtistName: "안영희", Title: "잠식",
-			Image: "/images/bye/1.jpg", Size: "73x61cm", Canvas: 20, Price: 99000, ForSale: true},
+	check(s.t, s.store.importPaintings(s.t.Context(), []painting{
+		{id: "61a4debe4f5f6aa036bfec5f", artistID: "61a4debe4f5f6aa036bfec5d", artistName: "로키산맥", title: "파멸",
+			image: "/images/owner/1.jpg", size: "163x131cm", canvas: 100, price: 469000, forSale: true},
+		{id: "61a58ed5eebb463c14eca0f9", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "날갯짓",
+			image: "/images/bye/2.jpg", size: "146x112cm", canvas: 80, price: 310000, forSale: true},
+		{id: "61a4c895f59ea1b7a727a658", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "잠식",
+			image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true},
 	}))
 }
 
@@ -149,7 +149,7 @@ func TestCartItemsStock(t *testing.T) {
 	_, _, sold := s.paid(buyerA)
 	held, free := s.painting(99000), s.painting(99000)
 	s.order(buyerA, held)
-	expired, err := s.tokens.issue(caller{ID: buyerA}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
+	expired, err := s.tokens.issue(caller{id: buyerA}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
 	check(t, err)
 	for _, row := range []struct {
 		name, authorization string
@@ -531,7 +531,7 @@ func TestPayRefusals(t *testing.T) {
 
 func TestPay(t *testing.T) {
 	s := newShop(t, func(c *config) { c.sandbox = true })
-	expired, err := s.tokens.issue(caller{ID: buyerB}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
+	expired, err := s.tokens.issue(caller{id: buyerB}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
 	check(t, err)
 	for _, row := range []struct {
 		name, authorization string
@@ -788,8 +788,8 @@ func TestShowOrder(t *testing.T) {
 	}
 
 	// The snapshot is of that day.
-	check(t, s.store.ImportPaintings(t.Context(), []Painting{{ID: "61a4c895f59ea1b7a727a658", ArtistID: newTestID(), ArtistName: "다른 이",
-		Title: "다른 제목", Image: "/other.jpg", Size: "1x1cm", Canvas: 1, Price: 1, ForSale: true}}))
+	check(t, s.store.importPaintings(t.Context(), []painting{{id: "61a4c895f59ea1b7a727a658", artistID: newTestID(), artistName: "다른 이",
+		title: "다른 제목", image: "/other.jpg", size: "1x1cm", canvas: 1, price: 1, forSale: true}}))
 	s.wantBody(s.call(buyer, "GET", path, nil), 200, paid)
 	s.wantBody(s.call(buyer, "GET", "/api/orders/latest", nil), 200, "{"+delivery+details+orderer+`"_id":"`+made.OrderID+`"}`)
 }

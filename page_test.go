@@ -18,8 +18,8 @@ func TestPage(t *testing.T) {
 	house := &devEnv{gateway: s.double}
 	check(t, house.setUp(t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))
 	const odd = `<img src="/odd" onerror="alert(1)"> & "따옴표"`
-	check(t, s.store.ImportPaintings(t.Context(), []Painting{{ID: newTestID(), ArtistID: newTestID(), ArtistName: "<b>화가</b>", Title: odd,
-		Image: "/images/odd.jpg", Size: "73x61cm", Canvas: 20, Price: 99000, ForSale: true}}))
+	check(t, s.store.importPaintings(t.Context(), []painting{{id: newTestID(), artistID: newTestID(), artistName: "<b>화가</b>", title: odd,
+		image: "/images/odd.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true}}))
 
 	b := openBrowser(t, s.url)
 	b.do("Page.navigate", object{"url": s.url + "/"})

@@ -31,25 +31,25 @@ const (
 
 // gatewayPayment is what the gateway says of one payment.
 type gatewayPayment struct {
-	ImpUID, MerchantUID string
-	Status              gatewayStatus
-	Currency            string    // "KRW"
-	Amount              int64     // whole won, as first paid; 0 when Currency is not KRW: not ours to book
-	Cancelled           int64     // whole won given back so far; 0 when Currency is not KRW
+	impUID, merchantUID string
+	status              gatewayStatus
+	currency            string    // "KRW"
+	amount              int64     // whole won, as first paid; 0 when Currency is not KRW: not ours to book
+	cancelled           int64     // whole won given back so far; 0 when Currency is not KRW
 	fullyRefunded       bool      // it was paid and nothing is left of it, in whatever currency: all was given back
-	Sandbox             bool      // made through a test channel: no money moved
-	PaidAt              time.Time // UTC; zero when never paid
+	sandbox             bool      // made through a test channel: no money moved
+	paidAt              time.Time // UTC; zero when never paid
 }
 
 // isKRW reports whether the payment is in the one currency the shop sells in.
-func (p gatewayPayment) isKRW() bool { return p.Currency == "KRW" }
+func (p gatewayPayment) isKRW() bool { return p.currency == "KRW" }
 
 // cancelRequest asks for all that is left of a payment to be given back.
 type cancelRequest struct {
-	ImpUID    string
-	Remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
+	impUID    string
+	remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
 	isKRW     bool  // the payment is in KRW; a foreign one is cancelled without comparing Remaining
-	Reason    string
+	reason    string
 }
 
 // errNoPayment means that the gateway answered and knows no such payment. A payment of a test channel
@@ -58,8 +58,8 @@ var errNoPayment = errors.New("the gateway knows no such payment")
 
 // gatewayRefusal means that the gateway answered and did nothing: HTTP 200 with a code that is not 0.
 type gatewayRefusal struct {
-	Code    int    // 1: a rule of the gateway's own; -1: the card company or its like said no
-	Message string // often the card company's words, which may name a buyer: log the Refusal, not this
+	code    int    // 1: a rule of the gateway's own; -1: the card company or its like said no
+	message string // often the card company's words, which may name a buyer: log the Refusal, not this
 }
 
 // privateText finds what a card company's words may tell of a buyer: telephone, card and account numbers, mail.
@@ -67,8 +67,8 @@ var privateText = regexp.MustCompile(`[^\s@]+@[^\s@]+|\d(?:[-* ]*\d){7,}`)
 
 // Error is safe to log: one short line, numbers that could be a buyer's left out.
 func (r *gatewayRefusal) Error() string {
-	text := []rune(privateText.ReplaceAllString(r.Message, "…"))
-	return fmt.Sprintf("the gateway refused (code %d): %q", r.Code, string(text[:min(len(text), 200)]))
+	text := []rune(privateText.ReplaceAllString(r.message, "…"))
+	return fmt.Sprintf("the gateway refused (code %d): %q", r.code, string(text[:min(len(text), 200)]))
 }
 
 // gatewayError means that no usable answer came: whether the gateway did what was asked is unknown.
@@ -76,24 +76,24 @@ type gatewayError struct {
 	// Status is 502 for a broken answer or our keys rejected; 503 when it is unreachable, answers 5xx or no
 	// slot was free in time; 504 for no answer in time, or when the caller went away (Err is then
 	// context.Canceled).
-	Status int
-	Call   string // "token", "payment", "find", "findAll", "cancel"
-	Err    error  // the cause, without keys, tokens or anything of an answer's content
+	status int
+	call   string // "token", "payment", "find", "findAll", "cancel"
+	err    error  // the cause, without keys, tokens or anything of an answer's content
 }
 
-func (e *gatewayError) Error() string { return "gateway " + e.Call + ": " + e.Err.Error() }
-func (e *gatewayError) Unwrap() error { return e.Err }
+func (e *gatewayError) Error() string { return "gateway " + e.call + ": " + e.err.Error() }
+func (e *gatewayError) Unwrap() error { return e.err }
 
 // iamportConfig says which Iamport account to use, and how.
 type iamportConfig struct {
-	URL, Key, Secret string
-	Sandbox          bool              // also accept payments of test channels (staging)
-	Now              func() time.Time  // nil: time.Now
-	Transport        http.RoundTripper // nil: a transport of its own with sane limits
+	url, key, secret string
+	sandbox          bool              // also accept payments of test channels (staging)
+	now              func() time.Time  // nil: time.Now
+	transport        http.RoundTripper // nil: a transport of its own with sane limits
 	// Observe is told of every call when it ends, except one whose caller went away. Call is as in
 	// gatewayError, outcome "ok", "none", "refused", "broken", "unreachable" or "timeout", err the one that
 	// its caller gets; took includes all waiting.
-	Observe func(call, outcome string, err error, took time.Duration) // nil: nobody
+	observe func(call, outcome string, err error, took time.Duration) // nil: nobody
 }
 
 // iamportClient is a client of Iamport's (PortOne V1) REST API. It is safe for concurrent use and meant to be shared:
@@ -128,8 +128,8 @@ const (
 // newIamportClient makes a client; nothing is asked of the gateway before the first call.
 func newIamportClient(c iamportConfig) *iamportClient {
 	g := &iamportClient{
-		url: strings.TrimRight(c.URL, "/"), key: c.Key, secret: c.Secret, sandbox: c.Sandbox,
-		now: c.Now, observe: c.Observe,
+		url: strings.TrimRight(c.url, "/"), key: c.key, secret: c.secret, sandbox: c.sandbox,
+		now: c.now, observe: c.observe,
 		lookUpLimit: 5 * time.Second, cancelLimit: 60 * time.Second,
 		lookUps: make(chan struct{}, maxLookUps), cancels: make(chan struct{}, maxCancels),
 	}
@@ -139,11 +139,11 @@ func newIamportClient(c iamportConfig) *iamportClient {
 	if g.observe == nil {
 		g.observe = func(string, string, error, time.Duration) {}
 	}
-	if c.Transport == nil {
-		c.Transport = newGatewayTransport()
+	if c.transport == nil {
+		c.transport = newGatewayTransport()
 	}
 	g.client = &http.Client{
-		Transport:     c.Transport,
+		Transport:     c.transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return g
@@ -192,9 +192,9 @@ func (g *iamportClient) fetchPayment(ctx context.Context, impUID string) (gatewa
 	switch {
 	case err != nil:
 		return gatewayPayment{}, brokenAnswer("payment", err)
-	case p.ImpUID != impUID:
+	case p.impUID != impUID:
 		return gatewayPayment{}, brokenAnswer("payment", errors.New("the answer is about another imp_uid"))
-	case p.Sandbox && !g.sandbox:
+	case p.sandbox && !g.sandbox:
 		return gatewayPayment{}, errNoPayment
 	}
 	return p, nil
@@ -217,7 +217,7 @@ func (g *iamportClient) fetchPaidPayment(ctx context.Context, merchantUID string
 	if err != nil {
 		return gatewayPayment{}, err
 	}
-	if p.Sandbox && !g.sandbox {
+	if p.sandbox && !g.sandbox {
 		// There is no filter here: a newer payment of a test channel must not hide an older true one.
 		all, err := g.listPayments(ctx, merchantUID, gatewayPaid)
 		if err != nil {
@@ -272,7 +272,7 @@ func (g *iamportClient) listPayments(ctx context.Context, merchantUID string, st
 			if err != nil {
 				return nil, err
 			}
-			if !p.Sandbox || g.sandbox {
+			if !p.sandbox || g.sandbox {
 				all = append(all, p)
 			}
 		}
@@ -288,9 +288,9 @@ func (g *iamportClient) listPayments(ctx context.Context, merchantUID string, st
 // gatewayError nobody knows whether the money went back: look the payment up before trying again.
 func (g *iamportClient) cancelPayment(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
 	switch {
-	case !validImpUID(c.ImpUID):
+	case !validImpUID(c.impUID):
 		return gatewayPayment{}, errors.New("gateway cancel: not an imp_uid")
-	case c.isKRW && c.Remaining <= 0:
+	case c.isKRW && c.remaining <= 0:
 		return gatewayPayment{}, errors.New("gateway cancel: nothing is left to give back")
 	}
 	ctx, end := g.begin(context.WithoutCancel(ctx), "cancel", g.cancelLimit)
@@ -300,16 +300,16 @@ func (g *iamportClient) cancelPayment(ctx context.Context, c cancelRequest) (gat
 }
 
 func (g *iamportClient) sendCancel(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
-	request := map[string]any{"imp_uid": c.ImpUID, "reason": c.Reason} // without an amount: all that is left
+	request := map[string]any{"imp_uid": c.impUID, "reason": c.reason} // without an amount: all that is left
 	if c.isKRW {
-		request["checksum"] = c.Remaining
+		request["checksum"] = c.remaining
 	}
 	response, err := g.call(ctx, g.cancels, gatewayCall{"cancel", http.MethodPost, "/payments/cancel", request})
 	if err != nil {
 		return gatewayPayment{}, err
 	}
 	p, err := decodePayment(response)
-	if err == nil && p.ImpUID != c.ImpUID {
+	if err == nil && p.impUID != c.impUID {
 		err = errors.New("the answer is about another imp_uid")
 	}
 	if err != nil {
@@ -345,9 +345,9 @@ func gatewayOutcome(err error) string {
 		return "none"
 	case errors.As(err, &refusal):
 		return "refused"
-	case errors.As(err, &failure) && failure.Status == http.StatusServiceUnavailable:
+	case errors.As(err, &failure) && failure.status == http.StatusServiceUnavailable:
 		return "unreachable"
-	case errors.As(err, &failure) && failure.Status == http.StatusGatewayTimeout:
+	case errors.As(err, &failure) && failure.status == http.StatusGatewayTimeout:
 		return "timeout"
 	}
 	return "broken"
@@ -507,7 +507,7 @@ func openEnvelope(call string, status int, body []byte) (json.RawMessage, error)
 // decodeFound decodes a payment that was looked up by its merchant_uid.
 func (g *iamportClient) decodeFound(call string, response []byte, merchantUID string) (gatewayPayment, error) {
 	p, err := decodePayment(response)
-	if err == nil && p.MerchantUID != merchantUID {
+	if err == nil && p.merchantUID != merchantUID {
 		err = errors.New("the answer is about another merchant_uid")
 	}
 	if err != nil {
@@ -536,13 +536,13 @@ func decodePayment(response []byte) (gatewayPayment, error) {
 		return gatewayPayment{}, err
 	}
 	p := gatewayPayment{
-		ImpUID: object.ImpUID, MerchantUID: object.MerchantUID,
-		Status: object.Status, Currency: object.Currency, Sandbox: object.Sandbox,
+		impUID: object.ImpUID, merchantUID: object.MerchantUID,
+		status: object.Status, currency: object.Currency, sandbox: object.Sandbox,
 	}
 	switch {
-	case !validImpUID(p.ImpUID):
+	case !validImpUID(p.impUID):
 		return gatewayPayment{}, errors.New("the payment has no imp_uid")
-	case p.MerchantUID == "" || p.Status == "" || p.Currency == "":
+	case p.merchantUID == "" || p.status == "" || p.currency == "":
 		return gatewayPayment{}, errors.New("the payment lacks its merchant_uid, status or currency")
 	case object.Amount == nil || object.CancelAmount == nil:
 		return gatewayPayment{}, errors.New("the payment lacks its amounts")
@@ -550,19 +550,19 @@ func decodePayment(response []byte) (gatewayPayment, error) {
 		return gatewayPayment{}, errors.New("the payment's time is out of range")
 	}
 	if object.PaidAt > 0 {
-		p.PaidAt = time.Unix(object.PaidAt, 0).UTC()
+		p.paidAt = time.Unix(object.PaidAt, 0).UTC()
 	}
 	amount, ok1 := exactNumber(object.Amount)
 	cancelled, ok2 := exactNumber(object.CancelAmount)
 	if !ok1 || !ok2 {
 		return gatewayPayment{}, errors.New("an amount is not a number")
 	}
-	p.fullyRefunded = p.Status == gatewayCancelled && cancelled.Cmp(amount) >= 0
+	p.fullyRefunded = p.status == gatewayCancelled && cancelled.Cmp(amount) >= 0
 	if p.isKRW() {
 		if !wholeWon(amount) || !wholeWon(cancelled) {
 			return gatewayPayment{}, errors.New("an amount is not of whole won")
 		}
-		p.Amount, p.Cancelled = amount.Num().Int64(), cancelled.Num().Int64()
+		p.amount, p.cancelled = amount.Num().Int64(), cancelled.Num().Int64()
 	}
 	return p, nil
 }

@@ -42,8 +42,8 @@ func newGatewayTestInMemory(sandbox bool) *gatewayTest {
 	double := newFakeGateway(clock.Now)
 	outcomes := make(chan string, 1000)
 	gateway := newIamportClient(iamportConfig{
-		Key: double.key, Secret: double.secret, Sandbox: sandbox, Now: clock.Now, Transport: double,
-		Observe: func(call, outcome string, _ error, _ time.Duration) { outcomes <- call + " " + outcome },
+		key: double.key, secret: double.secret, sandbox: sandbox, now: clock.Now, transport: double,
+		observe: func(call, outcome string, _ error, _ time.Duration) { outcomes <- call + " " + outcome },
 	})
 	return &gatewayTest{gateway, double, clock, outcomes}
 }
@@ -59,7 +59,7 @@ func (g *gatewayTest) nextOutcomes(n int) (all []string) {
 func (g *gatewayTest) wantFailure(t *testing.T, err error, status int, call string) {
 	t.Helper()
 	var failure *gatewayError
-	if !errors.As(err, &failure) || failure.Status != status || failure.Call != call {
+	if !errors.As(err, &failure) || failure.status != status || failure.call != call {
 		t.Fatalf("err = %v, want a GatewayError %d of %s", err, status, call)
 	}
 	g.double.mu.Lock()
@@ -78,7 +78,7 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 	g.double.pay(fakePayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
 	g.double.pay(fakePayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
 	want := gatewayPayment{
-		ImpUID: first, MerchantUID: "order-1", Status: "paid", Currency: "KRW", Amount: 5900, PaidAt: g.clock.Now(),
+		impUID: first, merchantUID: "order-1", status: "paid", currency: "KRW", amount: 5900, paidAt: g.clock.Now(),
 	}
 
 	if p, err := g.payment(t.Context(), first); p != want || err != nil {
@@ -102,15 +102,15 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 		t.Errorf("PaymentsFor = %+v, %v, want none", all, err)
 	}
 
-	want.Status, want.Cancelled, want.fullyRefunded = "cancelled", 5900, true
-	request := cancelRequest{ImpUID: first, Remaining: 5900, isKRW: true, Reason: `위조 "결제" <&>`}
+	want.status, want.cancelled, want.fullyRefunded = "cancelled", 5900, true
+	request := cancelRequest{impUID: first, remaining: 5900, isKRW: true, reason: `위조 "결제" <&>`}
 	if p, err := g.cancelPayment(t.Context(), request); p != want || err != nil {
 		t.Errorf("Cancel = %+v, %v, want %+v", p, err, want)
 	}
 	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want %+v", all, err, want)
 	}
-	if p, _ := g.double.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.Reason {
+	if p, _ := g.double.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.reason {
 		t.Errorf("refunds at the gateway: %+v", p.Refunds)
 	}
 	if n := g.double.calls("payment"); n != 2 {
@@ -140,7 +140,7 @@ func TestGatewayCancelRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, err := g.cancelPayment(t.Context(), c.request)
 			var refusal *gatewayRefusal
-			if !errors.As(err, &refusal) || refusal.Code != 1 || refusal.Message != c.message {
+			if !errors.As(err, &refusal) || refusal.code != 1 || refusal.message != c.message {
 				t.Errorf("err = %v, want a refusal", err)
 			}
 		})
@@ -160,12 +160,12 @@ func TestGatewayCancelRefused(t *testing.T) {
 		t.Errorf("%d won given back, want the 900 of before", p.Cancelled)
 	}
 
-	if p, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5000, true, "나머지"}); p.Cancelled != 5900 || err != nil {
+	if p, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5000, true, "나머지"}); p.cancelled != 5900 || err != nil {
 		t.Errorf("Cancel of the rest = %+v, %v", p, err)
 	}
 	var refusal *gatewayRefusal
 	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); !errors.As(err, &refusal) ||
-		refusal.Message != fakeCancelled {
+		refusal.message != fakeCancelled {
 		t.Errorf("second cancel: %v", err)
 	}
 }
@@ -174,11 +174,11 @@ func TestGatewayCancelsForeignPaymentWithoutChecksum(t *testing.T) {
 	g := newGatewayTest(t, false)
 	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
 	check(t, g.double.refundInConsole(impUID, 20))
-	if p, err := g.payment(t.Context(), impUID); err != nil || p.Status != "cancelled" || p.fullyRefunded {
+	if p, err := g.payment(t.Context(), impUID); err != nil || p.status != "cancelled" || p.fullyRefunded {
 		t.Errorf("with a remainder: %+v, %v", p, err)
 	}
-	p, err := g.cancelPayment(t.Context(), cancelRequest{ImpUID: impUID})
-	if err != nil || !p.fullyRefunded || p.isKRW() || p.Amount != 0 || p.Cancelled != 0 {
+	p, err := g.cancelPayment(t.Context(), cancelRequest{impUID: impUID})
+	if err != nil || !p.fullyRefunded || p.isKRW() || p.amount != 0 || p.cancelled != 0 {
 		t.Errorf("Cancel = %+v, %v", p, err)
 	}
 }
@@ -206,11 +206,11 @@ func TestGatewaySandbox(t *testing.T) {
 			later := g.double.pay(fakePayment{MerchantUID: "mixed", Amount: 1, Sandbox: true})
 
 			p, err := g.payment(t.Context(), test)
-			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, errNoPayment) {
+			if sandbox && !p.sandbox || !sandbox && !errors.Is(err, errNoPayment) {
 				t.Errorf("Payment = %+v, %v", p, err)
 			}
 			p, err = g.paidPayment(t.Context(), "test")
-			if sandbox && !p.Sandbox || !sandbox && !errors.Is(err, errNoPayment) {
+			if sandbox && !p.sandbox || !sandbox && !errors.Is(err, errNoPayment) {
 				t.Errorf("PaidFor = %+v, %v", p, err)
 			}
 			all, err := g.paymentsOf(t.Context(), "test")
@@ -221,7 +221,7 @@ func TestGatewaySandbox(t *testing.T) {
 			if sandbox {
 				want, wantAll = later, 2
 			}
-			if p, err = g.paidPayment(t.Context(), "mixed"); p.ImpUID != want || err != nil {
+			if p, err = g.paidPayment(t.Context(), "mixed"); p.impUID != want || err != nil {
 				t.Errorf("PaidFor(mixed) = %+v, %v, want %s", p, err, want)
 			}
 			if all, err = g.paymentsOf(t.Context(), "mixed"); len(all) != wantAll || err != nil {
@@ -241,8 +241,8 @@ func TestGatewayReadsAllPages(t *testing.T) {
 		t.Fatalf("%d payments, %v, want all", len(all), err)
 	}
 	for i, p := range all {
-		if p.Amount != int64(i) {
-			t.Fatalf("payment %d is number %d", i, p.Amount)
+		if p.amount != int64(i) {
+			t.Fatalf("payment %d is number %d", i, p.amount)
 		}
 	}
 	g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
@@ -433,8 +433,8 @@ func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) 
 
 	err := do()
 	var failure *gatewayError
-	if call == "token" && errors.As(err, &failure) && failure.Status == 504 {
-		g.wantFailure(t, err, 504, failure.Call) // the look-up and its token run out of the same 5 s
+	if call == "token" && errors.As(err, &failure) && failure.status == 504 {
+		g.wantFailure(t, err, 504, failure.call) // the look-up and its token run out of the same 5 s
 	} else {
 		g.wantFailure(t, err, status, call)
 	}
@@ -570,11 +570,11 @@ func TestGatewayAnswers(t *testing.T) {
 			var refusal *gatewayRefusal
 			switch want := c.want.(type) {
 			case int64:
-				if err != nil || p.ImpUID != "imp_1" || p.MerchantUID != "order" || p.Amount != want {
+				if err != nil || p.impUID != "imp_1" || p.merchantUID != "order" || p.amount != want {
 					t.Errorf("Payment = %+v, %v", p, err)
 				}
 			case int:
-				if !errors.As(err, &failure) || failure.Status != want || failure.Call != "payment" {
+				if !errors.As(err, &failure) || failure.status != want || failure.call != "payment" {
 					t.Errorf("Payment = %+v, %v, want a GatewayError %d", p, err, want)
 				}
 			case *gatewayRefusal:
@@ -614,7 +614,7 @@ func newAnswerTest(t *testing.T, answer http.HandlerFunc) *iamportClient {
 	})
 	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
-	g := newIamportClient(iamportConfig{URL: server.URL, Key: "a-test-key", Secret: "a-test-secret"})
+	g := newIamportClient(iamportConfig{url: server.URL, key: "a-test-key", secret: "a-test-secret"})
 	t.Cleanup(g.client.CloseIdleConnections)
 	return g
 }
@@ -648,7 +648,7 @@ func TestGatewayTokenAnswers(t *testing.T) {
 			g.url = server.URL
 			_, err := g.payment(t.Context(), "imp_1")
 			var failure *gatewayError
-			if !errors.As(err, &failure) || failure.Status != c.want {
+			if !errors.As(err, &failure) || failure.status != c.want {
 				t.Fatalf("err = %v, want a GatewayError %d", err, c.want)
 			}
 			for _, text := range []string{g.key, g.secret, secret} {
@@ -683,7 +683,7 @@ func TestGatewayConnectionsThatBreak(t *testing.T) {
 			})
 			_, err := g.payment(t.Context(), "imp_1")
 			var failure *gatewayError
-			if !errors.As(err, &failure) || failure.Status != c.want {
+			if !errors.As(err, &failure) || failure.status != c.want {
 				t.Fatalf("err = %v, want a GatewayError %d", err, c.want)
 			}
 			if strings.Contains(err.Error(), answerTestToken) {
@@ -750,7 +750,7 @@ func TestGatewayCallerGoesAway(t *testing.T) {
 	<-gone
 
 	p, err := g.cancelPayment(ctx, cancelRequest{id, 5900, true, ""})
-	if p.Cancelled != 5900 || err != nil {
+	if p.cancelled != 5900 || err != nil {
 		t.Errorf("cancel of a caller who had left: %+v, %v", p, err)
 	}
 	if outcomes := g.nextOutcomes(1); outcomes[0] != "cancel ok" {
@@ -768,7 +768,7 @@ func TestGatewayLimits(t *testing.T) {
 			<-r.Context().Done()
 			return nil, r.Context().Err()
 		})
-		g := newIamportClient(iamportConfig{Transport: stuck})
+		g := newIamportClient(iamportConfig{transport: stuck})
 		for call, limit := range map[string]time.Duration{"payment": 5 * time.Second, "cancel": 60 * time.Second} {
 			start := time.Now()
 			var err error
@@ -778,7 +778,7 @@ func TestGatewayLimits(t *testing.T) {
 				_, err = g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, ""})
 			}
 			var failure *gatewayError
-			if !errors.As(err, &failure) || failure.Status != 504 || failure.Call != call {
+			if !errors.As(err, &failure) || failure.status != 504 || failure.call != call {
 				t.Errorf("%s: err = %v", call, err)
 			}
 			if took := time.Since(start); took != limit {
@@ -808,7 +808,7 @@ func TestGatewaySixteenAtOnce(t *testing.T) {
 			<-release
 			return gatewayResponse(`{"code":1}`), nil
 		})
-		g := newIamportClient(iamportConfig{Transport: transport})
+		g := newIamportClient(iamportConfig{transport: transport})
 		results := make(chan error, 100)
 		start := func(n int, call func() (gatewayPayment, error)) {
 			for range n {
@@ -831,7 +831,7 @@ func TestGatewaySixteenAtOnce(t *testing.T) {
 		}
 		for range 30 {
 			var failure *gatewayError
-			if err := <-results; !errors.As(err, &failure) || failure.Status != 503 {
+			if err := <-results; !errors.As(err, &failure) || failure.status != 503 {
 				t.Errorf("without a slot: %v", err)
 			}
 		}
@@ -1051,10 +1051,10 @@ func FuzzPaymentAnswer(f *testing.F) {
 			}
 			return
 		}
-		if !validImpUID(p.ImpUID) || p.MerchantUID == "" || p.Status == "" || p.Currency == "" {
+		if !validImpUID(p.impUID) || p.merchantUID == "" || p.status == "" || p.currency == "" {
 			t.Errorf("accepted %+v", p)
 		}
-		if p.Amount < 0 || p.Cancelled < 0 || !p.isKRW() && p.Amount+p.Cancelled != 0 {
+		if p.amount < 0 || p.cancelled < 0 || !p.isKRW() && p.amount+p.cancelled != 0 {
 			t.Errorf("amounts of %+v", p)
 		}
 		if _, err := json.Marshal(p); err != nil {

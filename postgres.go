@@ -161,14 +161,14 @@ func lockDir(dir string) (unlock func(), err error) {
 
 // postgresConfig says what private cluster to run.
 type postgresConfig struct {
-	Dir      string            // where the cluster lives, one for each major version; made when missing
-	Settings map[string]string // PostgreSQL's settings, beside and before ours: "fsync": "off"
+	dir      string            // where the cluster lives, one for each major version; made when missing
+	settings map[string]string // PostgreSQL's settings, beside and before ours: "fsync": "off"
 }
 
 // postgresServer is a private PostgreSQL cluster, reached by its Unix socket alone. Its methods are for one
 // goroutine at a time.
 type postgresServer struct {
-	URL string // connection string of the database "lumiere"
+	url string // connection string of the database "lumiere"
 
 	config  postgresConfig
 	bin     string
@@ -192,22 +192,22 @@ func startPostgres(ctx context.Context, cfg postgresConfig) (*postgresServer, er
 	if err != nil {
 		return nil, err
 	}
-	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
+	if cfg.dir, err = filepath.Abs(cfg.dir); err != nil {
 		return nil, err
 	}
-	if err := makeDir(cfg.Dir); err != nil {
+	if err := makeDir(cfg.dir); err != nil {
 		return nil, err
 	}
 	if account != nil {
-		if err := checkReachable(cfg.Dir); err != nil {
+		if err := checkReachable(cfg.dir); err != nil {
 			return nil, err
 		}
 	}
 	p := &postgresServer{
 		config:  cfg,
 		bin:     bin,
-		data:    filepath.Join(cfg.Dir, fmt.Sprintf("data-%d", major)),
-		socket:  filepath.Join(cfg.Dir, "socket"),
+		data:    filepath.Join(cfg.dir, fmt.Sprintf("data-%d", major)),
+		socket:  filepath.Join(cfg.dir, "socket"),
 		account: account,
 	}
 	if len(p.socket) > maxSocketDir || strings.Contains(p.socket, ",") { // a comma separates hosts
@@ -215,14 +215,14 @@ func startPostgres(ctx context.Context, cfg postgresConfig) (*postgresServer, er
 			return nil, err
 		}
 	}
-	p.URL = p.databaseURL(postgresName)
+	p.url = p.databaseURL(postgresName)
 	if err := p.makeCluster(ctx); err != nil {
 		return nil, err
 	}
 	if err := os.WriteFile(p.logFile(), nil, 0o600); err != nil {
 		return nil, err
 	}
-	if err := p.Start(ctx); err != nil {
+	if err := p.start(ctx); err != nil {
 		return nil, err
 	}
 	return p, nil
@@ -278,13 +278,13 @@ func (p *postgresServer) databaseURL(name string) string {
 	return u.String()
 }
 
-func (p *postgresServer) logFile() string { return filepath.Join(p.config.Dir, "log") }
+func (p *postgresServer) logFile() string { return filepath.Join(p.config.dir, "log") }
 
 // command prepares one of PostgreSQL's programs to run as its user and out of reach of the terminal's Ctrl-C, which
 // is meant for us: we stop it when nothing needs it any more.
 func (p *postgresServer) command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, filepath.Join(p.bin, program), args...)
-	cmd.Dir = p.config.Dir
+	cmd.Dir = p.config.dir
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "TZ=UTC")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: p.account}
 	return cmd
@@ -304,13 +304,13 @@ func (p *postgresServer) makeCluster(ctx context.Context) error {
 	if _, err := os.Stat(p.data); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	halfMade, _ := filepath.Glob(filepath.Join(p.config.Dir, "new-*")) // fails only on a malformed pattern
+	halfMade, _ := filepath.Glob(filepath.Join(p.config.dir, "new-*")) // fails only on a malformed pattern
 	for _, dir := range halfMade {
 		if err := os.RemoveAll(dir); err != nil {
 			return err
 		}
 	}
-	dir, err := os.MkdirTemp(p.config.Dir, "new-")
+	dir, err := os.MkdirTemp(p.config.dir, "new-")
 	if err != nil {
 		return err
 	}
@@ -318,7 +318,7 @@ func (p *postgresServer) makeCluster(ctx context.Context) error {
 		return err
 	}
 	args := []string{"-D", dir, "-U", postgresName, "-A", "trust", "-E", "UTF8", "--locale=C"}
-	if p.config.Settings["fsync"] == "off" {
+	if p.config.settings["fsync"] == "off" {
 		args = append(args, "--no-sync")
 	}
 	if out, err := p.command(ctx, "initdb", args...).CombinedOutput(); err != nil {
@@ -330,8 +330,8 @@ func (p *postgresServer) makeCluster(ctx context.Context) error {
 	return os.Rename(dir, p.data)
 }
 
-// Start starts a stopped server again and waits until it answers.
-func (p *postgresServer) Start(ctx context.Context) error {
+// start starts a stopped server again and waits until it answers.
+func (p *postgresServer) start(ctx context.Context) error {
 	if p.process != nil {
 		return errors.New("PostgreSQL is already running")
 	}
@@ -410,7 +410,7 @@ func (p *postgresServer) arguments() []string {
 		"unix_socket_directories": `"` + strings.ReplaceAll(p.socket, `"`, `""`) + `"`,
 		"unix_socket_permissions": "0700",
 	}
-	maps.Copy(settings, p.config.Settings)
+	maps.Copy(settings, p.config.settings)
 	args := []string{"-D", p.data}
 	for _, name := range slices.Sorted(maps.Keys(settings)) {
 		args = append(args, "-c", name+"="+settings[name])
@@ -472,15 +472,15 @@ func (p *postgresServer) connect(ctx context.Context) (*pgx.Conn, error) {
 	}
 }
 
-// Stop shuts the server down in order (PostgreSQL's "fast" mode) and waits for it. Stopping a stopped one is no error.
-func (p *postgresServer) Stop() error { return p.end(syscall.SIGINT) }
+// stop shuts the server down in order (PostgreSQL's "fast" mode) and waits for it. Stopping a stopped one is no error.
+func (p *postgresServer) stop() error { return p.end(syscall.SIGINT) }
 
-// Crash ends the server at once, without writing anything back (PostgreSQL's "immediate" mode): what was committed
+// crash ends the server at once, without writing anything back (PostgreSQL's "immediate" mode): what was committed
 // comes back from its log at the next start.
-func (p *postgresServer) Crash() error { return p.end(syscall.SIGQUIT) }
+func (p *postgresServer) crash() error { return p.end(syscall.SIGQUIT) }
 
-// Kill ends the server with SIGKILL, as a power cut would. Its sessions notice by themselves and end.
-func (p *postgresServer) Kill() error {
+// kill ends the server with SIGKILL, as a power cut would. Its sessions notice by themselves and end.
+func (p *postgresServer) kill() error {
 	err := p.end(syscall.SIGKILL)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {

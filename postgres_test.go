@@ -43,7 +43,7 @@ var testPostgres = sync.OnceValues(func() (databaseURL string, err error) {
 		return "", err
 	}
 	stopTestPostgres = func() error { return os.RemoveAll(dir) }
-	server, err := startPostgres(context.Background(), postgresConfig{Dir: dir, Settings: map[string]string{
+	server, err := startPostgres(context.Background(), postgresConfig{dir: dir, settings: map[string]string{
 		"fsync":              "off",
 		"synchronous_commit": "off",
 		"full_page_writes":   "off",
@@ -54,9 +54,9 @@ var testPostgres = sync.OnceValues(func() (databaseURL string, err error) {
 	}
 	stopTestPostgres = func() error {
 		defer os.RemoveAll(dir)
-		return server.Stop()
+		return server.stop()
 	}
-	return server.URL, nil
+	return server.url, nil
 })
 
 // testDatabaseURL returns the connection string of the tests' server: TEST_DATABASE_URL, or else a private one.
@@ -159,7 +159,7 @@ func runPostgres(t testing.TB, cfg postgresConfig) *postgresServer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := server.Stop(); err != nil {
+		if err := server.stop(); err != nil {
 			t.Error(err)
 		}
 	})
@@ -262,13 +262,13 @@ func TestNewTestDatabase(t *testing.T) {
 
 // Whatever ended a server, the next start finds what was committed.
 func TestPostgresRecovers(t *testing.T) {
-	cfg := postgresConfig{Dir: postgresDir(t)}
+	cfg := postgresConfig{dir: postgresDir(t)}
 	server := runPostgres(t, cfg)
-	execSQL(t, server.URL, "CREATE TABLE endings (name text PRIMARY KEY)")
+	execSQL(t, server.url, "CREATE TABLE endings (name text PRIMARY KEY)")
 	pidFile := filepath.Join(server.data, "postmaster.pid")
 	again := func() {
 		t.Helper()
-		if err := server.Start(t.Context()); err != nil {
+		if err := server.start(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -277,30 +277,30 @@ func TestPostgresRecovers(t *testing.T) {
 		end  func()
 	}{
 		{"Stop", func() {
-			check(t, server.Stop())
+			check(t, server.stop())
 			again()
 		}},
 		{"Crash", func() {
-			check(t, server.Crash())
+			check(t, server.crash())
 			again()
 		}},
 		{"Kill", func() {
-			check(t, server.Kill())
+			check(t, server.kill())
 			again()
 		}},
 		{"Kill with a session at work", func() {
 			var session sync.WaitGroup
 			defer session.Wait()
 			session.Go(func() {
-				if conn, err := pgx.Connect(t.Context(), server.URL); err == nil {
+				if conn, err := pgx.Connect(t.Context(), server.url); err == nil {
 					conn.Exec(t.Context(), "SELECT count(*) FROM generate_series(1, 20000000) work")
 					conn.Close(t.Context())
 				}
 			})
 			working := `SELECT count(*)::text FROM pg_stat_activity WHERE query LIKE '% work' AND state = 'active'`
-			for queryText(t, server.URL, working) != "1" {
+			for queryText(t, server.url, working) != "1" {
 			}
-			check(t, server.Kill())
+			check(t, server.kill())
 			again()
 		}},
 		{"still running, its owner gone", func() {
@@ -310,7 +310,7 @@ func TestPostgresRecovers(t *testing.T) {
 			stranger := exec.Command("sleep", "60")
 			stranger.SysProcAttr = &syscall.SysProcAttr{Credential: server.account}
 			check(t, stranger.Start())
-			check(t, server.Kill())
+			check(t, server.kill())
 			content, err := os.ReadFile(pidFile)
 			check(t, err)
 			_, rest, _ := strings.Cut(string(content), "\n")
@@ -324,20 +324,20 @@ func TestPostgresRecovers(t *testing.T) {
 			}
 		}},
 		{"a file cut off", func() {
-			check(t, server.Kill())
+			check(t, server.kill())
 			check(t, os.WriteFile(pidFile, []byte("-1\n"), 0o600))
 			check(t, os.Chown(pidFile, ownerOf(t, server.data), -1))
 			again()
 		}},
 	}
 	for i, ending := range endings {
-		execSQL(t, server.URL, "INSERT INTO endings VALUES ('"+ending.name+"')")
+		execSQL(t, server.url, "INSERT INTO endings VALUES ('"+ending.name+"')")
 		ending.end()
-		if got := queryText(t, server.URL, "SELECT count(*)::text FROM endings"); got != strconv.Itoa(i+1) {
+		if got := queryText(t, server.url, "SELECT count(*)::text FROM endings"); got != strconv.Itoa(i+1) {
 			t.Fatalf("%s: %s rows are there, want %d", ending.name, got, i+1)
 		}
 	}
-	if err := server.Start(t.Context()); err == nil {
+	if err := server.start(t.Context()); err == nil {
 		t.Error("a running server was started")
 	}
 }
@@ -363,7 +363,7 @@ func TestPostgresMakesCluster(t *testing.T) {
 	check(t, os.MkdirAll(halfMade, 0o711))
 	check(t, os.Chmod(filepath.Dir(dir), 0o711))
 	check(t, os.WriteFile(filepath.Join(halfMade, "PG_VERSION"), []byte("15\n"), 0o600))
-	server := runPostgres(t, postgresConfig{Dir: dir, Settings: unsafeSettings})
+	server := runPostgres(t, postgresConfig{dir: dir, settings: unsafeSettings})
 	if _, err := os.Stat(halfMade); err == nil {
 		t.Error("the half-made cluster is still there")
 	}
@@ -379,7 +379,7 @@ func TestPostgresMakesCluster(t *testing.T) {
 		if setting == "lc_collate" {
 			query = "SELECT datcollate::text FROM pg_database WHERE datname = 'lumiere'"
 		}
-		if got := queryText(t, server.URL, query); got != want {
+		if got := queryText(t, server.url, query); got != want {
 			t.Errorf("%s is %q, want %q", setting, got, want)
 		}
 	}
@@ -388,7 +388,7 @@ func TestPostgresMakesCluster(t *testing.T) {
 	if info.Mode().Perm() != 0o700 {
 		t.Errorf("the socket's directory is open to others: %v", info.Mode())
 	}
-	check(t, server.Stop())
+	check(t, server.stop())
 	if _, err := os.Stat(server.socket); err == nil {
 		t.Error("the socket's directory outlived the server")
 	}
@@ -396,9 +396,9 @@ func TestPostgresMakesCluster(t *testing.T) {
 
 func TestPostgresSaysWhatIsWrong(t *testing.T) {
 	dir := postgresDir(t)
-	cfg := postgresConfig{Dir: dir, Settings: map[string]string{"fsync": "off", "max_connections": "many"}}
+	cfg := postgresConfig{dir: dir, settings: map[string]string{"fsync": "off", "max_connections": "many"}}
 	if server, err := startPostgres(t.Context(), cfg); err == nil {
-		server.Stop()
+		server.stop()
 		t.Error("it started")
 	} else if !strings.Contains(err.Error(), `invalid value for parameter "max_connections"`) {
 		t.Errorf("the error does not carry the server's: %v", err)
@@ -408,7 +408,7 @@ func TestPostgresSaysWhatIsWrong(t *testing.T) {
 		return
 	}
 	check(t, os.Chmod(dir, 0o700))
-	_, err := startPostgres(t.Context(), postgresConfig{Dir: filepath.Join(dir, "closed")})
+	_, err := startPostgres(t.Context(), postgresConfig{dir: filepath.Join(dir, "closed")})
 	if err == nil || !strings.Contains(err.Error(), "cannot reach "+dir) {
 		t.Errorf("a directory closed to PostgreSQL: %v", err)
 	}
@@ -430,9 +430,9 @@ func TestCacheDir(t *testing.T) {
 // A process killed with SIGKILL leaves neither the lock nor, for long, the server.
 func TestPostgresOwnerKilled(t *testing.T) {
 	dir := postgresDir(t)
-	cfg := postgresConfig{Dir: dir, Settings: unsafeSettings}
+	cfg := postgresConfig{dir: dir, settings: unsafeSettings}
 	server := runPostgres(t, cfg) // make the cluster
-	check(t, server.Stop())
+	check(t, server.stop())
 
 	owner := exec.Command(os.Args[0], "-test.run=^TestPostgresOwner$")
 	owner.Env = append(os.Environ(), "POSTGRES_OWNER_DIR="+dir)
@@ -465,7 +465,7 @@ func TestPostgresOwnerKilled(t *testing.T) {
 			t.Fatal("the server outlives its owner")
 		}
 	}
-	check(t, server.Start(t.Context()))
+	check(t, server.start(t.Context()))
 }
 
 // TestPostgresOwner is the process that TestPostgresOwnerKilled kills.
@@ -476,7 +476,7 @@ func TestPostgresOwner(t *testing.T) {
 	}
 	_, err := lockDir(dir)
 	check(t, err)
-	_, err = startPostgres(t.Context(), postgresConfig{Dir: dir, Settings: unsafeSettings})
+	_, err = startPostgres(t.Context(), postgresConfig{dir: dir, settings: unsafeSettings})
 	check(t, err)
 	fmt.Println("running")
 	select {}

@@ -36,24 +36,24 @@ func (s *server) cartItems(r *request) (any, error) {
 	if err != nil || len(ids) == 0 {
 		return []cartItem{}, err
 	}
-	paintings, err := s.store.Paintings(r.Context(), ids)
+	paintings, err := s.store.findPaintings(r.Context(), ids)
 	if err != nil {
 		return nil, err
 	}
 	items := make([]cartItem, 0, len(ids))
 	for _, id := range ids {
 		if p, ok := paintings[id]; ok {
-			items = append(items, p.cartItem(r.caller.ID))
+			items = append(items, p.cartItem(r.caller.id))
 		}
 	}
 	return items, nil
 }
 
 // cartItem is the painting as caller sees it.
-func (p Painting) cartItem(caller string) (item cartItem) {
-	item.Info.Size, item.Info.Canvas = p.Size, p.Canvas
-	item.ID, item.Title, item.Image, item.Price = p.ID, p.Title, p.Image, p.Price
-	item.Artist.ID, item.Artist.Name = p.ArtistID, p.ArtistName
+func (p painting) cartItem(caller string) (item cartItem) {
+	item.Info.Size, item.Info.Canvas = p.size, p.canvas
+	item.ID, item.Title, item.Image, item.Price = p.id, p.title, p.image, p.price
+	item.Artist.ID, item.Artist.Name = p.artistID, p.artistName
 	item.InStock = p.inStock(caller)
 	return item
 }
@@ -73,7 +73,7 @@ func (s *server) totalPrice(r *request) (any, error) {
 	if len(ids) == 0 {
 		return nil, fieldError("productId", "상품 아이디가 필요합니다")
 	}
-	paintings, err := s.store.Paintings(r.Context(), ids)
+	paintings, err := s.store.findPaintings(r.Context(), ids)
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +83,7 @@ func (s *server) totalPrice(r *request) (any, error) {
 		if !ok {
 			return nil, statusError(http.StatusNotFound, "productId: 존재하지 않는 작품입니다: "+id)
 		}
-		total += p.Price
+		total += p.price
 	}
 	return totalPriceAnswer{"결제 예정 총 금액", total}, nil
 }
@@ -124,7 +124,7 @@ func isProductID(key string) bool {
 
 // importCatalogue loads or updates paintings from a JSON array in the shape that cart-items answers, all or nothing, and
 // returns how many. The error names the entry that is wrong.
-func importCatalogue(ctx context.Context, store *Store, file io.Reader) (int, error) {
+func importCatalogue(ctx context.Context, store *store, file io.Reader) (int, error) {
 	text, err := io.ReadAll(file)
 	if err != nil {
 		return 0, err
@@ -136,57 +136,57 @@ func importCatalogue(ctx context.Context, store *Store, file io.Reader) (int, er
 	if entries == nil {
 		return 0, errors.New("the catalogue is null, not a JSON array")
 	}
-	paintings := make([]Painting, len(entries))
+	paintings := make([]painting, len(entries))
 	seen := make(map[string]int, len(entries))
 	for i, entry := range entries {
 		p, err := parsePainting(entry)
 		if err != nil {
-			return 0, fmt.Errorf("entry %d (_id %q): %w", i+1, p.ID, err)
+			return 0, fmt.Errorf("entry %d (_id %q): %w", i+1, p.id, err)
 		}
-		if first, ok := seen[p.ID]; ok {
-			return 0, fmt.Errorf("entry %d (_id %q): the same _id as entry %d", i+1, p.ID, first)
+		if first, ok := seen[p.id]; ok {
+			return 0, fmt.Errorf("entry %d (_id %q): the same _id as entry %d", i+1, p.id, first)
 		}
-		seen[p.ID] = i + 1
+		seen[p.id] = i + 1
 		paintings[i] = p
 	}
-	return len(paintings), store.ImportPaintings(ctx, paintings)
+	return len(paintings), store.importPaintings(ctx, paintings)
 }
 
 // maxPrice bounds a painting's price, in won, so that no sum of prices overflows or leaves what JavaScript counts exactly.
 const maxPrice = 100_000_000_000
 
 // parsePainting reads one entry of a catalogue.
-func parsePainting(entry []byte) (Painting, error) {
+func parsePainting(entry []byte) (painting, error) {
 	item := struct {
 		cartItem
 		InStock *bool `json:"inStock"` // a painting is never put on sale by an omission
 	}{}
 	err := json.Unmarshal(entry, &item)
-	p := Painting{ID: item.ID, ArtistName: item.Artist.Name, Title: item.Title, Image: item.Image, Size: item.Info.Size,
-		Canvas: item.Info.Canvas, Price: item.Price}
+	p := painting{id: item.ID, artistName: item.Artist.Name, title: item.Title, image: item.Image, size: item.Info.Size,
+		canvas: item.Info.Canvas, price: item.Price}
 	if err != nil {
 		return p, err
 	}
 	var ok bool
-	if p.ID, ok = parseID(item.ID); !ok {
-		return Painting{ID: item.ID}, errors.New("_id must be 24 hex digits")
+	if p.id, ok = parseID(item.ID); !ok {
+		return painting{id: item.ID}, errors.New("_id must be 24 hex digits")
 	}
-	if p.ArtistID, ok = parseID(item.Artist.ID); !ok {
+	if p.artistID, ok = parseID(item.Artist.ID); !ok {
 		return p, errors.New("artist._id must be 24 hex digits")
 	}
-	for field, text := range map[string]string{"artist.name": p.ArtistName, "title": p.Title, "image": p.Image, "info.size": p.Size} {
+	for field, text := range map[string]string{"artist.name": p.artistName, "title": p.title, "image": p.image, "info.size": p.size} {
 		if strings.TrimSpace(text) == "" || invalidString(text) {
 			return p, fmt.Errorf("%s must be a text of 1 to %d characters", field, maxText)
 		}
 	}
 	switch {
-	case p.Price <= 0 || p.Price > maxPrice:
+	case p.price <= 0 || p.price > maxPrice:
 		return p, fmt.Errorf("price must be whole won between 1 and %d", int64(maxPrice))
-	case p.Canvas <= 0 || p.Canvas > 1000:
+	case p.canvas <= 0 || p.canvas > 1000:
 		return p, errors.New("info.canvas must be between 1 and 1000")
 	case item.InStock == nil:
 		return p, errors.New("inStock is missing")
 	}
-	p.ForSale = *item.InStock
+	p.forSale = *item.InStock
 	return p, nil
 }

@@ -91,33 +91,33 @@ func (t *settler) checkOrders(ctx context.Context) error {
 // that is paid or has ended is looked at twice more, since a notice may be lost, and late money is late. seen is the
 // gateway's error, err the database's. While the gateway does not answer, the hold stays, up to twice its length.
 func (t *settler) checkOrder(ctx context.Context, l paymentCheck) (seen, err error) {
-	unpaid := l.Status == statusUnpaid && !l.Ended
+	unpaid := l.status == statusUnpaid && !l.ended
 	look := t.settleAll
 	if unpaid {
 		look = t.checkUnpaid
 	}
-	t.testHook("leased", l.ID)
-	settled, seen := look(ctx, byReconciler, l.ID)
-	t.testHook("looked", l.ID)
+	t.testHook("leased", l.id)
+	settled, seen := look(ctx, byReconciler, l.id)
+	t.testHook("looked", l.id)
 	now := t.now()
 	var gateway *gatewayError
 	switch {
-	case errors.As(seen, &gateway) && unpaid && !now.Before(l.CreatedAt.Add(2*t.hold)):
+	case errors.As(seen, &gateway) && unpaid && !now.Before(l.createdAt.Add(2*t.hold)):
 		return seen, t.expireHold(ctx, l, now, now.Add(t.interval))
 	case errors.As(seen, &gateway):
 		return seen, t.store.scheduleCheck(ctx, l, now.Add(t.interval))
 	case seen != nil && !errors.Is(seen, errNoPayment):
 		return nil, seen // the lease ends by itself
-	case unpaid && settled.State == stateKept:
+	case unpaid && settled.state == stateKept:
 		return nil, nil // it is paid, and looked at once more when the lease ends
-	case unpaid && now.Before(l.HeldUntil):
-		return nil, t.store.scheduleCheck(ctx, l, l.HeldUntil)
+	case unpaid && now.Before(l.heldUntil):
+		return nil, t.store.scheduleCheck(ctx, l, l.heldUntil)
 	case unpaid:
 		return nil, t.expireHold(ctx, l, now, now.Add(t.hold))
-	case now.Before(l.UpdatedAt.Add(t.hold)):
-		return nil, t.store.scheduleCheck(ctx, l, l.UpdatedAt.Add(t.hold))
-	case now.Before(l.UpdatedAt.Add(lastCheck)):
-		return nil, t.store.scheduleCheck(ctx, l, l.UpdatedAt.Add(lastCheck))
+	case now.Before(l.updatedAt.Add(t.hold)):
+		return nil, t.store.scheduleCheck(ctx, l, l.updatedAt.Add(t.hold))
+	case now.Before(l.updatedAt.Add(lastCheck)):
+		return nil, t.store.scheduleCheck(ctx, l, l.updatedAt.Add(lastCheck))
 	default:
 		return nil, t.store.scheduleCheck(ctx, l, time.Time{})
 	}
@@ -125,7 +125,7 @@ func (t *settler) checkOrder(ctx context.Context, l paymentCheck) (seen, err err
 
 // expireHold lets an unpaid order's paintings go; that it was paid or deleted meanwhile is no error.
 func (t *settler) expireHold(ctx context.Context, l paymentCheck, now, nextLook time.Time) error {
-	err := t.store.EndUnpaid(ctx, byReconciler, l.ID, "expired", now, nextLook)
+	err := t.store.endUnpaid(ctx, byReconciler, l.id, "expired", now, nextLook)
 	if errors.Is(err, errStale) {
 		return nil
 	}

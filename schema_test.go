@@ -228,11 +228,11 @@ func (s *shop) wantTrueTally() {
 }
 
 // openTestStore opens a store, as a starting replica does.
-func openTestStore(t testing.TB, databaseURL string) *Store {
+func openTestStore(t testing.TB, databaseURL string) *store {
 	t.Helper()
 	store, err := openStore(context.Background(), databaseURL, nil)
 	check(t, err)
-	t.Cleanup(store.Close)
+	t.Cleanup(store.close)
 	return store
 }
 

@@ -22,7 +22,7 @@ import (
 // server answers the API. It is built once, for main and the tests alike, and is its own http.Handler.
 type server struct {
 	config  config
-	store   *Store
+	store   *store
 	settler *settler
 	tokens  *tokens
 	now     func() time.Time
@@ -45,8 +45,8 @@ type request struct {
 
 // actor is the change that this request's caller makes.
 func (r *request) actor() actor {
-	if r.caller.Admin {
-		return actor{kind: actorAdministrator, id: r.caller.ID, request: r.id}
+	if r.caller.admin {
+		return actor{kind: actorAdministrator, id: r.caller.id, request: r.id}
 	}
 	return actor{kind: actorBuyer, request: r.id}
 }
@@ -118,7 +118,7 @@ func toHTTPError(err error) *httpError {
 	case errors.Is(err, context.Canceled):
 		return &httpError{status: 499, body: message{messageFault}, cause: err} // the client went away
 	case errors.As(err, &gateway):
-		return &httpError{status: gateway.Status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
+		return &httpError{status: gateway.status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
 	case unavailable(err):
 		return &httpError{status: http.StatusServiceUnavailable, body: message{messageAway}, retryAfter: 2 * time.Second, cause: err}
 	default:
@@ -164,9 +164,9 @@ func (s *server) call(rt route, r *request) (body any, err error) {
 		r.caller, err = s.tokens.caller(r.Request)
 	}
 	switch {
-	case rt.access != public && r.caller.ID == "":
+	case rt.access != public && r.caller.id == "":
 		return nil, statusError(http.StatusUnauthorized, messageSignIn)
-	case rt.access == admin && !r.caller.Admin:
+	case rt.access == admin && !r.caller.admin:
 		return nil, statusError(http.StatusForbidden, messageAdmin)
 	}
 	return rt.handle(r)

@@ -14,7 +14,7 @@ import (
 // settler decides what becomes of money: a payment seen, from whatever source, ends as a paid order or as a refund.
 // Everything it does may be done again, in any order, at the same time and on several replicas.
 type settler struct {
-	store    *Store
+	store    *store
 	gateway  *iamportClient
 	now      func() time.Time
 	log      *slog.Logger
@@ -47,9 +47,9 @@ var cancelReasons = []string{reasonBuyerCancel, reasonShopCancel}
 
 // settlement is what became of a payment.
 type settlement struct {
-	OrderID string
-	State   paymentState // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
-	Reason  string       // why the money goes back
+	orderID string
+	state   paymentState // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
+	reason  string       // why the money goes back
 }
 
 // errNotOurs says that a payment is for no order of ours: the gateway's account may serve other shops.
@@ -62,33 +62,33 @@ var errRefundPending = errors.New("the refund is not done yet")
 // the payment comes first: an answer of the gateway may be older than that.
 func decide(p gatewayPayment) func(orderLedger) decision {
 	return func(b orderLedger) decision {
-		known := b.payment(p.ImpUID)
-		money := p.Status == gatewayPaid || p.Status == gatewayCancelled // cancelled with a remainder is a part refund
+		known := b.payment(p.impUID)
+		money := p.status == gatewayPaid || p.status == gatewayCancelled // cancelled with a remainder is a part refund
 
 		switch {
-		case known != nil && known.State == stateRefunded, !money:
+		case known != nil && known.state == stateRefunded, !money:
 			return decision{}
 		case p.fullyRefunded && known != nil:
-			return decision{State: stateRefunded, Reason: cmp.Or(known.Reason, reasonAtTheGateway),
-				Cancel: known.State == stateKept || slices.Contains(cancelReasons, known.Reason)}
+			return decision{state: stateRefunded, reason: cmp.Or(known.reason, reasonAtTheGateway),
+				cancel: known.state == stateKept || slices.Contains(cancelReasons, known.reason)}
 		case p.fullyRefunded:
-			return decision{State: stateRefunded, Reason: reasonAtTheGateway}
-		case known != nil && p.Cancelled > known.Refunded:
-			return decision{State: known.State, Reason: known.Reason}
+			return decision{state: stateRefunded, reason: reasonAtTheGateway}
+		case known != nil && p.cancelled > known.refunded:
+			return decision{state: known.state, reason: known.reason}
 		case known != nil:
 			return decision{}
-		case !p.isKRW() || p.Amount != b.Total || p.Cancelled != 0:
-			return decision{State: stateRefunding, Reason: reasonAmount}
-		case b.Status == 5:
-			return decision{State: stateRefunding, Reason: reasonCancelled}
-		case b.Status >= 0:
-			return decision{State: stateRefunding, Reason: reasonDuplicate}
-		case !b.Ended:
-			return decision{State: stateKept, Pay: true}
-		case b.Revivable:
-			return decision{State: stateKept, Pay: true, Revive: true}
+		case !p.isKRW() || p.amount != b.total || p.cancelled != 0:
+			return decision{state: stateRefunding, reason: reasonAmount}
+		case b.status == 5:
+			return decision{state: stateRefunding, reason: reasonCancelled}
+		case b.status >= 0:
+			return decision{state: stateRefunding, reason: reasonDuplicate}
+		case !b.ended:
+			return decision{state: stateKept, pay: true}
+		case b.revivable:
+			return decision{state: stateKept, pay: true, revive: true}
 		default:
-			return decision{State: stateRefunding, Reason: reasonSold}
+			return decision{state: stateRefunding, reason: reasonSold}
 		}
 	}
 }
@@ -96,14 +96,14 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 // Settle does what has to be done with payment p, which the gateway has just described to somebody outside. errNotOurs: it
 // is for no order of ours.
 func (t *settler) settleReported(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
-	t.testHook("looked up", p.ImpUID)
+	t.testHook("looked up", p.impUID)
 	return t.settle(ctx, by, p)
 }
 
 // settle does what has to be done with payment p as the gateway has just described it. Every source comes through here: the
 // browser, the gateway's notice, the reconciler, the shop. What it decides it finishes, even when the caller goes away.
 func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
-	if !validID(p.MerchantUID) {
+	if !validID(p.merchantUID) {
 		return settlement{}, errNotOurs
 	}
 	now := t.now()
@@ -111,21 +111,21 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 	if errors.Is(err, errNotFound) {
 		return settlement{}, errNotOurs
 	} else if err != nil {
-		return settlement{}, fmt.Errorf("settle payment %s: %w", p.ImpUID, err)
+		return settlement{}, fmt.Errorf("settle payment %s: %w", p.impUID, err)
 	}
-	t.testHook("booked", p.ImpUID)
-	result := settlement{OrderID: books.OrderID, State: entry.State, Reason: entry.Reason}
-	known := books.payment(p.ImpUID)
-	if known != nil && (entry.State == "" || entry.State == known.State) {
-		result.State, result.Reason = known.State, known.Reason
+	t.testHook("booked", p.impUID)
+	result := settlement{orderID: books.orderID, state: entry.state, reason: entry.reason}
+	known := books.payment(p.impUID)
+	if known != nil && (entry.state == "" || entry.state == known.state) {
+		result.state, result.reason = known.state, known.reason
 	}
-	if entry.State != "" {
+	if entry.state != "" {
 		t.logTransition(by, books, p, known, entry)
 	}
-	if known == nil && entry.State == stateRefunding {
-		row := paymentRow{ImpUID: p.ImpUID, OrderID: books.OrderID, Reason: entry.Reason, isKRW: p.isKRW(), Amount: p.Amount, Refunded: p.Cancelled}
+	if known == nil && entry.state == stateRefunding {
+		row := paymentRow{impUID: p.impUID, orderID: books.orderID, reason: entry.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
 		if err := t.requestRefund(ctx, by, row); err == nil {
-			result.State = stateRefunded
+			result.state = stateRefunded
 		}
 		// A refund that failed is booked and goes on by itself; what becomes of the payment is known.
 	}
@@ -136,21 +136,21 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 // first, since the answer to the one before may have been lost. errRefundPending (with the cause) when it did not
 // succeed: the reconciler goes on with it.
 func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) error {
-	t.testHook("leased", row.ImpUID)
-	if row.Attempts > 1 {
-		p, err := t.gateway.payment(ctx, row.ImpUID)
+	t.testHook("leased", row.impUID)
+	if row.attempts > 1 {
+		p, err := t.gateway.payment(ctx, row.impUID)
 		if err != nil {
 			return t.postponeRefund(ctx, row, err)
 		}
-		t.testHook("looked up", row.ImpUID)
+		t.testHook("looked up", row.impUID)
 		settled, err := t.settle(ctx, by, p)
 		if err != nil {
 			return t.postponeRefund(ctx, row, err)
 		}
-		if settled.State == stateRefunded {
+		if settled.state == stateRefunded {
 			return nil
 		}
-		row.Refunded = p.Cancelled
+		row.refunded = p.cancelled
 	}
 	return t.requestRefund(ctx, by, row)
 }
@@ -159,23 +159,23 @@ func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) e
 // payment is looked up, since the money may be back all the same.
 func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) error {
 	ctx = context.WithoutCancel(ctx)
-	p, cause := t.gateway.cancelPayment(ctx, cancelRequest{ImpUID: row.ImpUID, Remaining: row.Amount - row.Refunded, isKRW: row.isKRW, Reason: row.Reason})
-	t.testHook("cancelled", row.ImpUID)
+	p, cause := t.gateway.cancelPayment(ctx, cancelRequest{impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason})
+	t.testHook("cancelled", row.impUID)
 	if cause != nil {
 		var err error
-		if p, err = t.gateway.payment(ctx, row.ImpUID); err != nil {
+		if p, err = t.gateway.payment(ctx, row.impUID); err != nil {
 			return t.postponeRefund(ctx, row, cause)
 		}
-		t.testHook("looked up", row.ImpUID)
+		t.testHook("looked up", row.impUID)
 	}
 	settled, err := t.settle(ctx, by, p)
 	switch {
 	case err != nil:
 		return t.postponeRefund(ctx, row, err)
-	case settled.State == stateRefunded:
+	case settled.state == stateRefunded:
 		return nil
 	case cause == nil:
-		cause = fmt.Errorf("the gateway took the cancel but says %q", p.Status)
+		cause = fmt.Errorf("the gateway took the cancel but says %q", p.status)
 	}
 	return t.postponeRefund(ctx, row, cause)
 }
@@ -183,13 +183,13 @@ func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) e
 // postponeRefund notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
 func (t *settler) postponeRefund(ctx context.Context, row paymentRow, cause error) error {
 	now := t.now()
-	pause := min(t.interval<<min(row.Attempts, 16), time.Hour)
-	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.ImpUID, cause.Error(), now, now.Add(pause))
+	pause := min(t.interval<<min(row.attempts, 16), time.Hour)
+	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.impUID, cause.Error(), now, now.Add(pause))
 	level := slog.LevelWarn
 	if !gatewayResponded(cause) {
 		level = slog.LevelDebug // that the gateway is silent the log says once, not for each refund
 	}
-	t.log.Log(ctx, level, "refund failed", "order", row.OrderID, "imp_uid", row.ImpUID, "amount", row.Amount, "attempt", row.Attempts,
+	t.log.Log(ctx, level, "refund failed", "order", row.orderID, "imp_uid", row.impUID, "amount", row.amount, "attempt", row.attempts,
 		"again_in", pause.String(), "cause", cause)
 	return fmt.Errorf("%w: %w", errRefundPending, errors.Join(cause, err))
 }
@@ -202,7 +202,7 @@ func (t *settler) refundOrder(ctx context.Context, by actor, id string, from int
 	if err != nil {
 		return err
 	}
-	t.logTransition(by, orderLedger{OrderID: id}, gatewayPayment{ImpUID: row.ImpUID, Amount: row.Amount, Cancelled: row.Refunded}, &paymentRow{State: stateKept}, decision{State: stateRefunding, Reason: reason})
+	t.logTransition(by, orderLedger{orderID: id}, gatewayPayment{impUID: row.impUID, amount: row.amount, cancelled: row.refunded}, &paymentRow{state: stateKept}, decision{state: stateRefunding, reason: reason})
 	return t.attemptRefund(ctx, by, row)
 }
 
@@ -233,10 +233,10 @@ func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept sett
 		return kept, err
 	}
 	for _, p := range payments {
-		t.testHook("looked up", p.ImpUID)
+		t.testHook("looked up", p.impUID)
 		settled, problem := t.settle(ctx, by, p)
 		err = errors.Join(err, problem)
-		if settled.State == stateKept {
+		if settled.state == stateKept {
 			kept = settled
 		}
 	}
@@ -247,14 +247,14 @@ func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept sett
 // deleted. errStale: it is not unpaid any more.
 func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error {
 	settled, err := t.checkUnpaid(ctx, by, id)
-	if err == nil && settled.State == stateKept {
+	if err == nil && settled.state == stateKept {
 		return errStale
 	} else if err != nil && !errors.Is(err, errNoPayment) {
 		return err
 	}
 	t.testHook("deleting", id)
 	now := t.now()
-	return t.store.EndUnpaid(context.WithoutCancel(ctx), by, id, "deleted", now, now.Add(t.hold))
+	return t.store.endUnpaid(context.WithoutCancel(ctx), by, id, "deleted", now, now.Add(t.hold))
 }
 
 func (t *settler) testHook(step, id string) {
@@ -268,8 +268,8 @@ func (t *settler) testHook(step, id string) {
 func (t *settler) logTransition(by actor, b orderLedger, p gatewayPayment, known *paymentRow, entry decision) {
 	from := paymentState("unknown")
 	if known != nil {
-		from = known.State
+		from = known.state
 	}
-	t.log.Info("money", "order", b.OrderID, "imp_uid", p.ImpUID, "amount", p.Amount, "refunded", p.Cancelled,
-		"from", from, "to", entry.State, "reason", entry.Reason, "source", by.kind, "request", by.request)
+	t.log.Info("money", "order", b.orderID, "imp_uid", p.impUID, "amount", p.amount, "refunded", p.cancelled,
+		"from", from, "to", entry.state, "reason", entry.reason, "source", by.kind, "request", by.request)
 }

@@ -95,16 +95,16 @@ func TestLogHasNobodyInIt(t *testing.T) {
 }
 
 func TestDatabaseGoneAndBack(t *testing.T) {
-	server := runPostgres(t, postgresConfig{Dir: postgresDir(t), Settings: unsafeSettings})
-	s := newShop(t, func(c *config) { c.databaseURL = server.URL })
+	server := runPostgres(t, postgresConfig{dir: postgresDir(t), settings: unsafeSettings})
+	s := newShop(t, func(c *config) { c.databaseURL = server.url })
 	painting := s.painting(99000)
-	check(t, server.Crash())
+	check(t, server.crash())
 	for _, row := range [][2]string{{"GET", "/api/products/cart-items?productId=" + painting}, {"GET", "/api/orders/latest"}, {"GET", "/readyz"}} {
 		s.want(s.call(buyerA, row[0], row[1], nil), 503, "")
 	}
 	s.want(s.call(buyerA, "POST", "/api/orders", orderBody(newNumber(), painting)), 503, messageAway)
 	s.want(s.call("", "GET", "/healthz", nil), 200, "")
-	check(t, server.Start(t.Context()))
+	check(t, server.start(t.Context()))
 	// A connection that died unseen may fail once more; the pool has thrown it away then.
 	for range 16 {
 		if s.call("", "GET", "/readyz", nil).status == 200 {

@@ -17,18 +17,18 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Store is every SQL statement of the service, as functions of plain types. Its calls give up after dbTimeout.
+// store is every SQL statement of the service, as functions of plain types. Its calls give up after dbTimeout.
 //
 // Locks are always taken in one order: the buyer (an advisory lock, so that his orders change one at a time), the
 // order's row, the paintings by id. An administrator's step takes the order's row alone.
 //
 // Where a statement says (SELECT $1), the planner is not to know how many keys or rows are asked for: then its plan is the
 // same for any number, and PostgreSQL keeps it instead of planning at each call.
-type Store struct {
+type store struct {
 	pool      *pgxpool.Pool
-	paintings *batcher[string, Painting]
-	orders    *batcher[orderKey, Order]
-	latest    *batcher[string, Order]
+	paintings *batcher[string, painting]
+	orders    *batcher[orderKey, order]
+	latest    *batcher[string, order]
 
 	migrationLockWait time.Duration
 }
@@ -45,12 +45,12 @@ var (
 
 // openStore connects to the database at url. It does not wait for it: a database that is away is an error of each
 // call, until it is back. trace may be nil.
-func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, error) {
+func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*store, error) {
 	pool, err := openPool(ctx, url, trace)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{pool: pool, migrationLockWait: migrationLockWait}
+	s := &store{pool: pool, migrationLockWait: migrationLockWait}
 	s.paintings = newBatcher(s.readPaintings)
 	s.orders = newBatcher(s.readOrders)
 	s.latest = newBatcher(s.readLatest)
@@ -58,20 +58,20 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*Store, 
 }
 
 // openMigratedStore is openStore, and brings the schema up to date.
-func openMigratedStore(ctx context.Context, url string) (*Store, error) {
+func openMigratedStore(ctx context.Context, url string) (*store, error) {
 	s, err := openStore(ctx, url, nil)
 	if err != nil {
 		return nil, err
 	}
 	if err := s.migrate(ctx, migrations()); err != nil {
-		s.Close()
+		s.close()
 		return nil, fmt.Errorf("database: %w", err)
 	}
 	return s, nil
 }
 
-// Close waits for running statements and closes every connection.
-func (s *Store) Close() { s.pool.Close() }
+// close waits for running statements and closes every connection.
+func (s *store) close() { s.pool.Close() }
 
 // ---- schema
 
@@ -96,7 +96,7 @@ func migrations() []string {
 }
 
 // schemaVersion is the number of the newest step that the database has; 0 on an empty one.
-func (s *Store) schemaVersion(ctx context.Context) (version int, err error) {
+func (s *store) schemaVersion(ctx context.Context) (version int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	// Not as a prepared statement: before the first step it fails, and a pooler would keep its name taken.
@@ -116,7 +116,7 @@ const (
 
 // migrate brings the database to these steps, those of schema.sql. Replicas that start together wait for the one that
 // came first. A database with more steps than that belongs to a newer program and is left as it is.
-func (s *Store) migrate(ctx context.Context, steps []string) error {
+func (s *store) migrate(ctx context.Context, steps []string) error {
 	version, err := s.schemaVersion(ctx)
 	if err != nil {
 		return err
@@ -145,7 +145,7 @@ func lockedOut(err error) bool {
 }
 
 // applyMigration applies step n in a transaction of its own, unless the database has it.
-func (s *Store) applyMigration(ctx context.Context, n int, step string) error {
+func (s *store) applyMigration(ctx context.Context, n int, step string) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(4820561379)`); err != nil {
 			return err
@@ -252,54 +252,54 @@ func (g *batcher[K, V]) exec(f *batch[K, V]) {
 
 // ---- paintings
 
-// Painting is a row of the catalogue and who has it.
-type Painting struct {
-	ID, ArtistID, ArtistName, Title, Image, Size string
-	Canvas                                       int        // 호
-	Price                                        int64      // won
-	ForSale                                      bool       // false: sold elsewhere
-	Taken                                        bool       // an order holds or bought it
-	Holder                                       string     // the buyer whose unpaid order holds it; empty when bought or free
-	HeldUntil                                    *time.Time // when that hold ends
+// painting is a row of the catalogue and who has it.
+type painting struct {
+	id, artistID, artistName, title, image, size string
+	canvas                                       int        // 호
+	price                                        int64      // won
+	forSale                                      bool       // false: sold elsewhere
+	taken                                        bool       // an order holds or bought it
+	holder                                       string     // the buyer whose unpaid order holds it; empty when bought or free
+	heldUntil                                    *time.Time // when that hold ends
 }
 
 // inStock reports whether the painting is there for caller to buy; one that he holds himself is.
-func (p Painting) inStock(caller string) bool {
-	return p.ForSale && (!p.Taken || (p.Holder != "" && p.Holder == caller))
+func (p painting) inStock(caller string) bool {
+	return p.forSale && (!p.taken || (p.holder != "" && p.holder == caller))
 }
 
-// Paintings are the paintings of ids that exist, by id.
-func (s *Store) Paintings(ctx context.Context, ids []string) (map[string]Painting, error) {
+// findPaintings are the paintings of ids that exist, by id.
+func (s *store) findPaintings(ctx context.Context, ids []string) (map[string]painting, error) {
 	return s.paintings.get(ctx, ids...)
 }
 
-func (s *Store) readPaintings(ctx context.Context, ids []string) (map[string]Painting, error) {
+func (s *store) readPaintings(ctx context.Context, ids []string) (map[string]painting, error) {
 	rows, _ := s.pool.Query(ctx, `
 		SELECT p.id, p.artist_id, p.artist_name, p.title, p.image, p.size, p.canvas, p.price, p.for_sale,
 			p.order_id IS NOT NULL, coalesce(h.user_id, ''), h.held_until
 		FROM products p LEFT JOIN orders h ON h.id = p.order_id AND h.status = -1 AND h.ended IS NULL
 		WHERE p.id = ANY ((SELECT $1::text[])::text[])`, ids)
-	found := make(map[string]Painting, len(ids))
-	var p Painting
-	_, err := pgx.ForEachRow(rows, []any{&p.ID, &p.ArtistID, &p.ArtistName, &p.Title, &p.Image, &p.Size, &p.Canvas, &p.Price,
-		&p.ForSale, &p.Taken, &p.Holder, &p.HeldUntil}, func() error {
-		found[p.ID] = p
+	found := make(map[string]painting, len(ids))
+	var p painting
+	_, err := pgx.ForEachRow(rows, []any{&p.id, &p.artistID, &p.artistName, &p.title, &p.image, &p.size, &p.canvas, &p.price,
+		&p.forSale, &p.taken, &p.holder, &p.heldUntil}, func() error {
+		found[p.id] = p
 		return nil
 	})
 	return found, err
 }
 
-// AllPaintingIDs are the ids of the first paintings of the catalogue, at most so many.
-func (s *Store) AllPaintingIDs(ctx context.Context, most int) ([]string, error) {
+// firstPaintingIDs are the ids of the first paintings of the catalogue, at most so many.
+func (s *store) firstPaintingIDs(ctx context.Context, most int) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `SELECT id FROM products ORDER BY id LIMIT $1`, most)
 	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
-// ImportPaintings loads or updates the catalogue by id, all or nothing. Who has a painting is not the catalogue's
+// importPaintings loads or updates the catalogue by id, all or nothing. Who has a painting is not the catalogue's
 // to say: an order keeps what it holds.
-func (s *Store) ImportPaintings(ctx context.Context, paintings []Painting) error {
+func (s *store) importPaintings(ctx context.Context, paintings []painting) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `CREATE TEMPORARY TABLE incoming ON COMMIT DROP AS
 			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM products WITH NO DATA`); err != nil {
@@ -308,7 +308,7 @@ func (s *Store) ImportPaintings(ctx context.Context, paintings []Painting) error
 		columns := []string{"id", "artist_id", "artist_name", "title", "image", "size", "canvas", "price", "for_sale"}
 		if _, err := tx.CopyFrom(ctx, pgx.Identifier{"incoming"}, columns, pgx.CopyFromSlice(len(paintings), func(i int) ([]any, error) {
 			p := &paintings[i]
-			return []any{p.ID, p.ArtistID, p.ArtistName, p.Title, p.Image, p.Size, int32(p.Canvas), p.Price, p.ForSale}, nil
+			return []any{p.id, p.artistID, p.artistName, p.title, p.image, p.size, int32(p.canvas), p.price, p.forSale}, nil
 		})); err != nil {
 			return err
 		}
@@ -325,17 +325,17 @@ func (s *Store) ImportPaintings(ctx context.Context, paintings []Painting) error
 
 // ---- orders, read
 
-// Order is an order as it is shown. The documents are JSON as it is answered, and not read on the way.
-type Order struct {
-	ID, UserID, Number        string
-	Status                    int
-	CreatedAt, UpdatedAt      time.Time
-	PaidAt                    *time.Time
-	ShippingPrice, Total      int64 // won
-	Items, DeliveryInfo       []byte
-	DeliveryDetails           []byte // nil when none was given
-	OrdererInfo               []byte
-	OrdererName, OrdererEmail string // of OrdererInfo, for the desk
+// order is an order as it is shown. The documents are JSON as it is answered, and not read on the way.
+type order struct {
+	id, userID, number        string
+	status                    int
+	createdAt, updatedAt      time.Time
+	paidAt                    *time.Time
+	shippingPrice, total      int64 // won
+	items, deliveryInfo       []byte
+	deliveryDetails           []byte // nil when none was given
+	ordererInfo               []byte
+	ordererName, ordererEmail string // of OrdererInfo, for the desk
 }
 
 // orderKey asks for an order as somebody: a buyer sees his own, an administrator everybody's.
@@ -346,20 +346,20 @@ type orderKey struct {
 }
 
 // Order is the order id if caller may see it, else errNotFound.
-func (s *Store) Order(ctx context.Context, id string, who caller) (Order, error) {
-	key := orderKey{id, who.ID, who.Admin}
+func (s *store) findOrder(ctx context.Context, id string, who caller) (order, error) {
+	key := orderKey{id, who.id, who.admin}
 	found, err := s.orders.get(ctx, key)
 	if err != nil {
-		return Order{}, err
+		return order{}, err
 	}
-	order, ok := found[key]
+	o, ok := found[key]
 	if !ok {
-		return Order{}, errNotFound
+		return o, errNotFound
 	}
-	return order, nil
+	return o, nil
 }
 
-func (s *Store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]Order, error) {
+func (s *store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]order, error) {
 	ids, buyers, admins := make([]string, len(keys)), make([]string, len(keys)), make([]bool, len(keys))
 	for i, k := range keys {
 		ids[i], buyers[i], admins[i] = k.id, k.buyer, k.admin
@@ -370,41 +370,41 @@ func (s *Store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]O
 		FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::boolean[])) AS k (id, buyer, admin)
 		JOIN orders o ON o.id = k.id AND (o.user_id = k.buyer OR k.admin)
 		WHERE o.ended IS NULL`, ids, buyers, admins)
-	found := make(map[orderKey]Order, len(keys))
+	found := make(map[orderKey]order, len(keys))
 	var key orderKey
-	var o Order
-	_, err := pgx.ForEachRow(rows, []any{&key.buyer, &key.admin, &o.ID, &o.UserID, &o.Number, &o.Status, &o.UpdatedAt, &o.PaidAt,
-		&o.ShippingPrice, &o.Total, &o.Items, &o.DeliveryInfo, &o.DeliveryDetails, &o.OrdererInfo}, func() error {
-		key.id = o.ID
+	var o order
+	_, err := pgx.ForEachRow(rows, []any{&key.buyer, &key.admin, &o.id, &o.userID, &o.number, &o.status, &o.updatedAt, &o.paidAt,
+		&o.shippingPrice, &o.total, &o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo}, func() error {
+		key.id = o.id
 		found[key] = o
 		return nil
 	})
 	return found, err
 }
 
-// LatestOrder is the buyer's newest order, its delivery and orderer alone; errNotFound when he has none.
-func (s *Store) LatestOrder(ctx context.Context, buyer string) (Order, error) {
+// findLatestOrder is the buyer's newest order, its delivery and orderer alone; errNotFound when he has none.
+func (s *store) findLatestOrder(ctx context.Context, buyer string) (order, error) {
 	found, err := s.latest.get(ctx, buyer)
 	if err != nil {
-		return Order{}, err
+		return order{}, err
 	}
-	order, ok := found[buyer]
+	o, ok := found[buyer]
 	if !ok {
-		return Order{}, errNotFound
+		return o, errNotFound
 	}
-	return order, nil
+	return o, nil
 }
 
-func (s *Store) readLatest(ctx context.Context, buyers []string) (map[string]Order, error) {
+func (s *store) readLatest(ctx context.Context, buyers []string) (map[string]order, error) {
 	rows, _ := s.pool.Query(ctx, `
 		SELECT o.id, o.user_id, o.delivery_info, o.delivery_details, o.orderer_info
 		FROM unnest((SELECT $1::text[])) AS k (buyer) CROSS JOIN LATERAL (
 			SELECT id, user_id, delivery_info, delivery_details, orderer_info FROM orders
 			WHERE user_id = k.buyer AND ended IS NULL ORDER BY created_at DESC, id DESC LIMIT 1) o`, buyers)
-	found := make(map[string]Order, len(buyers))
-	var o Order
-	_, err := pgx.ForEachRow(rows, []any{&o.ID, &o.UserID, &o.DeliveryInfo, &o.DeliveryDetails, &o.OrdererInfo}, func() error {
-		found[o.UserID] = o
+	found := make(map[string]order, len(buyers))
+	var o order
+	_, err := pgx.ForEachRow(rows, []any{&o.id, &o.userID, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo}, func() error {
+		found[o.userID] = o
 		return nil
 	})
 	return found, err
@@ -440,7 +440,7 @@ func (a actor) setting() string {
 
 // transact sends the statements of batch as one transaction in one round trip, after the one that says who makes the
 // change. Without a BEGIN of their own the statements of a batch are one implicit transaction.
-func (s *Store) transact(ctx context.Context, batch *pgx.Batch) error {
+func (s *store) transact(ctx context.Context, batch *pgx.Batch) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	return s.pool.SendBatch(ctx, batch).Close()
@@ -455,24 +455,24 @@ const (
 	lockBuyerOf = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
 )
 
-// NewOrder is an order about to be made. Prices are the client's, to be compared with the catalogue's.
-type NewOrder struct {
-	ID, UserID, Number   string
-	ProductIDs           []string // distinct
-	Prices               []int64  // won, of ProductIDs
-	ShippingPrice, Total int64    // won
-	DeliveryInfo         string   // JSON
-	DeliveryDetails      *string  // JSON
-	OrdererInfo          string   // JSON
-	CreatedAt, HeldUntil time.Time
+// newOrder is an order about to be made. Prices are the client's, to be compared with the catalogue's.
+type newOrder struct {
+	id, userID, number   string
+	productIDs           []string // distinct
+	prices               []int64  // won, of ProductIDs
+	shippingPrice, total int64    // won
+	deliveryInfo         string   // JSON
+	deliveryDetails      *string  // JSON
+	ordererInfo          string   // JSON
+	createdAt, heldUntil time.Time
 }
 
 // Asked is what the database knew of a painting that an order asked for.
 type requestedItem struct {
-	ID, Title string
-	Known     bool  // there is such a painting
-	Free      bool  // it could be held for this buyer
-	Price     int64 // won
+	id, title string
+	known     bool  // there is such a painting
+	free      bool  // it could be held for this buyer
+	price     int64 // won
 }
 
 // createResult is what became of a new order.
@@ -483,13 +483,13 @@ type createResult struct {
 	items         []requestedItem
 }
 
-// CreateOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. It is one
+// insertOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. It is one
 // round trip: under the buyer's lock, one statement locks the free ones of the paintings in id order, and makes the
 // order if that is all of them and every price is the catalogue's. A painting that is already taken is not locked,
 // so that losers neither wait nor write.
-func (s *Store) CreateOrder(ctx context.Context, by actor, o NewOrder) (created createResult, err error) {
+func (s *store) insertOrder(ctx context.Context, by actor, o newOrder) (created createResult, err error) {
 	batch := &pgx.Batch{}
-	batch.Queue(lockBuyer, by.setting(), o.UserID)
+	batch.Queue(lockBuyer, by.setting(), o.userID)
 	batch.Queue(`
 		WITH asked AS MATERIALIZED (
 			SELECT a.n, a.id, a.price AS price_asked, p.price, p.title, p.image, p.artist_name AS artist,
@@ -527,12 +527,12 @@ func (s *Store) CreateOrder(ctx context.Context, by actor, o NewOrder) (created 
 		SELECT a.id, coalesce(a.title, ''), a.price IS NOT NULL, a.id IN (SELECT id FROM locked WHERE for_sale), coalesce(a.price, 0),
 			coalesce((SELECT id FROM made), ''), coalesce((SELECT id FROM twin), ''), (SELECT product_ids FROM twin)
 		FROM asked a ORDER BY a.n`,
-		o.ProductIDs, o.Prices, o.ID, o.UserID, o.Number, o.ShippingPrice, o.Total, o.CreatedAt, o.HeldUntil,
-		o.DeliveryInfo, o.DeliveryDetails, o.OrdererInfo,
+		o.productIDs, o.prices, o.id, o.userID, o.number, o.shippingPrice, o.total, o.createdAt, o.heldUntil,
+		o.deliveryInfo, o.deliveryDetails, o.ordererInfo,
 	).Query(func(rows pgx.Rows) error {
 		var a requestedItem
 		var made, twin string
-		_, err := pgx.ForEachRow(rows, []any{&a.ID, &a.Title, &a.Known, &a.Free, &a.Price, &made, &twin, &created.existingItems}, func() error {
+		_, err := pgx.ForEachRow(rows, []any{&a.id, &a.title, &a.known, &a.free, &a.price, &made, &twin, &created.existingItems}, func() error {
 			created.orderID, created.existing = made+twin, twin != ""
 			created.items = append(created.items, a)
 			return nil
@@ -554,9 +554,9 @@ const freePaintings = `, theirs AS (
 	)
 	SELECT id FROM o`
 
-// EndUnpaid makes a tombstone of an unpaid order and frees its paintings; why is deleted or expired. The gateway is
+// endUnpaid makes a tombstone of an unpaid order and frees its paintings; why is deleted or expired. The gateway is
 // asked about it again at nextLook. errStale: it is not unpaid any more.
-func (s *Store) EndUnpaid(ctx context.Context, by actor, id, why string, now, nextLook time.Time) error {
+func (s *store) endUnpaid(ctx context.Context, by actor, id, why string, now, nextLook time.Time) error {
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyerOf, by.setting(), id)
 	batch.Queue(`WITH o AS (
@@ -577,7 +577,7 @@ func exactlyOne(row pgx.Row) error {
 
 // advance moves an order from one status to another, unless its money is on the way back. errStale: it is not in from,
 // or being cancelled.
-func (s *Store) advance(ctx context.Context, by actor, id string, from, to int, now time.Time) error {
+func (s *store) advance(ctx context.Context, by actor, id string, from, to int, now time.Time) error {
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
 	batch.Queue(`UPDATE orders SET status = $3, updated_at = $4
@@ -585,20 +585,20 @@ func (s *Store) advance(ctx context.Context, by actor, id string, from, to int, 
 	return s.transact(ctx, batch)
 }
 
-// OrderState is where an order stands, for whoever wants to change it.
-type OrderState struct {
-	ID         string
-	Status     int
-	Cancelling bool
+// orderState is where an order stands, for whoever wants to change it.
+type orderState struct {
+	id         string
+	status     int
+	cancelling bool
 }
 
-// OrderState is the state of order id if caller may see it, else errNotFound.
-func (s *Store) OrderState(ctx context.Context, id string, who caller) (OrderState, error) {
+// orderState is the state of order id if caller may see it, else errNotFound.
+func (s *store) findOrderState(ctx context.Context, id string, who caller) (orderState, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	state := OrderState{ID: id}
+	state := orderState{id: id}
 	err := s.pool.QueryRow(ctx, `SELECT status, cancelling_since IS NOT NULL FROM orders
-		WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS NULL`, id, who.ID, who.Admin).Scan(&state.Status, &state.Cancelling)
+		WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS NULL`, id, who.id, who.admin).Scan(&state.status, &state.cancelling)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return state, errNotFound
 	}
@@ -618,47 +618,47 @@ const (
 
 // paymentRow is a row of the ledger.
 type paymentRow struct {
-	ImpUID, OrderID string
-	State           paymentState
-	Reason          string // of the refund
+	impUID, orderID string
+	state           paymentState
+	reason          string // of the refund
 	isKRW           bool   // in won
-	Amount          int64  // won; 0 when in another currency
-	Refunded        int64  // won
-	Attempts        int    // of the refund
+	amount          int64  // won; 0 when in another currency
+	refunded        int64  // won
+	attempts        int    // of the refund
 }
 
 const paymentColumns = `imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts`
 
 func scanPayment(row pgx.CollectableRow) (p paymentRow, err error) {
-	err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.isKRW, &p.Amount, &p.Refunded, &p.Attempts)
+	err = row.Scan(&p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts)
 	return p, err
 }
 
 // orderLedger is what settling needs to know about an order, read under its locks.
 type orderLedger struct {
-	OrderID   string
-	Status    int
-	Ended     bool
-	Total     int64 // won
-	Payments  []paymentRow
-	Revivable bool // a tombstone whose paintings are all free, or held only by the same buyer's unpaid order
+	orderID   string
+	status    int
+	ended     bool
+	total     int64 // won
+	payments  []paymentRow
+	revivable bool // a tombstone whose paintings are all free, or held only by the same buyer's unpaid order
 }
 
 // payment is the ledger's row of impUID, nil when there is none.
 func (b orderLedger) payment(impUID string) *paymentRow {
-	if i := slices.IndexFunc(b.Payments, func(p paymentRow) bool { return p.ImpUID == impUID }); i >= 0 {
-		return &b.Payments[i]
+	if i := slices.IndexFunc(b.payments, func(p paymentRow) bool { return p.impUID == impUID }); i >= 0 {
+		return &b.payments[i]
 	}
 	return nil
 }
 
 // decision is what settling writes: what becomes of a payment, and of its order with it.
 type decision struct {
-	State  paymentState // empty: nothing is written
-	Reason string       // why the money goes back
-	Pay    bool         // the order is paid with it
-	Revive bool         // before that the order, a tombstone, takes its paintings again
-	Cancel bool         // the order is cancelled with it and its paintings are free
+	state  paymentState // empty: nothing is written
+	reason string       // why the money goes back
+	pay    bool         // the order is paid with it
+	revive bool         // before that the order, a tombstone, takes its paintings again
+	cancel bool         // the order is cancelled with it and its paintings are free
 }
 
 // lockRevivable says whether the paintings of the tombstone $1 are still to be had, and locks those and what its buyer's
@@ -677,7 +677,7 @@ const lockRevivable = `
 // recordSettlement reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
 // that: two round trips (three for a tombstone), one transaction, and nothing asked of anybody else in between. A refund
 // that is decided is leased to the caller until lease. errNotFound: the order is not ours.
-func (s *Store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now, lease time.Time, decide func(orderLedger) decision) (books orderLedger, entry decision, err error) {
+func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now, lease time.Time, decide func(orderLedger) decision) (books orderLedger, entry decision, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	conn, err := s.pool.Acquire(ctx)
@@ -687,15 +687,15 @@ func (s *Store) recordSettlement(ctx context.Context, by actor, p gatewayPayment
 	// A connection that is released inside a transaction is closed, which rolls it back.
 	defer conn.Release()
 
-	id := p.MerchantUID
+	id := p.merchantUID
 	read := &pgx.Batch{}
 	read.Queue(`BEGIN`)
 	read.Queue(lockBuyerOf, by.setting(), id)
 	read.Queue(`SELECT id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $1 FOR NO KEY UPDATE`, id).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&books.OrderID, &books.Status, &books.Ended, &books.Total)
+		return row.Scan(&books.orderID, &books.status, &books.ended, &books.total)
 	})
 	read.Queue(`SELECT `+paymentColumns+` FROM payments WHERE order_id = $1`, id).Query(func(rows pgx.Rows) (err error) {
-		books.Payments, err = pgx.CollectRows(rows, scanPayment)
+		books.payments, err = pgx.CollectRows(rows, scanPayment)
 		return err
 	})
 	if err := conn.SendBatch(ctx, read).Close(); errors.Is(err, pgx.ErrNoRows) {
@@ -704,15 +704,15 @@ func (s *Store) recordSettlement(ctx context.Context, by actor, p gatewayPayment
 	} else if err != nil {
 		return books, entry, err
 	}
-	if books.Ended {
-		if err := conn.QueryRow(ctx, lockRevivable, id).Scan(&books.Revivable); err != nil {
+	if books.ended {
+		if err := conn.QueryRow(ctx, lockRevivable, id).Scan(&books.revivable); err != nil {
 			return books, entry, err
 		}
 	}
 
 	entry = decide(books)
 	write := &pgx.Batch{}
-	if entry.State != "" {
+	if entry.state != "" {
 		queueDecision(write, p, entry, books, now, lease)
 	}
 	write.Queue(`COMMIT`)
@@ -722,8 +722,8 @@ func (s *Store) recordSettlement(ctx context.Context, by actor, p gatewayPayment
 // queueDecision writes what was decided about payment p. Each statement names the state it changes from; under the locks
 // that the decision was made under, that is the state it finds.
 func queueDecision(batch *pgx.Batch, p gatewayPayment, entry decision, books orderLedger, now, lease time.Time) {
-	id := books.OrderID
-	if entry.Revive {
+	id := books.orderID
+	if entry.revive {
 		// What the buyer's unpaid order holds of it, the revived one takes; the rest is free with the unpaid one's end.
 		batch.Queue(`WITH o AS (
 			UPDATE orders u SET ended = 'replaced', updated_at = $2, next_look_at = $2 FROM orders o
@@ -732,15 +732,15 @@ func queueDecision(batch *pgx.Batch, p gatewayPayment, entry decision, books ord
 			RETURNING u.id, u.product_ids)`+freePaintings, id, now)
 		batch.Queue(`UPDATE products p SET order_id = o.id FROM orders o WHERE o.id = $1 AND p.id = ANY(o.product_ids)`, id)
 	}
-	if entry.Pay {
+	if entry.pay {
 		batch.Queue(`UPDATE orders SET status = 0, ended = NULL, paid_at = $2, updated_at = $2, next_look_at = coalesce(next_look_at, $3)
 			WHERE id = $1 AND status = -1`, id, now, lease)
 	}
 	var paidAt *time.Time
-	if !p.PaidAt.IsZero() {
-		paidAt = &p.PaidAt
+	if !p.paidAt.IsZero() {
+		paidAt = &p.paidAt
 	}
-	refunded := min(p.Cancelled, p.Amount)
+	refunded := min(p.cancelled, p.amount)
 	batch.Queue(`
 		INSERT INTO payments (imp_uid, order_id, state, reason, currency, amount, refunded, paid_at, created_at, updated_at, attempts, next_attempt_at, leased_until)
 		VALUES ($1, $2, $3, nullif($4, ''), $5, $6, $7, $8, $9, $9, 1, $10, $10)
@@ -748,8 +748,8 @@ func queueDecision(batch *pgx.Batch, p gatewayPayment, entry decision, books ord
 			refunded = CASE excluded.state WHEN 'refunded' THEN payments.amount ELSE greatest(payments.refunded, excluded.refunded) END,
 			updated_at = excluded.updated_at,
 			last_error = CASE WHEN excluded.state = 'refunded' THEN NULL ELSE payments.last_error END`,
-		p.ImpUID, id, entry.State, entry.Reason, p.Currency, p.Amount, refunded, paidAt, now, lease)
-	if entry.Cancel {
+		p.impUID, id, entry.state, entry.reason, p.currency, p.amount, refunded, paidAt, now, lease)
+	if entry.cancel {
 		batch.Queue(`WITH o AS (
 			UPDATE orders SET status = 5, cancelling_since = NULL, updated_at = $2 WHERE id = $1 AND status BETWEEN 0 AND 4
 			RETURNING id, product_ids)`+freePaintings, id, now)
@@ -758,7 +758,7 @@ func queueDecision(batch *pgx.Batch, p gatewayPayment, entry decision, books ord
 
 // bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller until
 // lease. errStale: the order is not in from, or is being cancelled already.
-func (s *Store) bookRefund(ctx context.Context, by actor, id string, from int, reason string, now, lease time.Time) (paymentRow, error) {
+func (s *store) bookRefund(ctx context.Context, by actor, id string, from int, reason string, now, lease time.Time) (paymentRow, error) {
 	var payment paymentRow
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
@@ -782,7 +782,7 @@ func (s *Store) bookRefund(ctx context.Context, by actor, id string, from int, r
 
 // claimOrderRefund takes the refund of an order that is being cancelled, for a caller who asks once more. errStale:
 // somebody is at it, or it is done.
-func (s *Store) claimOrderRefund(ctx context.Context, id string, now, lease time.Time) (paymentRow, error) {
+func (s *store) claimOrderRefund(ctx context.Context, id string, now, lease time.Time) (paymentRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -797,7 +797,7 @@ func (s *Store) claimOrderRefund(ctx context.Context, id string, now, lease time
 }
 
 // claimDueRefunds takes up to most refunds that are due and nobody is at, for the caller alone until lease.
-func (s *Store) claimDueRefunds(ctx context.Context, most int, now, lease time.Time) ([]paymentRow, error) {
+func (s *store) claimDueRefunds(ctx context.Context, most int, now, lease time.Time) ([]paymentRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -810,7 +810,7 @@ func (s *Store) claimDueRefunds(ctx context.Context, most int, now, lease time.T
 }
 
 // recordRefundFailure notes why a refund did not succeed and when the reconciler tries it again.
-func (s *Store) recordRefundFailure(ctx context.Context, impUID, why string, now, again time.Time) error {
+func (s *store) recordRefundFailure(ctx context.Context, impUID, why string, now, again time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `UPDATE payments SET last_error = $2, updated_at = $3, next_attempt_at = $4, leased_until = $3
@@ -820,15 +820,15 @@ func (s *Store) recordRefundFailure(ctx context.Context, impUID, why string, now
 
 // paymentCheck is an order about which the gateway is to be asked.
 type paymentCheck struct {
-	ID                              string
-	Status                          int
-	Ended                           bool
-	CreatedAt, UpdatedAt, HeldUntil time.Time
+	id                              string
+	status                          int
+	ended                           bool
+	createdAt, updatedAt, heldUntil time.Time
 }
 
 // claimDueChecks takes up to most orders whose time has come to ask the gateway about them, for the caller alone until
 // lease.
-func (s *Store) claimDueChecks(ctx context.Context, most int, now, lease time.Time) ([]paymentCheck, error) {
+func (s *store) claimDueChecks(ctx context.Context, most int, now, lease time.Time) ([]paymentCheck, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -837,26 +837,26 @@ func (s *Store) claimDueChecks(ctx context.Context, most int, now, lease time.Ti
 			SELECT id FROM orders WHERE next_look_at <= $2 ORDER BY next_look_at LIMIT $1 FOR UPDATE SKIP LOCKED))
 		RETURNING id, status, ended IS NOT NULL, created_at, updated_at, held_until`, most, now, lease)
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (l paymentCheck, err error) {
-		err = row.Scan(&l.ID, &l.Status, &l.Ended, &l.CreatedAt, &l.UpdatedAt, &l.HeldUntil)
+		err = row.Scan(&l.id, &l.status, &l.ended, &l.createdAt, &l.updatedAt, &l.heldUntil)
 		return l, err
 	})
 }
 
 // scheduleCheck says when the gateway is to be asked about an order next; a zero time is never. An order that has changed
 // since the look was claimed keeps the time of its lease.
-func (s *Store) scheduleCheck(ctx context.Context, l paymentCheck, next time.Time) error {
+func (s *store) scheduleCheck(ctx context.Context, l paymentCheck, next time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	var at *time.Time
 	if !next.IsZero() {
 		at = &next
 	}
-	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $3 WHERE id = $1 AND updated_at = $2`, l.ID, l.UpdatedAt, at)
+	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $3 WHERE id = $1 AND updated_at = $2`, l.id, l.updatedAt, at)
 	return err
 }
 
 // checkSoon has the reconciler ask the gateway about an order at its next round.
-func (s *Store) checkSoon(ctx context.Context, id string, now time.Time) error {
+func (s *store) checkSoon(ctx context.Context, id string, now time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND (next_look_at IS NULL OR next_look_at > $2)`, id, now)
@@ -864,7 +864,7 @@ func (s *Store) checkSoon(ctx context.Context, id string, now time.Time) error {
 }
 
 // compactStatusCounts adds the differences of order_tally together once there are many.
-func (s *Store) compactStatusCounts(ctx context.Context) error {
+func (s *store) compactStatusCounts(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `
@@ -875,11 +875,11 @@ func (s *Store) compactStatusCounts(ctx context.Context) error {
 
 // Money is what stands open, for the figures.
 type openBalances struct {
-	Holds         int           // unpaid orders that hold paintings
-	Refunds       int           // payments whose refund is booked and not done
-	OldestRefund  time.Duration // since the oldest of those was booked
-	OldestUnknown time.Duration // since the oldest hold ended of which the gateway has not said whether money came
-	Orders        [6]int        // paid orders by status, from 0
+	holds         int           // unpaid orders that hold paintings
+	refunds       int           // payments whose refund is booked and not done
+	oldestRefund  time.Duration // since the oldest of those was booked
+	oldestUnknown time.Duration // since the oldest hold ended of which the gateway has not said whether money came
+	orders        [6]int        // paid orders by status, from 0
 }
 
 // openBalancesQuery reads no more rows than there are holds, refunds that wait, and differences in order_tally.
@@ -894,12 +894,12 @@ const openBalancesQuery = `
 		FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`
 
 // readOpenBalances is what stands open at now.
-func (s *Store) readOpenBalances(ctx context.Context, now time.Time) (m openBalances, err error) {
+func (s *store) readOpenBalances(ctx context.Context, now time.Time) (m openBalances, err error) {
 	var refund, unknown float64 // seconds
 	var orders []int
-	err = s.pool.QueryRow(ctx, openBalancesQuery, now, cancelReasons).Scan(&m.Holds, &unknown, &m.Refunds, &refund, &orders)
-	m.OldestUnknown, m.OldestRefund = seconds(unknown), seconds(refund)
-	copy(m.Orders[:], orders)
+	err = s.pool.QueryRow(ctx, openBalancesQuery, now, cancelReasons).Scan(&m.holds, &unknown, &m.refunds, &refund, &orders)
+	m.oldestUnknown, m.oldestRefund = seconds(unknown), seconds(refund)
+	copy(m.orders[:], orders)
 	return m, err
 }
 
@@ -911,14 +911,14 @@ func seconds(n float64) time.Duration { return time.Duration(n * float64(time.Se
 const orderColumns = `o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
 	o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.orderer_info ->> 'name', o.orderer_info ->> 'email'`
 
-func scanOrder(row pgx.CollectableRow) (o Order, err error) {
-	err = row.Scan(&o.ID, &o.UserID, &o.Number, &o.Status, &o.UpdatedAt, &o.PaidAt, &o.ShippingPrice, &o.Total,
-		&o.Items, &o.DeliveryInfo, &o.DeliveryDetails, &o.OrdererInfo, &o.OrdererName, &o.OrdererEmail)
+func scanOrder(row pgx.CollectableRow) (o order, err error) {
+	err = row.Scan(&o.id, &o.userID, &o.number, &o.status, &o.updatedAt, &o.paidAt, &o.shippingPrice, &o.total,
+		&o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo, &o.ordererName, &o.ordererEmail)
 	return o, err
 }
 
 // listBuyerOrders is a page of the buyer's orders, newest first, and how many he has in each status.
-func (s *Store) listBuyerOrders(ctx context.Context, buyer string, offset, limit int) (orders []Order, count map[int]int, err error) {
+func (s *store) listBuyerOrders(ctx context.Context, buyer string, offset, limit int) (orders []order, count map[int]int, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(`SELECT status, count(*) FROM orders WHERE user_id = $1 AND ended IS NULL GROUP BY status`, buyer).Query(func(rows pgx.Rows) error {
 		count, err = collectCounts(rows)
@@ -943,15 +943,15 @@ func collectCounts(rows pgx.Rows) (map[int]int, error) {
 	return count, err
 }
 
-// OrderFilter narrows the desk's list.
-type OrderFilter struct {
-	Status *int   // nil: every order that was paid
-	Number string // the order number; empty: any
+// orderFilter narrows the desk's list.
+type orderFilter struct {
+	status *int   // nil: every order that was paid
+	number string // the order number; empty: any
 }
 
 // listAllOrders is a page of all buyers' orders, newest first, and how many there are on all pages. Only the paid
 // ones, unless the filter asks for unpaid. A page past the end reads nothing; a far one walks the index up to it.
-func (s *Store) listAllOrders(ctx context.Context, filter OrderFilter, offset, limit int) (orders []Order, count int, err error) {
+func (s *store) listAllOrders(ctx context.Context, filter orderFilter, offset, limit int) (orders []order, count int, err error) {
 	where, counted, args := adminListQuery(filter)
 	args = append(args, offset, limit)
 	counted = `SELECT coalesce((` + counted + `), 0)::bigint`
@@ -968,44 +968,44 @@ func (s *Store) listAllOrders(ctx context.Context, filter OrderFilter, offset, l
 
 // adminListQuery is the condition of a filter and the statement that counts what meets it. The paid ones are counted by
 // their tally, the unpaid ones (as many as there are holds) and those of one number one by one.
-func adminListQuery(filter OrderFilter) (where, counted string, args []any) {
+func adminListQuery(filter orderFilter) (where, counted string, args []any) {
 	switch {
-	case filter.Number != "" && filter.Status != nil:
-		where, args = `number = $1 AND ended IS NULL AND status = $2`, []any{filter.Number, *filter.Status}
-	case filter.Number != "":
-		where, args = `number = $1 AND ended IS NULL AND status >= 0`, []any{filter.Number}
-	case filter.Status == nil:
+	case filter.number != "" && filter.status != nil:
+		where, args = `number = $1 AND ended IS NULL AND status = $2`, []any{filter.number, *filter.status}
+	case filter.number != "":
+		where, args = `number = $1 AND ended IS NULL AND status >= 0`, []any{filter.number}
+	case filter.status == nil:
 		return `status >= 0`, `SELECT sum(n) FROM order_tally`, nil
-	case *filter.Status == statusUnpaid:
+	case *filter.status == statusUnpaid:
 		where = `status = -1 AND ended IS NULL`
 	default:
-		return `status = $1 AND status >= 0`, `SELECT sum(n) FROM order_tally WHERE status = $1`, []any{*filter.Status}
+		return `status = $1 AND status >= 0`, `SELECT sum(n) FROM order_tally WHERE status = $1`, []any{*filter.status}
 	}
 	return where, `SELECT count(*) FROM orders WHERE ` + where, args
 }
 
 // historyRow is a row of an order's history.
 type historyRow struct {
-	At        time.Time
-	Who       string
-	WhoID     string // an administrator's
-	From, To  *int   // nil where the row is about money
-	Why       string
-	ImpUID    string
-	Amount    *int64 // won
-	RequestID string
+	at        time.Time
+	who       string
+	whoID     string // an administrator's
+	from, to  *int   // nil where the row is about money
+	why       string
+	impUID    string
+	amount    *int64 // won
+	requestID string
 }
 
 // historyOf is what happened to order id, oldest first, if caller may see it, else errNotFound.
-func (s *Store) historyOf(ctx context.Context, id string, who caller) ([]historyRow, error) {
+func (s *store) historyOf(ctx context.Context, id string, who caller) ([]historyRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
 		SELECT h.at, h.who, coalesce(h.who_id, ''), h.from_status, h.to_status, h.why, coalesce(h.imp_uid, ''), h.amount, coalesce(h.request_id, '')
 		FROM orders o JOIN history h ON h.order_id = o.id
-		WHERE o.id = $1 AND (o.user_id = $2 OR $3) AND o.ended IS NULL ORDER BY h.id`, id, who.ID, who.Admin)
+		WHERE o.id = $1 AND (o.user_id = $2 OR $3) AND o.ended IS NULL ORDER BY h.id`, id, who.id, who.admin)
 	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e historyRow, err error) {
-		err = row.Scan(&e.At, &e.Who, &e.WhoID, &e.From, &e.To, &e.Why, &e.ImpUID, &e.Amount, &e.RequestID)
+		err = row.Scan(&e.at, &e.who, &e.whoID, &e.from, &e.to, &e.why, &e.impUID, &e.amount, &e.requestID)
 		return e, err
 	})
 	if err == nil && len(entries) == 0 {
@@ -1019,8 +1019,8 @@ func (s *Store) historyOf(ctx context.Context, id string, who caller) ([]history
 // auditTimeout bounds the statements of the audit that read whole tables.
 const auditTimeout = 2 * time.Minute
 
-// OrdersToAudit are the orders that were made or changed since then, their money too, and those that owe a refund.
-func (s *Store) OrdersToAudit(ctx context.Context, since time.Time) ([]string, error) {
+// ordersToAudit are the orders that were made or changed since then, their money too, and those that owe a refund.
+func (s *store) ordersToAudit(ctx context.Context, since time.Time) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -1032,31 +1032,31 @@ func (s *Store) OrdersToAudit(ctx context.Context, since time.Time) ([]string, e
 
 // auditLedger is an order's money in the books.
 type auditLedger struct {
-	OrderID    string
-	Status     int
-	Cancelling bool
-	Total      int64 // won
-	Payments   []AuditPayment
+	orderID    string
+	status     int
+	cancelling bool
+	total      int64 // won
+	payments   []auditPayment
 }
 
-// AuditPayment is a row of the ledger and how its refund goes.
-type AuditPayment struct {
+// auditPayment is a row of the ledger and how its refund goes.
+type auditPayment struct {
 	paymentRow
-	DueSince  time.Time
-	LastError string
+	dueSince  time.Time
+	lastError string
 }
 
 // readLedger reads the books of order id.
-func (s *Store) readLedger(ctx context.Context, id string) (b auditLedger, err error) {
+func (s *store) readLedger(ctx context.Context, id string) (b auditLedger, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(`SELECT id, status, cancelling_since IS NOT NULL, total_price FROM orders WHERE id = $1`, id).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&b.OrderID, &b.Status, &b.Cancelling, &b.Total)
+		return row.Scan(&b.orderID, &b.status, &b.cancelling, &b.total)
 	})
 	batch.Queue(`
 		SELECT `+paymentColumns+`, greatest(created_at, (SELECT cancelling_since FROM orders WHERE id = order_id)), coalesce(last_error, '')
 		FROM payments WHERE order_id = $1 ORDER BY created_at, imp_uid`, id).Query(func(rows pgx.Rows) (err error) {
-		b.Payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p AuditPayment, err error) {
-			err = row.Scan(&p.ImpUID, &p.OrderID, &p.State, &p.Reason, &p.isKRW, &p.Amount, &p.Refunded, &p.Attempts, &p.DueSince, &p.LastError)
+		b.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p auditPayment, err error) {
+			err = row.Scan(&p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts, &p.dueSince, &p.lastError)
 			return p, err
 		})
 		return err
@@ -1064,14 +1064,14 @@ func (s *Store) readLedger(ctx context.Context, id string) (b auditLedger, err e
 	return b, s.transact(ctx, batch)
 }
 
-// StrayPainting is a painting that is not where its order says.
-type StrayPainting struct {
-	PaintingID, OrderID string
-	Missing             bool // the live order does not hold it; else it is held by the order, which is not live or never asked for it
+// strayPainting is a painting that is not where its order says.
+type strayPainting struct {
+	paintingID, orderID string
+	missing             bool // the live order does not hold it; else it is held by the order, which is not live or never asked for it
 }
 
-// StrayPaintings are those among all paintings and orders.
-func (s *Store) StrayPaintings(ctx context.Context) ([]StrayPainting, error) {
+// strayPaintings are those among all paintings and orders.
+func (s *store) strayPaintings(ctx context.Context) ([]strayPainting, error) {
 	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -1080,5 +1080,8 @@ func (s *Store) StrayPaintings(ctx context.Context) ([]StrayPainting, error) {
 		UNION ALL
 		SELECT i.id, o.id, true FROM orders o CROSS JOIN unnest(o.product_ids) AS i (id) LEFT JOIN products p ON p.id = i.id
 		WHERE o.ended IS NULL AND o.status < 5 AND p.order_id IS DISTINCT FROM o.id`)
-	return pgx.CollectRows(rows, pgx.RowToStructByPos[StrayPainting])
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (p strayPainting, err error) {
+		err = row.Scan(&p.paintingID, &p.orderID, &p.missing)
+		return p, err
+	})
 }
