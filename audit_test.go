@@ -64,11 +64,11 @@ func TestAuditOfBalancedBooks(t *testing.T) {
 	forged := s.order(buyerA, s.painting(99000))
 	s.want(s.report(s.charge(forged, 1000)), 400, "")
 	part, impUID, _ := s.paid(buyerB)
-	check(t, s.double.refundInConsole(impUID, 9000))
+	check(t, s.fake.refundInConsole(impUID, 9000))
 	s.want(s.notice(impUID), 200, "")
-	s.double.pay(fakePayment{MerchantUID: part, Amount: 109000, Status: "failed"})
-	s.double.pay(fakePayment{MerchantUID: part, Amount: 109000, Sandbox: true})
-	check(t, s.double.refundInConsole(s.charge(part, 5000), 0)) // came and went without us
+	s.fake.pay(fakePayment{MerchantUID: part, Amount: 109000, Status: "failed"})
+	s.fake.pay(fakePayment{MerchantUID: part, Amount: 109000, Sandbox: true})
+	check(t, s.fake.refundInConsole(s.charge(part, 5000), 0)) // came and went without us
 	s.charge("another-shop-1", 109000)
 
 	s.wantMismatches()
@@ -91,7 +91,7 @@ func TestAuditFindsMismatches(t *testing.T) {
 	var painting string // of the last order
 	order := func() string { painting = s.painting(99000); return s.order(newTestID(), painting) }
 	paid := func() (order, impUID string) { order, impUID, painting = s.paid(newTestID()); return order, impUID }
-	atGateway := func(impUID string, change func(*fakePayment)) { s.double.set(impUID, change) }
+	atGateway := func(impUID string, change func(*fakePayment)) { s.fake.set(impUID, change) }
 
 	type row struct {
 		name  string
@@ -121,15 +121,15 @@ func TestAuditFindsMismatches(t *testing.T) {
 	s.charge(o, 109000)
 	settled("two payments, neither reported", o, mismatchPaidThere, mismatchTwice)
 	o, impUID := paid()
-	check(t, s.double.refundInConsole(impUID, 0))
+	check(t, s.fake.refundInConsole(impUID, 0))
 	settled("refunded in the console", o, mismatchCancelled)
 	o, impUID = paid()
-	check(t, s.double.refundInConsole(impUID, 9000))
+	check(t, s.fake.refundInConsole(impUID, 9000))
 	settled("partly refunded in the console", o, mismatchPartBack)
 	o, impUID = paid()
 	_, err := s.store.bookRefund(t.Context(), actor{kind: actorBuyer}, o, statusPaid, reasonBuyerCancel, s.now(), s.now().Add(refundLease))
 	check(t, err)
-	check(t, s.double.refundInConsole(impUID, 0))
+	check(t, s.fake.refundInConsole(impUID, 0))
 	settled("refund booked, made by another hand", o, mismatchDueDone)
 
 	o, impUID = paid()
@@ -206,7 +206,7 @@ func TestAuditOfDueRefund(t *testing.T) {
 	if !strings.Contains(table.String(), "    due for 8761h0m0s, 2 attempts; last error: the gateway refused (code -1): \"거절\"\n") {
 		t.Error(table.String())
 	}
-	s.double.setFaults(nil)
+	s.fake.setFaults(nil)
 	s.later(0)
 	s.wantMismatches()
 }
@@ -214,7 +214,7 @@ func TestAuditOfDueRefund(t *testing.T) {
 func TestAuditLooksBackAsFarAsAsked(t *testing.T) {
 	s := newDirectShop(t)
 	_, impUID, _ := s.paid(buyerA)
-	check(t, s.double.refundInConsole(impUID, 0))
+	check(t, s.fake.refundInConsole(impUID, 0))
 	s.clock.advance(25 * time.Hour)
 	if report := s.audit(); report.Orders != 0 || len(report.Mismatches) != 0 {
 		t.Errorf("24 hours: %+v", report)
@@ -233,7 +233,7 @@ func TestAuditLooksBackAsFarAsAsked(t *testing.T) {
 func TestAuditOfMovingBooks(t *testing.T) {
 	s := newDirectShop(t)
 	order, impUID, _ := s.paid(buyerA)
-	s.double.faultOnce("findAll", fault{after: func(http.ResponseWriter, *http.Request) bool {
+	s.fake.faultOnce("findAll", fault{after: func(http.ResponseWriter, *http.Request) bool {
 		s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "")
 		return false
 	}})
@@ -251,7 +251,7 @@ func TestAuditOfMovingBooks(t *testing.T) {
 		t.Fatalf("a payment on its way: %+v, %v", report, err)
 	}
 
-	s.double.setFaults(func(string, string) fault {
+	s.fake.setFaults(func(string, string) fault {
 		return fault{after: func(http.ResponseWriter, *http.Request) bool {
 			execSQL(t, s.config.databaseURL, `UPDATE payments SET attempts = attempts + 1 WHERE state = 'kept'`)
 			return false
@@ -266,18 +266,18 @@ func TestAuditWhenTheGatewayFails(t *testing.T) {
 		s.order(newTestID(), s.painting(99000))
 	}
 	for range auditFailures - 1 {
-		s.double.faultOnce("findAll", fault{before: answer500})
+		s.fake.faultOnce("findAll", fault{before: answer500})
 	}
 	s.wantMismatches()
 
-	before := s.double.calls("findAll")
-	s.double.setFaults(func(string, string) fault { return fault{before: answer500} })
+	before := s.fake.calls("findAll")
+	s.fake.setFaults(func(string, string) fault { return fault{before: answer500} })
 	_, err := s.auditor().audit(t.Context(), s.clock.Now().Add(-time.Hour))
 	var silent *gatewayError
 	if !errors.As(err, &silent) {
 		t.Errorf("a silent gateway: %v", err)
 	}
-	if n := s.double.calls("findAll") - before; n > 2*auditFailures {
+	if n := s.fake.calls("findAll") - before; n > 2*auditFailures {
 		t.Errorf("asked %d times", n)
 	}
 
@@ -305,7 +305,7 @@ func TestAuditTellsHowFarItIs(t *testing.T) {
 	s := newDirectShop(t)
 	s.paid(buyerA)
 	told := &progress{written: make(chan struct{})}
-	s.double.faultOnce("findAll", fault{before: stopUntil(told.written)})
+	s.fake.faultOnce("findAll", fault{before: stopUntil(told.written)})
 	a := s.auditor()
 	a.progress, a.progressEvery = told, time.Millisecond
 	_, err := a.audit(t.Context(), s.clock.Now().Add(-time.Hour))
@@ -376,7 +376,7 @@ kept              218,000          109,000
 		t.Errorf("balanced: %v\n%s", err, out)
 	}
 
-	s.double.setFaults(func(string, string) fault { return fault{before: answer500} })
+	s.fake.setFaults(func(string, string) fault { return fault{before: answer500} })
 	if out, err := s.auditCommand(); err == nil || errors.Is(err, errUnbalanced) || out != "" {
 		t.Errorf("a silent gateway: %v\n%s", err, out)
 	}

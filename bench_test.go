@@ -112,7 +112,7 @@ func TestTrips(t *testing.T) {
 // the years.
 func TestPlans(t *testing.T) {
 	s := newShop(t)
-	g := newGallery(t, s.config.databaseURL, 20000, s.now)
+	g := newLoadTest(t, s.config.databaseURL, 20000, s.now)
 	const rounds = 10 // one call at a time needs one connection, so that all is prepared there
 	planned := s.countPlans()
 	var eachRound []int64
@@ -192,7 +192,7 @@ func BenchmarkCalls(b *testing.B) {
 	gateway := httptest.NewServer(http.HandlerFunc(instantGateway))
 	b.Cleanup(gateway.Close)
 	s.settler.gateway.url = gateway.URL
-	g := newGallery(b, s.config.databaseURL, 5000, s.now)
+	g := newLoadTest(b, s.config.databaseURL, 5000, s.now)
 	g.address = strings.TrimPrefix(s.url, "http://")
 	some := func() shownOrder { return g.shown[mathrand.IntN(len(g.shown))] }
 	for _, bench := range []struct {
@@ -231,7 +231,7 @@ func BenchmarkCalls(b *testing.B) {
 				w, err := dialWire(g.address)
 				check(b, err)
 				defer w.conn.Close()
-				c := &checkoutClient{gallery: g, wire: w, taken: timings{}}
+				c := &checkoutClient{loadTest: g, wire: w, taken: timings{}}
 				for pb.Next() {
 					flow(c)
 				}

@@ -50,7 +50,7 @@ type crash struct {
 	env       []string
 	log       *os.File
 	postgres  *postgresServer
-	double    *fakeGateway
+	fake      *fakeGateway
 	replicas  [2]*crashReplica
 	paintings []string
 	over      context.Context // ends when the actors go home
@@ -81,10 +81,10 @@ func TestCrash(t *testing.T) {
 	c.over = over
 	var actors sync.WaitGroup
 	for i := range crashBuyers {
-		actors.Go(func() { (&crashBuyer{crash: c, id: newTestID(), dice: c.dice(uint64(100 + i))}).live() })
+		actors.Go(func() { (&crashBuyer{crash: c, id: newTestID(), rng: c.newRNG(uint64(100 + i))}).live() })
 	}
-	actors.Go(func() { c.runDesk(c.dice(1)) })
-	actors.Go(func() { c.befall(c.dice(2), goHome) })
+	actors.Go(func() { c.runAdmin(c.newRNG(1)) })
+	actors.Go(func() { c.injectFault(c.newRNG(2), goHome) })
 	actors.Wait()
 	c.errands.Wait()
 	close(c.calm)
@@ -119,13 +119,13 @@ func openCrash(t *testing.T) *crash {
 	c.postgres = runPostgres(t, postgresConfig{dir: postgresDir(t)})
 	check(t, <-built)
 
-	c.double = newFakeGateway(time.Now)
-	faultDice := c.dice(3)
-	c.double.setFaults(func(call, _ string) fault { return c.chooseFault(faultDice, call) })
-	gateway := httptest.NewServer(c.double)
+	c.fake = newFakeGateway(time.Now)
+	faultDice := c.newRNG(3)
+	c.fake.setFaults(func(call, _ string) fault { return c.chooseFault(faultDice, call) })
+	gateway := httptest.NewServer(c.fake)
 	t.Cleanup(gateway.Close)
 	c.env = append(os.Environ(), "DATABASE_URL="+c.postgres.url, "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
-		"IAMPORT_KEY="+c.double.key, "IAMPORT_SECRET="+c.double.secret, "PORT=0", "LOG_LEVEL=info", "TRUSTED_PROXIES=127.0.0.1",
+		"IAMPORT_KEY="+c.fake.key, "IAMPORT_SECRET="+c.fake.secret, "PORT=0", "LOG_LEVEL=info", "TRUSTED_PROXIES=127.0.0.1",
 		"ORDER_HOLD="+crashHold.String(), "RECONCILE_INTERVAL="+crashInterval.String())
 
 	var entries []string
@@ -141,7 +141,7 @@ func openCrash(t *testing.T) *crash {
 	return c
 }
 
-func (c *crash) dice(actor uint64) *rand.Rand { return rand.New(rand.NewPCG(c.seed, actor)) }
+func (c *crash) newRNG(actor uint64) *rand.Rand { return rand.New(rand.NewPCG(c.seed, actor)) }
 
 // command is the binary with the service's environment.
 func (c *crash) command(args ...string) *exec.Cmd {
@@ -253,9 +253,9 @@ func (c *crash) wait(left func() string) {
 	}
 }
 
-// befall kills a replica, now and then both or one that is just starting, whenever the service has given so many answers,
+// injectFault kills a replica, now and then both or one that is just starting, whenever the service has given so many answers,
 // and ends PostgreSQL in immediate mode twice, in a long run once in half a minute. In the end the actors go home.
-func (c *crash) befall(dice *rand.Rand, goHome func()) {
+func (c *crash) injectFault(dice *rand.Rand, goHome func()) {
 	defer goHome()
 	crashes, crashed, start := max(2, int(*crashFor/(30*time.Second))), 0, time.Now()
 	for {
@@ -348,7 +348,7 @@ func (c *crash) count(figure string, n int) {
 type crashBuyer struct {
 	*crash
 	id    string
-	dice  *rand.Rand
+	rng   *rand.Rand
 	pages int // of his orders
 }
 
@@ -357,7 +357,7 @@ func (b *crashBuyer) live() {
 	for b.over.Err() == nil {
 		b.visit()
 		b.giveBack()
-		pause(b.over, time.Duration(b.dice.IntN(50))*time.Millisecond)
+		pause(b.over, time.Duration(b.rng.IntN(50))*time.Millisecond)
 	}
 }
 
@@ -367,10 +367,10 @@ func (b *crashBuyer) visit() {
 	if order == "" {
 		return
 	}
-	if b.dice.IntN(8) == 0 { // too late, or nearly
-		pause(b.over, time.Duration(b.dice.Int64N(int64(3*crashHold))))
+	if b.rng.IntN(8) == 0 { // too late, or nearly
+		pause(b.over, time.Duration(b.rng.Int64N(int64(3*crashHold))))
 	}
-	switch roll := b.dice.IntN(20); {
+	switch roll := b.rng.IntN(20); {
 	case roll < 9:
 		b.pay(order, fakePayment{Amount: total})
 	case roll < 11:
@@ -378,7 +378,7 @@ func (b *crashBuyer) visit() {
 	case roll < 12:
 		b.pay(order, fakePayment{Amount: 100, Currency: "USD"})
 	case roll < 13:
-		b.pay(order, fakePayment{Amount: total, Status: []string{"ready", "failed"}[b.dice.IntN(2)]})
+		b.pay(order, fakePayment{Amount: total, Status: []string{"ready", "failed"}[b.rng.IntN(2)]})
 	case roll < 15: // in two windows
 		b.pay(order, fakePayment{Amount: total})
 		b.pay(order, fakePayment{Amount: total})
@@ -387,9 +387,9 @@ func (b *crashBuyer) visit() {
 		b.pay(order, fakePayment{Amount: total})
 	case roll < 17: // and deletes it at once
 		b.pay(order, fakePayment{Amount: total})
-		b.remove(b.id, b.dice, order, "")
+		b.remove(b.id, b.rng, order, "")
 	case roll < 18:
-		b.remove(b.id, b.dice, order, "")
+		b.remove(b.id, b.rng, order, "")
 	default: // closes the tab
 	}
 }
@@ -397,12 +397,12 @@ func (b *crashBuyer) visit() {
 // order makes an order of up to three paintings. When no answer comes he sends it again.
 func (b *crashBuyer) order() (id string, total int64) {
 	var cart []string
-	for _, i := range b.dice.Perm(len(b.paintings))[:1+b.dice.IntN(3)] {
+	for _, i := range b.rng.Perm(len(b.paintings))[:1+b.rng.IntN(3)] {
 		cart = append(cart, b.paintings[i])
 	}
 	body := orderBody(newNumber(), cart...)
 	for range 3 {
-		a := b.call(b.dice, b.id, "POST", "/api/orders", body)
+		a := b.call(b.rng, b.id, "POST", "/api/orders", body)
 		var made orderCreated
 		if a.status == 201 && json.Unmarshal([]byte(a.body), &made) == nil {
 			b.said(made.OrderID, statusUnpaid)
@@ -419,20 +419,20 @@ func (b *crashBuyer) order() (id string, total int64) {
 func (b *crashBuyer) pay(order string, p fakePayment) {
 	b.change(order, func(o *crashOrder) { o.charged = true })
 	p.MerchantUID = order
-	impUID := b.double.pay(p)
-	for range []int{0, 0, 1, 1, 2}[b.dice.IntN(5)] {
+	impUID := b.fake.pay(p)
+	for range []int{0, 0, 1, 1, 2}[b.rng.IntN(5)] {
 		b.later(func(dice *rand.Rand) {
 			body := []string{`{"imp_uid":"` + impUID + `"}`, "imp_uid=" + impUID + "&status=paid"}[dice.IntN(2)]
 			b.call(dice, "", "POST", "/api/payments/webhook", body)
 		})
 	}
-	switch b.dice.IntN(6) {
+	switch b.rng.IntN(6) {
 	case 0: // closes the tab
 	case 1:
 		b.later(func(dice *rand.Rand) { b.report(dice, order, impUID) })
 		fallthrough
 	default:
-		b.report(b.dice, order, impUID)
+		b.report(b.rng, order, impUID)
 	}
 }
 
@@ -454,18 +454,18 @@ func (c *crash) report(dice *rand.Rand, order, impUID string) {
 // giveBack cancels or returns most of what he has bought, now and then twice at once.
 func (b *crashBuyer) giveBack() {
 	var mine myOrders
-	a := b.call(b.dice, b.id, "GET", fmt.Sprintf("/api/orders/mine?pageNumber=%d", 1+b.dice.IntN(max(1, b.pages))), nil)
+	a := b.call(b.rng, b.id, "GET", fmt.Sprintf("/api/orders/mine?pageNumber=%d", 1+b.rng.IntN(max(1, b.pages))), nil)
 	json.Unmarshal([]byte(a.body), &mine)
 	b.pages = mine.Pages
 	for _, o := range mine.Orders {
-		body := []string{"", `{"status":5}`, `{"status":4}`, `{"status":4}`}[b.dice.IntN(4)]
-		if o.Result.Status < statusPaid || o.Result.Status > statusDelivered || b.dice.IntN(3) == 0 {
+		body := []string{"", `{"status":5}`, `{"status":4}`, `{"status":4}`}[b.rng.IntN(4)]
+		if o.Result.Status < statusPaid || o.Result.Status > statusDelivered || b.rng.IntN(3) == 0 {
 			continue
 		}
-		if b.dice.IntN(5) == 0 {
+		if b.rng.IntN(5) == 0 {
 			b.later(func(dice *rand.Rand) { b.remove(b.id, dice, o.ID, body) })
 		}
-		b.remove(b.id, b.dice, o.ID, body)
+		b.remove(b.id, b.rng, o.ID, body)
 	}
 }
 
@@ -492,8 +492,8 @@ func (c *crash) remove(user string, dice *rand.Rand, order, body string) answer 
 	return a
 }
 
-// runDesk moves orders on, and cancels what was returned and now and then what was just paid.
-func (c *crash) runDesk(dice *rand.Rand) {
+// runAdmin moves orders on, and cancels what was returned and now and then what was just paid.
+func (c *crash) runAdmin(dice *rand.Rand) {
 	for c.over.Err() == nil {
 		var list adminOrders
 		query := []string{"pageNumber=1", "pageNumber=2", "status=0", "status=4"}[dice.IntN(4)]
@@ -515,7 +515,7 @@ func (c *crash) runDesk(dice *rand.Rand) {
 
 // later runs an errand after up to two holds, with dice of its own; its actor does not wait for it.
 func (b *crashBuyer) later(errand func(*rand.Rand)) {
-	dice := rand.New(rand.NewPCG(b.dice.Uint64(), 0))
+	dice := rand.New(rand.NewPCG(b.rng.Uint64(), 0))
 	delay := time.Duration(dice.IntN(2)) * time.Duration(dice.Int64N(int64(2*crashHold)))
 	b.errands.Go(func() {
 		pause(b.over, delay)
@@ -632,7 +632,7 @@ func (c *crash) wantProof() {
 		return struct{}{}, err
 	})
 	check(c.t, err)
-	for _, p := range c.double.all() {
+	for _, p := range c.fake.all() {
 		if left := p.Amount - p.Cancelled; p.Status == "paid" || p.Status == "cancelled" {
 			all[p.MerchantUID].there += left
 			c.count("payments taken", 1)
@@ -687,7 +687,7 @@ func (c *crash) mismatch(order, format string, args ...any) {
 	history := queryText(c.t, c.postgres.url, `SELECT coalesce(string_agg(concat_ws(' ', at, who, why, imp_uid, amount, request_id), E'\n' ORDER BY id), 'none')
 		FROM history WHERE order_id = '`+order+`'`)
 	var gateway []string
-	for _, p := range c.double.all() {
+	for _, p := range c.fake.all() {
 		if p.MerchantUID == order {
 			gateway = append(gateway, fmt.Sprintf("%+v", p))
 		}

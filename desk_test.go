@@ -54,7 +54,7 @@ func TestDeskSteps(t *testing.T) {
 func TestTwoDesksAtOnce(t *testing.T) {
 	s := newShop(t)
 	order, _, _ := s.orderAt(0)
-	count := crowd(20, func(int) answer { return s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`) })
+	count := concurrently(20, func(int) answer { return s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`) })
 	if count[200] != 1 || count[400] != 19 || s.statusOf(order) != statusPreparing {
 		t.Fatalf("answers by status: %v, order %d", count, s.statusOf(order))
 	}

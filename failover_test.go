@@ -69,8 +69,8 @@ func newBuyers(s *shop) *buyers {
 	return &buyers{shop: s, promised: map[string]int{}}
 }
 
-// insist makes a call until the database is there for it, as a browser does.
-func (b *buyers) insist(call func() answer) answer {
+// retry makes a call until the database is there for it, as a browser does.
+func (b *buyers) retry(call func() answer) answer {
 	for {
 		a := call()
 		if a.status < 500 || pause(b.t.Context(), postgresPoll) != nil {
@@ -99,7 +99,7 @@ func (b *buyers) given() map[string]int {
 // walk is one buyer's way with a painting.
 func (b *buyers) walk(painting string, cancels bool) {
 	buyer, body := newTestID(), orderBody(newNumber(), painting)
-	a := b.insist(func() answer { return b.call(buyer, "POST", "/api/orders", body) })
+	a := b.retry(func() answer { return b.call(buyer, "POST", "/api/orders", body) })
 	if a.status == 409 { // another buyer was faster
 		return
 	}
@@ -110,7 +110,7 @@ func (b *buyers) walk(painting string, cancels bool) {
 	}
 	b.promise(made.OrderID, statusUnpaid)
 	impUID := b.charge(made.OrderID, 109000)
-	if a = b.insist(func() answer { return b.report(impUID) }); a.status != 200 {
+	if a = b.retry(func() answer { return b.report(impUID) }); a.status != 200 {
 		b.t.Errorf("payment: %d %s", a.status, a.body)
 		return
 	}
@@ -118,7 +118,7 @@ func (b *buyers) walk(painting string, cancels bool) {
 	if !cancels {
 		return
 	}
-	switch a = b.insist(func() answer { return b.call(buyer, "DELETE", "/api/orders/"+made.OrderID, nil) }); a.status {
+	switch a = b.retry(func() answer { return b.call(buyer, "DELETE", "/api/orders/"+made.OrderID, nil) }); a.status {
 	case 200:
 		b.promise(made.OrderID, statusCancelled)
 	case 409: // an answer before was lost: it is booked, and goes on or is done
@@ -197,19 +197,19 @@ func TestFailover(t *testing.T) {
 	s.wantMismatches()
 }
 
-// door passes connections on to a server until it is shut. Then nothing comes through, and nobody is told.
-type door struct {
+// tcpProxy passes connections on to a server until it is shut. Then nothing comes through, and nobody is told.
+type tcpProxy struct {
 	net.Listener
 	shut atomic.Bool
 	gone <-chan struct{} // the test is over
 }
 
-func openDoor(t *testing.T, network, address string) *door {
+func openTCPProxy(t *testing.T, network, address string) *tcpProxy {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
 	t.Cleanup(func() { listener.Close() })
-	d := &door{Listener: listener, gone: t.Context().Done()}
+	d := &tcpProxy{Listener: listener, gone: t.Context().Done()}
 	go func() {
 		for client, err := d.Accept(); err == nil; client, err = d.Accept() {
 			if server, err := net.Dial(network, address); err == nil {
@@ -221,7 +221,7 @@ func openDoor(t *testing.T, network, address string) *door {
 	return d
 }
 
-func (d *door) carry(to, from net.Conn) {
+func (d *tcpProxy) carry(to, from net.Conn) {
 	defer to.Close()
 	buffer := make([]byte, 32<<10)
 	for {
@@ -262,7 +262,7 @@ func TestSilentServer(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			d := openDoor(t, network, address)
+			d := openTCPProxy(t, network, address)
 			port := strconv.Itoa(d.Addr().(*net.TCPAddr).Port)
 			store, err := openStore(t.Context(), databaseVia(t, databaseURL, "connect_timeout", "1",
 				"host", "127.0.0.1,"+server.Host, "port", port+","+strconv.Itoa(int(server.Port))), nil)

@@ -37,12 +37,12 @@ func TestFigures(t *testing.T) {
 	if *figuresOrders == 0 {
 		t.Skip("measures for half an hour, on a quiet machine: go test -run TestFigures -figures 5000000 -timeout 0")
 	}
-	f := newYardstick(t)
-	var galleries []*gallery
+	f := newBaseline(t)
+	var galleries []*loadTest
 	for orders := 5000; orders <= *figuresOrders; orders *= 10 {
 		name := fmt.Sprintf("gallery_%d", orders)
 		execSQL(t, f.server.url, "CREATE DATABASE "+name)
-		galleries = append(galleries, newGallery(t, withDatabase(t, f.server.url, name), orders, time.Now))
+		galleries = append(galleries, newLoadTest(t, withDatabase(t, f.server.url, name), orders, time.Now))
 	}
 	execSQL(t, f.server.url, "CHECKPOINT")
 	for _, g := range galleries { // the largest last
@@ -64,12 +64,12 @@ func TestFigures(t *testing.T) {
 	f.growth(galleries)
 	f.row("memory", "busy with 64 connections under 64 MB, idle under 24 MB", fmt.Sprintf("busy %d MB, idle %d MB",
 		memory(t, process, "VmHWM")>>20, idle>>20), memory(t, process, "VmHWM") < 64<<20 && idle < 24<<20)
-	f.crowd(largest)
+	f.oneForAll(largest)
 	fmt.Printf("\n| work | goal | measured |\n|---|---|---|\n%s\n", strings.Join(f.rows, "\n"))
 }
 
-// yardstick is one run: a private PostgreSQL, the program, a gateway, and what has been measured so far.
-type yardstick struct {
+// baseline is one run: a private PostgreSQL, the program, a gateway, and what has been measured so far.
+type baseline struct {
 	t       *testing.T
 	dir     string
 	server  *postgresServer
@@ -77,8 +77,8 @@ type yardstick struct {
 	rows    []string // of the table
 }
 
-func newYardstick(t *testing.T) *yardstick {
-	f := &yardstick{t: t, dir: postgresDir(t), gateway: httptest.NewServer(http.HandlerFunc(instantGateway))}
+func newBaseline(t *testing.T) *baseline {
+	f := &baseline{t: t, dir: postgresDir(t), gateway: httptest.NewServer(http.HandlerFunc(instantGateway))}
 	t.Cleanup(f.gateway.Close)
 	// Settings of a machine of its own that keeps what it has committed; the rest is PostgreSQL's default.
 	settings := map[string]string{
@@ -98,7 +98,7 @@ func newYardstick(t *testing.T) *yardstick {
 }
 
 // row says what was measured, and whether that is what was aimed at.
-func (f *yardstick) row(work, goal, measured string, reached bool) {
+func (f *baseline) row(work, goal, measured string, reached bool) {
 	if !reached {
 		measured = "**missed:** " + measured
 	}
@@ -107,7 +107,7 @@ func (f *yardstick) row(work, goal, measured string, reached bool) {
 }
 
 // serve starts the program before a gallery and returns how long it took to be ready.
-func (f *yardstick) serve(g *gallery) (process *os.Process, took time.Duration) {
+func (f *baseline) serve(g *loadTest) (process *os.Process, took time.Duration) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	check(f.t, err)
 	g.address = listener.Addr().String()
@@ -156,7 +156,7 @@ func kilobytes(t testing.TB, file, line string) int {
 // ---- pgbench
 
 // statement is what the store sends for call.
-func (f *yardstick) statement(g *gallery, call func(*store) error) *tracer {
+func (f *baseline) statement(g *loadTest, call func(*store) error) *tracer {
 	seen := &tracer{}
 	store, err := openStore(f.t.Context(), g.database, seen)
 	check(f.t, err)
@@ -168,7 +168,7 @@ func (f *yardstick) statement(g *gallery, call func(*store) error) *tracer {
 // pgbench sends the last statement from as many clients as the service has and returns how often a second. Before each one
 // it executes the commands, which begin with :n as the number of those before it and first. Arguments in place of the
 // recorded ones are SQL, with the variables that the commands set.
-func (t *tracer) pgbench(f *yardstick, g *gallery, first int, commands string, instead map[int]string) float64 {
+func (t *tracer) pgbench(f *baseline, g *loadTest, first int, commands string, instead map[int]string) float64 {
 	script := regexp.MustCompile(`\$\d+`).ReplaceAllStringFunc(t.last, func(parameter string) string {
 		n, _ := strconv.Atoi(parameter[1:])
 		if sql, ok := instead[n]; ok {
@@ -216,7 +216,7 @@ func median(values []float64) float64 {
 // ---- what is measured
 
 // starts measures how soon the program is ready with a database that has everything.
-func (f *yardstick) starts(g *gallery) {
+func (f *baseline) starts(g *loadTest) {
 	var took []float64
 	for range figuresRounds {
 		process, ready := f.serve(g)
@@ -240,7 +240,7 @@ const readingKeys = `
 \set b :o * 7919 % (:orders / 10)`
 
 // againstStatement compares one endpoint with the statement behind it; both ask for keys at random.
-func (f *yardstick) againstStatement(g *gallery, name string) {
+func (f *baseline) againstStatement(g *loadTest, name string) {
 	var keys map[int]string
 	statement := f.statement(g, func(s *store) (err error) {
 		o, buyer := g.shown[0], "ARRAY["+sqlID("0b", ":b")+"]"
@@ -271,7 +271,7 @@ func (f *yardstick) againstStatement(g *gallery, name string) {
 }
 
 // wrkScript writes what has wrk draw from these requests, and returns the file.
-func (f *yardstick) wrkScript(requests [][]byte) (file string) {
+func (f *baseline) wrkScript(requests [][]byte) (file string) {
 	var script strings.Builder
 	script.WriteString("local requests = {\n")
 	for _, request := range requests {
@@ -285,7 +285,7 @@ func (f *yardstick) wrkScript(requests [][]byte) (file string) {
 
 // wrk makes a script's requests from as many connections as pgbench, and returns how many are answered a second and how
 // long 99 in 100 take at most.
-func (f *yardstick) wrk(g *gallery, script string) (rate float64, p99 time.Duration) {
+func (f *baseline) wrk(g *loadTest, script string) (rate float64, p99 time.Duration) {
 	out, err := exec.Command("wrk", "--threads=1", "--connections="+strconv.Itoa(figuresClients), "--duration=6s", "--latency",
 		"--script="+script, "http://"+g.address).CombinedOutput()
 	found := regexp.MustCompile(`(?s)99% +(\S+)\n.*Requests/sec: +([\d.]+)`).FindSubmatch(out)
@@ -300,7 +300,7 @@ func (f *yardstick) wrk(g *gallery, script string) (rate float64, p99 time.Durat
 }
 
 // checkouts compares whole checkouts with the statement that creates an order.
-func (f *yardstick) checkouts(g *gallery) {
+func (f *baseline) checkouts(g *loadTest) {
 	statement := f.statement(g, func(s *store) error {
 		body, err := json.Marshal(orderBody(newNumber(), g.takeFree()))
 		check(f.t, err)
@@ -327,8 +327,8 @@ func (f *yardstick) checkouts(g *gallery) {
 		median(ratios) >= 0.8 && median(rates)/2 > 1000)
 }
 
-// crowd has a thousand buyers order one painting at the same moment.
-func (f *yardstick) crowd(g *gallery) {
+// oneForAll has a thousand buyers order one painting at the same moment.
+func (f *baseline) oneForAll(g *loadTest) {
 	const buyers = 1000
 	wires, requests, took := make([]*wire, buyers), make([][]byte, buyers), make([]time.Duration, buyers)
 	painting := g.takeFree()
@@ -341,7 +341,7 @@ func (f *yardstick) crowd(g *gallery) {
 		check(f.t, err)
 		requests[i] = wireRequest("POST", "/api/orders", g.token(newTestID()), string(text))
 	}
-	count := crowd(buyers, func(i int) answer {
+	count := concurrently(buyers, func(i int) answer {
 		start := time.Now()
 		status, _, err := wires[i].do(requests[i])
 		check(f.t, err)
@@ -357,7 +357,7 @@ func (f *yardstick) crowd(g *gallery) {
 var lists = []string{"mine", "desk", "desk, status"}
 
 // growth compares each call's median over tables of growing size.
-func (f *yardstick) growth(galleries []*gallery) {
+func (f *baseline) growth(galleries []*loadTest) {
 	medians := make([]map[string][]float64, len(galleries)) // by gallery and call, of each round
 	flows := make([][]func(*checkoutClient), len(galleries))
 	for i, g := range galleries {
@@ -390,7 +390,7 @@ func (f *yardstick) growth(galleries []*gallery) {
 }
 
 // grown says how much slower the calls are with the largest tables than with the smallest.
-func (f *yardstick) grown(what string, goal float64, lines map[string][]float64, names []string) {
+func (f *baseline) grown(what string, goal float64, lines map[string][]float64, names []string) {
 	worst, slowest := 0.0, ""
 	for _, name := range names {
 		smallest, largest := lines[name][0], lines[name][len(lines[name])-1]
@@ -404,7 +404,7 @@ func (f *yardstick) grown(what string, goal float64, lines map[string][]float64,
 }
 
 // plot draws the medians over the number of orders; both axes are logarithmic.
-func plot(galleries []*gallery, lines map[string][]float64) []byte {
+func plot(galleries []*loadTest, lines map[string][]float64) []byte {
 	const left, top, width, height = 60, 20, 520, 360
 	lowest, highest := math.Inf(1), 0.0
 	for _, line := range lines {

@@ -19,8 +19,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// gallery is a database filled with orders, for benchmarks: a fifth as many paintings, and a tenth as many buyers.
-type gallery struct {
+// loadTest is a database filled with orders, for benchmarks: a fifth as many paintings, and a tenth as many buyers.
+type loadTest struct {
 	t        testing.TB
 	orders   int
 	database string // its connection string
@@ -36,9 +36,9 @@ type gallery struct {
 // shownOrder is an order that its buyer sees.
 type shownOrder struct{ ID, Buyer string }
 
-// newGallery fills an empty database.
-func newGallery(t testing.TB, databaseURL string, orders int, now func() time.Time) *gallery {
-	g := &gallery{t: t, orders: orders, database: databaseURL, tokens: newTokens([]byte(testSecret), now), now: now}
+// newLoadTest fills an empty database.
+func newLoadTest(t testing.TB, databaseURL string, orders int, now func() time.Time) *loadTest {
+	g := &loadTest{t: t, orders: orders, database: databaseURL, tokens: newTokens([]byte(testSecret), now), now: now}
 	ctx := t.Context()
 	store, err := openMigratedStore(ctx, databaseURL)
 	check(t, err)
@@ -97,7 +97,7 @@ var galleryOrders = []string{`
 }
 
 // fill writes the orders in steps, and says how far it is when that takes long.
-func (g *gallery) fill(conn *pgx.Conn) {
+func (g *loadTest) fill(conn *pgx.Conn) {
 	const step = 50000
 	ctx, paintings := g.t.Context(), g.orders/5
 	_, err := conn.Exec(ctx, galleryFunctions)
@@ -125,12 +125,12 @@ func galleryID(kind string, n int) string { return fmt.Sprintf("61a4%s%018x", ki
 
 // orderAt is the order number n, an even one and so not expired, but none of the unpaid ones at the end. readingKeys draws
 // the same for pgbench.
-func (g *gallery) orderAt(n int) shownOrder {
+func (g *loadTest) orderAt(n int) shownOrder {
 	return shownOrder{ID: galleryID("0d", n), Buyer: galleryID("0b", n*7919%(g.orders/10))}
 }
 
 // sample chooses the orders and the free paintings that are asked for.
-func (g *gallery) sample(conn *pgx.Conn) {
+func (g *loadTest) sample(conn *pgx.Conn) {
 	g.shown = make([]shownOrder, min(g.orders, 10000))
 	for i := range g.shown {
 		g.shown[i] = g.orderAt(2 + 2*mathrand.IntN((g.orders-g.orders/500)/2))
@@ -176,7 +176,7 @@ func (m timings) percentile(name string, percent int) time.Duration {
 
 // checkoutClient is one connection to the service.
 type checkoutClient struct {
-	*gallery
+	*loadTest
 	wire  *wire
 	taken timings
 
@@ -195,7 +195,7 @@ func (c *checkoutClient) call(name string, request []byte, want int) []byte {
 }
 
 // drive has clients do flow over and over for a while, after a second to warm up.
-func (g *gallery) drive(clients int, length time.Duration, flow func(*checkoutClient)) timings {
+func (g *loadTest) drive(clients int, length time.Duration, flow func(*checkoutClient)) timings {
 	all := timings{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -205,7 +205,7 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*checkoutCl
 			w, err := dialWire(g.address)
 			check(g.t, err)
 			defer w.conn.Close()
-			c := &checkoutClient{gallery: g, wire: w, taken: timings{}}
+			c := &checkoutClient{loadTest: g, wire: w, taken: timings{}}
 			for time.Now().Before(begin) {
 				flow(c)
 			}
@@ -225,14 +225,14 @@ func (g *gallery) drive(clients int, length time.Duration, flow func(*checkoutCl
 	return all
 }
 
-func (g *gallery) token(user string) string {
+func (g *loadTest) token(user string) string {
 	token, err := g.tokens.issue(caller{id: user, admin: user == adminID}, g.now(), 3*time.Hour)
 	check(g.t, err)
 	return token
 }
 
 // takeFree is a painting that nobody has.
-func (g *gallery) takeFree() string {
+func (g *loadTest) takeFree() string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if len(g.free) == 0 {
@@ -244,7 +244,7 @@ func (g *gallery) takeFree() string {
 }
 
 // giveBack says that nobody has the painting any more; "" is none.
-func (g *gallery) giveBack(painting string) {
+func (g *loadTest) giveBack(painting string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if painting != "" {
@@ -253,13 +253,13 @@ func (g *gallery) giveBack(painting string) {
 }
 
 // cart is three paintings.
-func (g *gallery) cart() []string {
+func (g *loadTest) cart() []string {
 	n := g.orders / 5
 	return []string{paintingID(1 + mathrand.IntN(n)), paintingID(1 + mathrand.IntN(n)), paintingID(1 + mathrand.IntN(n))}
 }
 
 // requests are one call's questions, about many orders and paintings.
-func (g *gallery) requests(name string) [][]byte {
+func (g *loadTest) requests(name string) [][]byte {
 	byDesk := g.token(adminID)
 	ask := map[string]func(o shownOrder) []byte{
 		"cart-items": func(shownOrder) []byte {
@@ -285,7 +285,7 @@ func (g *gallery) requests(name string) [][]byte {
 }
 
 // reading is the flow of a client that asks one call's questions.
-func (g *gallery) reading(name string) func(*checkoutClient) {
+func (g *loadTest) reading(name string) func(*checkoutClient) {
 	requests := g.requests(name)
 	return func(c *checkoutClient) { c.call(name, requests[mathrand.IntN(len(requests))], http.StatusOK) }
 }

@@ -35,7 +35,7 @@ type shop struct {
 	*server
 	t      testing.TB
 	clock  *testClock
-	double *fakeGateway
+	fake   *fakeGateway
 	logged *bytes.Buffer // what it logged; read it when nothing runs
 	traced *tracer
 	url    string // empty: without a network
@@ -55,8 +55,8 @@ const (
 func newShop(t testing.TB, change ...func(*config)) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
-	s.double = newFakeGateway(s.clock.Now)
-	gateway := httptest.NewServer(s.double)
+	s.fake = newFakeGateway(s.clock.Now)
+	gateway := httptest.NewServer(s.fake)
 	t.Cleanup(gateway.Close)
 	s.open(gateway.URL, nil, change...)
 	service := httptest.NewServer(s)
@@ -70,8 +70,8 @@ func newShop(t testing.TB, change ...func(*config)) *shop {
 func newDirectShop(t testing.TB) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
-	s.double = newFakeGateway(s.clock.Now)
-	s.open("http://gateway.invalid", s.double)
+	s.fake = newFakeGateway(s.clock.Now)
+	s.open("http://gateway.invalid", s.fake)
 	return s
 }
 
@@ -79,8 +79,8 @@ func newDirectShop(t testing.TB) *shop {
 func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...func(*config)) {
 	s.t.Helper()
 	c := config{
-		jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.double.key,
-		iamportSecret: s.double.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
+		jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.fake.key,
+		iamportSecret: s.fake.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
 		origins: []string{"https://lumiere.example"},
 	}
 	for _, f := range change {
@@ -249,7 +249,7 @@ func (s *shop) order(user string, paintings ...string) string {
 
 // charge has the gateway take amount for an order and returns the imp_uid; nobody is told.
 func (s *shop) charge(order string, amount int64) string {
-	return s.double.pay(fakePayment{MerchantUID: order, Amount: amount})
+	return s.fake.pay(fakePayment{MerchantUID: order, Amount: amount})
 }
 
 // report tells the service of a payment as the browser does.

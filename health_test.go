@@ -34,12 +34,12 @@ func TestReadyWithoutAGateway(t *testing.T) {
 		"a notice":           func() { s.notice(impUID) },
 		"the reconciler":     func() { s.later(s.config.hold) }, // for an order of buyerB's
 	} {
-		s.double.setFaults(func(string, string) fault { return fault{before: answer500} })
+		s.fake.setFaults(func(string, string) fault { return fault{before: answer500} })
 		ask()
 		if a := s.want(s.ready(), 200, ""); !strings.Contains(a.body, gatewayDown) {
 			t.Errorf("%s: %s", name, a.body)
 		}
-		s.double.setFaults(nil)
+		s.fake.setFaults(nil)
 		s.report(newImpUID()) // that there is none is an answer
 		if a := s.want(s.ready(), 200, ""); strings.Contains(a.body, gatewayDown) {
 			t.Errorf("after %s: %s", name, a.body)
@@ -93,10 +93,10 @@ func TestRoundEnds(t *testing.T) {
 		s.order(newTestID(), s.painting(99000))
 	}
 	s.clock.advance(s.config.hold)
-	s.double.setFaults(func(string, string) fault { s.clock.advance(s.config.reconcile); return fault{} })
+	s.fake.setFaults(func(string, string) fault { s.clock.advance(s.config.reconcile); return fault{} })
 	for round := 1; round <= 3; round++ {
 		check(t, s.settler.reconcileRound(t.Context()))
-		if n := s.double.calls("find"); n != round*maxParallel {
+		if n := s.fake.calls("find"); n != round*maxParallel {
 			t.Errorf("after round %d the gateway was asked about %d orders", round, n)
 		}
 	}
@@ -108,7 +108,7 @@ func TestGatewayTroubleIsLoggedOnce(t *testing.T) {
 	ask := func(answers bool) {
 		s.clock.advance(time.Second)
 		if !answers {
-			s.double.faultOnce("payment", fault{before: answer500})
+			s.fake.faultOnce("payment", fault{before: answer500})
 		}
 		s.report(newImpUID())
 	}

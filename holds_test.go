@@ -6,7 +6,7 @@ import (
 )
 
 // crowd runs n calls at once and counts their statuses.
-func crowd(n int, do func(i int) answer) map[int]int {
+func concurrently(n int, do func(i int) answer) map[int]int {
 	count := map[int]int{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -52,7 +52,7 @@ func TestTwoHundredBuyersOnePainting(t *testing.T) {
 	for i := range buyers {
 		buyers[i] = newTestID()
 	}
-	count := crowd(len(buyers), func(i int) answer {
+	count := concurrently(len(buyers), func(i int) answer {
 		return s.call(buyers[i], "POST", "/api/orders", orderBody(newNumber(), painting))
 	})
 	if count[201] != 1 || count[409] != 199 {
@@ -65,7 +65,7 @@ func TestOverlappingCartsAtOnce(t *testing.T) {
 	s := newShop(t)
 	a, b, c := s.painting(99000), s.painting(99000), s.painting(99000)
 	carts := [][]string{{a, b, c}, {c, b, a}, {b, a}, {c, a}, {b, c}}
-	count := crowd(100, func(i int) answer {
+	count := concurrently(100, func(i int) answer {
 		return s.call(newTestID(), "POST", "/api/orders", orderBody(newNumber(), carts[i%len(carts)]...))
 	})
 	if count[201] != 1 || count[201]+count[409] != 100 { // any two carts overlap
@@ -78,7 +78,7 @@ func TestOneBuyerManyOrdersAtOnce(t *testing.T) {
 	s := newShop(t)
 	a, b, c := s.painting(99000), s.painting(99000), s.painting(99000)
 	carts := [][]string{{a, b}, {c, b}, {a}, {c, a}}
-	count := crowd(60, func(i int) answer {
+	count := concurrently(60, func(i int) answer {
 		return s.call(buyerA, "POST", "/api/orders", orderBody(newNumber(), carts[i%len(carts)]...))
 	})
 	if count[201] != 60 {
@@ -95,7 +95,7 @@ func TestSameOrderSentManyTimesAtOnce(t *testing.T) {
 	body := orderBody(newNumber(), s.painting(99000), s.painting(99000))
 	var mu sync.Mutex
 	bodies := map[string]int{}
-	count := crowd(30, func(int) answer {
+	count := concurrently(30, func(int) answer {
 		a := s.call(buyerA, "POST", "/api/orders", body)
 		mu.Lock()
 		bodies[a.body]++
@@ -112,13 +112,13 @@ func TestPaymentReportedManyTimesAtOnce(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
 	first, second := s.charge(order, 109000), s.charge(order, 109000)
-	count := crowd(40, func(i int) answer { return s.report([]string{first, second}[i%2]) })
+	count := concurrently(40, func(i int) answer { return s.report([]string{first, second}[i%2]) })
 	if count[200] != 20 || count[409] != 20 {
 		t.Fatalf("answers by status: %v", count)
 	}
 	var kept, back int64
 	for _, impUID := range []string{first, second} {
-		p, _ := s.double.get(impUID)
+		p, _ := s.fake.get(impUID)
 		kept, back = kept+p.Amount-p.Cancelled, back+p.Cancelled
 	}
 	if kept != 109000 || back != 109000 || s.statusOf(order) != statusPaid {
@@ -129,12 +129,12 @@ func TestPaymentReportedManyTimesAtOnce(t *testing.T) {
 func TestCancelledManyTimesAtOnce(t *testing.T) {
 	s := newShop(t)
 	order, impUID, painting := s.paid(buyerA)
-	count := crowd(20, func(int) answer { return s.call(buyerA, "DELETE", "/api/orders/"+order, nil) })
+	count := concurrently(20, func(int) answer { return s.call(buyerA, "DELETE", "/api/orders/"+order, nil) })
 	if count[200] != 1 || count[409] != 19 {
 		t.Fatalf("answers by status: %v", count)
 	}
-	if p, _ := s.double.get(impUID); p.Cancelled != 109000 || s.double.calls("cancel") != 1 {
-		t.Fatalf("%d won given back in %d calls", p.Cancelled, s.double.calls("cancel"))
+	if p, _ := s.fake.get(impUID); p.Cancelled != 109000 || s.fake.calls("cancel") != 1 {
+		t.Fatalf("%d won given back in %d calls", p.Cancelled, s.fake.calls("cancel"))
 	}
 	if !s.inStock(buyerB, painting) {
 		t.Fatal("the painting is not free")

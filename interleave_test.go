@@ -45,26 +45,26 @@ var situations = []struct {
 	{"cancelled, its refund not done", func(c *crossing) {
 		c.pay()
 		c.want(c.report(c.first), 200, "결제 성공")
-		c.double.faultOnce("cancel", fault{before: answer500})
+		c.fake.faultOnce("cancel", fault{before: answer500})
 		c.want(c.call(c.buyer, "DELETE", "/api/orders/"+c.order, nil), 503, "")
 		c.clock.advance(time.Minute)
 	}},
 	{"unpaid, the refund of a wrong amount not done", func(c *crossing) {
 		c.first = c.charge(c.order, 5000)
-		c.double.faultOnce("cancel", fault{before: answer500})
+		c.fake.faultOnce("cancel", fault{before: answer500})
 		c.want(c.report(c.first), 400, "")
 		c.clock.advance(time.Minute)
 	}},
 }
 
-// road is a way over an order: what its last call was answered, and of which payment or order the answer speaks.
-type road func(*crossing) (a answer, about string)
+// source is a way over an order: what its last call was answered, and of which payment or order the answer speaks.
+type source func(*crossing) (a answer, about string)
 
-// roads are all there are. Those that only are second have no steps to be stopped at, or the same as another.
-var roads = []struct {
+// sources are all there are. Those that only are second have no steps to be stopped at, or the same as another.
+var sources = []struct {
 	name       string
 	onlySecond bool
-	travel     road
+	travel     source
 }{
 	{"report", false, func(c *crossing) (answer, string) { c.payOnce(); return c.report(c.first), c.first }},
 	{"notice", true, func(c *crossing) (answer, string) { c.payOnce(); return c.notice(c.first), c.first }},
@@ -78,12 +78,12 @@ var roads = []struct {
 	{"wrong amount", false, func(c *crossing) (answer, string) { return c.reportNew(c.order, 1000) }},
 	{"refund in the console", false, func(c *crossing) (answer, string) {
 		c.payOnce()
-		c.double.refundInConsole(c.first, 0) // it may be back already
+		c.fake.refundInConsole(c.first, 0) // it may be back already
 		return c.notice(c.first), c.first
 	}},
 	{"part refund in the console", true, func(c *crossing) (answer, string) {
 		c.payOnce()
-		c.double.refundInConsole(c.first, 1000)
+		c.fake.refundInConsole(c.first, 1000)
 		return c.notice(c.first), c.first
 	}},
 	{"another order of the buyer's, paid", true, func(c *crossing) (answer, string) { return c.orderAndPay(c.buyer) }},
@@ -213,7 +213,7 @@ func (c *crossing) wantWhole() {
 	booked := c.lines(`SELECT format('%s: %s of %s %s', imp_uid, refunded, amount, state) FROM payments WHERE order_id IN
 		(SELECT id FROM orders WHERE user_id = ANY($1)) ORDER BY 1`, buyers)
 	var there []string
-	for _, p := range c.double.all()[c.paidBefore:] {
+	for _, p := range c.fake.all()[c.paidBefore:] {
 		state := "kept"
 		if p.Cancelled == p.Amount {
 			state = "refunded"
@@ -229,7 +229,7 @@ func (c *crossing) wantWhole() {
 }
 
 // cross lets the second road run through when the first has come to its step number stop.
-func cross(c *crossing, first, second road, stop int) {
+func cross(c *crossing, first, second source, stop int) {
 	arrived, release := make(chan struct{}), make(chan struct{})
 	var steps atomic.Int32
 	c.settler.onTestHook = func(string, string) {
@@ -257,7 +257,7 @@ func cross(c *crossing, first, second road, stop int) {
 }
 
 // run has a road run through under a name of its own, and returns what checks its answer.
-func (c *crossing) run(name string, r road) (wantTrue func()) {
+func (c *crossing) run(name string, r source) (wantTrue func()) {
 	alone, own := *c, *c.shop
 	alone.shop, own.called = &own, name+"-"+c.order
 	a, about := r(&alone)
@@ -265,7 +265,7 @@ func (c *crossing) run(name string, r road) (wantTrue func()) {
 }
 
 // steps are those that a road has.
-func (c *crossing) steps(r road) (names []string) {
+func (c *crossing) steps(r source) (names []string) {
 	var mu sync.Mutex
 	c.settler.onTestHook = func(name, _ string) {
 		mu.Lock()
@@ -285,7 +285,7 @@ func TestInterleavings(t *testing.T) {
 			s := newDirectShop(t)
 			paintings := s.paintings(1000, 99000)
 			next := func() *crossing {
-				c := &crossing{shop: s, buyer: newTestID(), rival: newTestID(), painting: paintings[0], paidBefore: len(s.double.all())}
+				c := &crossing{shop: s, buyer: newTestID(), rival: newTestID(), painting: paintings[0], paidBefore: len(s.fake.all())}
 				c.deleter, paintings = c.buyer, paintings[1:]
 				c.order = s.order(c.buyer, c.painting)
 				s.clock.advance(s.config.hold)
@@ -293,7 +293,7 @@ func TestInterleavings(t *testing.T) {
 				return c
 			}
 			crossings := 0
-			for _, first := range roads {
+			for _, first := range sources {
 				if first.onlySecond {
 					continue
 				}
@@ -301,7 +301,7 @@ func TestInterleavings(t *testing.T) {
 				steps := c.steps(first.travel)
 				c.wantWhole()
 				for i, step := range steps {
-					for _, second := range roads {
+					for _, second := range sources {
 						c := next()
 						cross(c, first.travel, second.travel, i+1)
 						c.wantWhole()

@@ -71,7 +71,7 @@ func (s *shop) sendFrom(address, method, path, impUID string) answer {
 func TestUnknownPaymentIsRemembered(t *testing.T) {
 	s := newDirectShop(t)
 	silent := func(s *shop, impUID string) answer {
-		s.double.faultOnce("payment", fault{before: answer500})
+		s.fake.faultOnce("payment", fault{before: answer500})
 		return s.report(impUID)
 	}
 	reportAfterNotice := func(s *shop, impUID string) answer { s.notice(impUID); return s.report(impUID) }
@@ -89,14 +89,14 @@ func TestUnknownPaymentIsRemembered(t *testing.T) {
 		"a report, a notice, the report again": {(*shop).report, reportAfterNotice, 0, 200, 3},
 		"the gateway said nothing":             {silent, (*shop).report, 0, 200, 2},
 	} {
-		order, impUID, before := s.order(newTestID(), s.painting(99000)), newImpUID(), s.double.calls("payment")
+		order, impUID, before := s.order(newTestID(), s.painting(99000)), newImpUID(), s.fake.calls("payment")
 		row.first(s, impUID)
-		s.double.pay(fakePayment{ImpUID: impUID, MerchantUID: order, Amount: 109000})
+		s.fake.pay(fakePayment{ImpUID: impUID, MerchantUID: order, Amount: 109000})
 		s.clock.advance(row.after)
 		if a := row.then(s, impUID); a.status != row.status {
 			t.Errorf("%s: answered %d %s", name, a.status, a.body)
 		}
-		if n := s.double.calls("payment") - before; n != row.asked {
+		if n := s.fake.calls("payment") - before; n != row.asked {
 			t.Errorf("%s: the gateway was asked %d times", name, n)
 		}
 	}
@@ -122,8 +122,8 @@ func TestFloodFromOneAddress(t *testing.T) {
 		}
 	}
 	asked := int(clientLimit.burst) + int(time.Minute/clientLimit.refill)
-	if count[404] < asked-1 || count[404] > asked || count[404]+count[429] != reports-10 || s.double.calls("payment") != count[404]+10 {
-		t.Errorf("answers %v, %d look-ups", count, s.double.calls("payment"))
+	if count[404] < asked-1 || count[404] > asked || count[404]+count[429] != reports-10 || s.fake.calls("payment") != count[404]+10 {
+		t.Errorf("answers %v, %d look-ups", count, s.fake.calls("payment"))
 	}
 	// Waiting as told helps.
 	s.clock.advance(clientLimit.refill)
@@ -147,7 +147,7 @@ func TestFloodLeavesSlots(t *testing.T) {
 				s.reportFrom("198.51.100.1", newImpUID())
 			}
 			release, looking := make(chan struct{}), make(chan struct{}, 100)
-			s.double.setFaults(func(call, id string) fault {
+			s.fake.setFaults(func(call, id string) fault {
 				if !strings.HasPrefix(id, "imp_flood") {
 					return fault{}
 				}
@@ -177,10 +177,10 @@ func TestFloodLeavesSlots(t *testing.T) {
 // A burst from an address that was unknown before ends as soon as its first look-ups have found nothing.
 func TestBurstFromANewAddress(t *testing.T) {
 	s := newDirectShop(t)
-	count := crowd(500, func(i int) answer { return s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i)) })
+	count := concurrently(500, func(i int) answer { return s.reportFrom("198.51.100.1", fmt.Sprintf("imp_%d", i)) })
 	most := int(clientLimit.burst) + tierSlots[tierAnonymous]
-	if count[404] < int(clientLimit.burst) || count[404] > most || count[404]+count[429] != 500 || s.double.calls("payment") != count[404] {
-		t.Errorf("answers %v, %d look-ups", count, s.double.calls("payment"))
+	if count[404] < int(clientLimit.burst) || count[404] > most || count[404]+count[429] != 500 || s.fake.calls("payment") != count[404] {
+		t.Errorf("answers %v, %d look-ups", count, s.fake.calls("payment"))
 	}
 }
 
@@ -221,10 +221,10 @@ func TestWaste(t *testing.T) {
 	s := newDirectShop(t)
 	order, kept, _ := s.paid(buyerA)
 	open := s.order(buyerB, s.painting(99000))
-	ready := s.double.pay(fakePayment{MerchantUID: open, Amount: 109000, Status: "ready"})
+	ready := s.fake.pay(fakePayment{MerchantUID: open, Amount: 109000, Status: "ready"})
 	foreign := s.charge("another-shop-1", 109000)
 	duplicate := s.charge(order, 109000)
-	silent := func() { s.double.faultOnce("payment", fault{before: answer500}) }
+	silent := func() { s.fake.faultOnce("payment", fault{before: answer500}) }
 	for i, row := range []struct {
 		impUID  string
 		prepare func()
@@ -275,7 +275,7 @@ func TestBuyersAreChargedThemselves(t *testing.T) {
 func TestHangingUpIsCharged(t *testing.T) {
 	s := newDirectShop(t)
 	ctx, hangUp := context.WithCancel(t.Context())
-	s.double.faultOnce("payment", fault{before: waitFor(func(context.Context) { hangUp() })})
+	s.fake.faultOnce("payment", fault{before: waitFor(func(context.Context) { hangUp() })})
 	request := httptest.NewRequestWithContext(ctx, "PATCH", "/api/orders/pay", strings.NewReader(`{"imp_uid":"imp_1"}`))
 	recorder := httptest.NewRecorder()
 	s.ServeHTTP(recorder, request)

@@ -24,18 +24,18 @@ var (
 	modelSteps = flag.Int("model.steps", 2000, "how many random steps TestModel plays")
 )
 
-// lifeSteps is how many steps a life has before all is settled; the next one begins with new buyers and paintings.
-const lifeSteps = 60
+// runMoves is how many steps a life has before all is settled; the next one begins with new buyers and paintings.
+const runMoves = 60
 
 func TestModel(t *testing.T) {
 	t.Parallel()
 	seed := cmp.Or(*modelSeed, rand.Uint64()>>32)
 	s := newDirectShop(t)
 	counts := map[string]int{}
-	for steps := 0; steps < *modelSteps; steps += lifeSteps {
-		l := newModelLife(s, seed)
-		for range lifeSteps {
-			l.step()
+	for steps := 0; steps < *modelSteps; steps += runMoves {
+		l := newModelRun(s, seed)
+		for range runMoves {
+			l.move()
 		}
 		l.settleDown()
 		for move, n := range l.counts {
@@ -47,8 +47,8 @@ func TestModel(t *testing.T) {
 	t.Logf("the last life's seed was %d; moves: %v", seed-1, counts)
 }
 
-// modelLife is a shop's life: the model beside the service, and what has been done so far.
-type modelLife struct {
+// modelRun is a shop's life: the model beside the service, and what has been done so far.
+type modelRun struct {
 	*shop
 	model  model
 	seed   uint64
@@ -59,9 +59,9 @@ type modelLife struct {
 	counts map[string]int
 }
 
-// newModelLife begins a life with three buyers and four paintings.
-func newModelLife(s *shop, seed uint64) *modelLife {
-	l := &modelLife{shop: s, seed: seed, random: rand.New(rand.NewPCG(seed, 0)), counts: map[string]int{}}
+// newModelRun begins a life with three buyers and four paintings.
+func newModelRun(s *shop, seed uint64) *modelRun {
+	l := &modelRun{shop: s, seed: seed, random: rand.New(rand.NewPCG(seed, 0)), counts: map[string]int{}}
 	for i := range 3 {
 		l.buyers = append(l.buyers, newTestID())
 		l.names = append(l.names, l.buyers[i], fmt.Sprintf("buyer%d", i+1))
@@ -78,30 +78,30 @@ func newModelLife(s *shop, seed uint64) *modelLife {
 var moves = []struct {
 	often int
 	name  string
-	play  func(*modelLife)
+	play  func(*modelRun)
 }{
-	{20, "create", (*modelLife).playCreate},
-	{5, "show", (*modelLife).playShow},
-	{20, "charge", (*modelLife).playCharge},
-	{20, "report", (*modelLife).playReport},
-	{20, "notice", (*modelLife).playNotice},
-	{20, "delete", (*modelLife).playDelete},
-	{12, "step", (*modelLife).playStep},
-	{6, "console", (*modelLife).playConsole},
-	{2, "catalogue", (*modelLife).playCatalogue},
-	{8, "wait", (*modelLife).playWait},
-	{10, "reconcile", (*modelLife).playReconcile},
+	{20, "create", (*modelRun).playCreate},
+	{5, "show", (*modelRun).playShow},
+	{20, "charge", (*modelRun).playCharge},
+	{20, "report", (*modelRun).playReport},
+	{20, "notice", (*modelRun).playNotice},
+	{20, "delete", (*modelRun).playDelete},
+	{12, "step", (*modelRun).playStep},
+	{6, "console", (*modelRun).playConsole},
+	{2, "catalogue", (*modelRun).playCatalogue},
+	{8, "wait", (*modelRun).playWait},
+	{10, "reconcile", (*modelRun).playReconcile},
 }
 
 // step plays a random move and compares.
-func (l *modelLife) step() {
+func (l *modelRun) move() {
 	l.t.Helper()
 	l.tick(5 * time.Second) // a look-up repeated within 3 seconds may be answered from the one before
 	l.model.trouble = noTrouble
 	if l.random.IntN(5) == 0 {
 		l.model.trouble = pick(l, troubles)
 	}
-	l.double.setFaults(l.model.trouble.faults())
+	l.fake.setFaults(l.model.trouble.faults())
 	all := 0
 	for _, m := range moves {
 		all += m.often
@@ -132,15 +132,15 @@ func (t trouble) faults() func(call, id string) fault {
 	}
 }
 
-func (l *modelLife) tick(d time.Duration) {
+func (l *modelRun) tick(d time.Duration) {
 	l.clock.advance(d)
 	l.model.now = l.clock.Now()
 }
 
-func pick[T any](l *modelLife, from []T) T { return from[l.random.IntN(len(from))] }
+func pick[T any](l *modelRun, from []T) T { return from[l.random.IntN(len(from))] }
 
 // lately picks one of the last ten; nil when there is none.
-func lately[T any](l *modelLife, from []*T) *T {
+func lately[T any](l *modelRun, from []*T) *T {
 	if len(from) == 0 {
 		return nil
 	}
@@ -148,7 +148,7 @@ func lately[T any](l *modelLife, from []*T) *T {
 }
 
 // user is mostly the order's buyer, or else the desk, another or nobody.
-func (l *modelLife) user(o *modelOrder) string {
+func (l *modelRun) user(o *modelOrder) string {
 	switch n := l.random.IntN(20); {
 	case n < 13 && o != nil:
 		return o.buyer
@@ -169,7 +169,7 @@ func (o *modelOrder) orderID() string {
 }
 
 // say adds a line to the trace.
-func (l *modelLife) say(format string, args ...any) {
+func (l *modelRun) say(format string, args ...any) {
 	line := fmt.Sprintf(format, args...)
 	if l.model.trouble.name != "" {
 		line += " while " + l.model.trouble.name
@@ -178,7 +178,7 @@ func (l *modelLife) say(format string, args ...any) {
 }
 
 // want says what was done and fails unless it was answered as the model says.
-func (l *modelLife) want(a answer, r reply, format string, args ...any) {
+func (l *modelRun) want(a answer, r reply, format string, args ...any) {
 	l.t.Helper()
 	l.say(format+" → %d %s", append(args, a.status, a.message())...)
 	if a.status != r.status || a.message() != r.message {
@@ -187,14 +187,14 @@ func (l *modelLife) want(a answer, r reply, format string, args ...any) {
 }
 
 // fail ends the test with the life so far.
-func (l *modelLife) fail(format string, args ...any) {
+func (l *modelRun) fail(format string, args ...any) {
 	l.t.Helper()
 	l.t.Fatal(strings.NewReplacer(l.names...).Replace(fmt.Sprintf("%s\n%s\nplay this life again: go test -run TestModel -model.seed=%d -model.steps=1",
 		strings.Join(l.trace, "\n"), fmt.Sprintf(format, args...), l.seed)))
 }
 
 // compare fails unless the books, the history and the gateway are as the model says.
-func (l *modelLife) compare() {
+func (l *modelRun) compare() {
 	l.t.Helper()
 	var want, orders, paintings []string
 	for _, o := range l.model.orders {
@@ -239,7 +239,7 @@ func (l *modelLife) compare() {
 	}
 }
 
-func (l *modelLife) playCreate() {
+func (l *modelRun) playCreate() {
 	o := &modelOrder{status: -1, buyer: pick(l, l.buyers), number: newNumber(), made: l.model.now, until: l.model.now.Add(l.config.hold)}
 	for _, i := range l.random.Perm(len(l.model.paintings))[:1+l.random.IntN(2)] {
 		o.paintings = append(o.paintings, l.model.paintings[i])
@@ -268,7 +268,7 @@ func (l *modelLife) playCreate() {
 }
 
 // compareTaken fails unless the refusal of order o says which paintings are taken and how.
-func (l *modelLife) compareTaken(a answer, o *modelOrder) {
+func (l *modelRun) compareTaken(a answer, o *modelOrder) {
 	l.t.Helper()
 	type product struct {
 		ID     string `json:"_id"`
@@ -293,7 +293,7 @@ func (l *modelLife) compareTaken(a answer, o *modelOrder) {
 }
 
 // playShow compares one of the calls that show something.
-func (l *modelLife) playShow() {
+func (l *modelRun) playShow() {
 	buyer := pick(l, l.buyers)
 	newest := func(fits func(*modelOrder) bool, most int) (ids []string) {
 		for _, o := range slices.Backward(l.model.orders) {
@@ -366,12 +366,12 @@ func (l *modelLife) playShow() {
 }
 
 // playCharge has a payment window end in one of the ways there are; nobody is told.
-func (l *modelLife) playCharge() {
+func (l *modelRun) playCharge() {
 	p := &modelPayment{order: lately(l, l.model.orders), status: "paid", changed: l.model.now}
 	for _, waiting := range l.model.payments {
 		if waiting.status == "ready" && l.random.IntN(4) == 0 {
 			waiting.status, waiting.changed = "paid", l.model.now
-			l.double.set(waiting.impUID, func(p *fakePayment) { p.Status, p.PaidAt = "paid", l.model.now })
+			l.fake.set(waiting.impUID, func(p *fakePayment) { p.Status, p.PaidAt = "paid", l.model.now })
 			l.say("%s is paid after all", waiting.impUID)
 			return
 		}
@@ -398,21 +398,21 @@ func (l *modelLife) playCharge() {
 	case kind < 8:
 		p.status = "ready"
 	}
-	p.impUID = l.double.pay(fakePayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status})
+	p.impUID = l.fake.pay(fakePayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status})
 	l.model.payments = append(l.model.payments, p)
 	l.names = append(l.names, p.impUID, fmt.Sprintf("payment%d", len(l.model.payments)))
 	l.say("%s: %d %s for order %s, %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, p.sandbox)
 }
 
 // playReport is a browser that reports a payment, again or for the first time.
-func (l *modelLife) playReport() { l.playSeen("the browser reports", l.model.report, l.shop.report) }
+func (l *modelRun) playReport() { l.playSeen("the browser reports", l.model.report, l.shop.report) }
 
 // playNotice is the gateway's notice of a payment: late, repeated, in any order.
-func (l *modelLife) playNotice() {
+func (l *modelRun) playNotice() {
 	l.playSeen("the gateway gives notice of", l.model.noticed, l.notice)
 }
 
-func (l *modelLife) playSeen(what string, model func(*modelPayment) reply, service func(string) answer) {
+func (l *modelRun) playSeen(what string, model func(*modelPayment) reply, service func(string) answer) {
 	p, impUID := lately(l, l.model.payments), "imp_unknown"
 	if p != nil {
 		impUID = p.impUID
@@ -421,7 +421,7 @@ func (l *modelLife) playSeen(what string, model func(*modelPayment) reply, servi
 	l.want(service(impUID), want, what+" %s", impUID)
 }
 
-func (l *modelLife) playDelete() {
+func (l *modelRun) playDelete() {
 	o := lately(l, l.model.orders)
 	user := l.user(o)
 	var wanted *int
@@ -434,18 +434,18 @@ func (l *modelLife) playDelete() {
 	l.want(l.call(user, "DELETE", "/api/orders/"+o.orderID(), body), want, "%s deletes order %s with %v", user, o.orderID(), body)
 }
 
-func (l *modelLife) playStep() {
+func (l *modelRun) playStep() {
 	o := lately(l, l.model.orders)
 	user, to := l.user(o), 1+l.random.IntN(4)
 	if o != nil && l.random.IntN(2) == 0 {
 		user, to = adminID, o.status+1
 	}
-	want := l.model.step(user, o, to)
+	want := l.model.advance(user, o, to)
 	l.want(l.call(user, "PATCH", "/api/orders/"+o.orderID(), map[string]int{"status": to}), want, "%s moves order %s to %d", user, o.orderID(), to)
 }
 
 // playConsole is a refund by hand in the gateway's console; its notice may come later, or never.
-func (l *modelLife) playConsole() {
+func (l *modelRun) playConsole() {
 	p := lately(l, l.model.payments)
 	if p == nil || p.status != "paid" || p.back == p.amount {
 		return
@@ -455,12 +455,12 @@ func (l *modelLife) playConsole() {
 		back = min(back, 1+l.random.Int64N(back))
 	}
 	p.back, p.changed = p.back+back, l.model.now
-	check(l.t, l.double.refundInConsole(p.impUID, back))
+	check(l.t, l.fake.refundInConsole(p.impUID, back))
 	l.say("the console gives back %d of %s", back, p.impUID)
 }
 
 // playCatalogue sells a painting elsewhere, or takes that back.
-func (l *modelLife) playCatalogue() {
+func (l *modelRun) playCatalogue() {
 	p := pick(l, l.model.paintings)
 	p.forSale = !p.forSale
 	l.catalogue(99000, p.forSale, p.id)
@@ -468,19 +468,19 @@ func (l *modelLife) playCatalogue() {
 }
 
 // playWait lets time pass in which no replica's reconciler gets anywhere.
-func (l *modelLife) playWait() {
+func (l *modelRun) playWait() {
 	l.tick(pick(l, []time.Duration{time.Minute, 10 * time.Minute, 31 * time.Minute, 65 * time.Minute}))
 	l.say("time passes")
 }
 
-func (l *modelLife) playReconcile() {
+func (l *modelRun) playReconcile() {
 	l.tick(pick(l, []time.Duration{time.Second, time.Minute, 10 * time.Minute, 31 * time.Minute, 2 * time.Hour, 25 * time.Hour}))
 	l.round()
 }
 
 // round is the reconciler's, one refund and one order after the other: which one is due the service says, what becomes
 // of it the model.
-func (l *modelLife) round() {
+func (l *modelRun) round() {
 	l.t.Helper()
 	l.say("the reconciler's round")
 	ctx := context.Background()
@@ -522,10 +522,10 @@ func (l *modelLife) round() {
 
 // settleDown ends a life: the reconciler has all the time it needs and the gateway answers. Then every won that the
 // gateway has for an order pays for it, and the rest is back.
-func (l *modelLife) settleDown() {
+func (l *modelRun) settleDown() {
 	l.t.Helper()
 	l.model.trouble = noTrouble
-	l.double.setFaults(nil)
+	l.fake.setFaults(nil)
 	for range 4 {
 		l.tick(25 * time.Hour)
 		l.round()

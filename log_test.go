@@ -44,15 +44,15 @@ func TestEachMovementOfMoneyIsLoggedOnce(t *testing.T) {
 	s.report(forged)
 	duplicate := s.charge(order, 109000)
 	s.notice(duplicate)
-	check(t, s.double.refundInConsole(paid, 9000))
+	check(t, s.fake.refundInConsole(paid, 9000))
 	s.notice(paid)
 	s.notice(paid)
-	s.double.faultOnce("cancel", fault{before: answerRefusal(-1, "거절")})
+	s.fake.faultOnce("cancel", fault{before: answerRefusal(-1, "거절")})
 	s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
 	s.later(time.Minute)
 	s.later(time.Minute)
 	console, gone, _ := s.paid(buyerA)
-	check(t, s.double.refundInConsole(gone, 0))
+	check(t, s.fake.refundInConsole(gone, 0))
 	s.notice(gone)
 	s.order(buyerB, s.painting(99000))
 	s.later(s.config.hold) // ends without money
@@ -88,14 +88,14 @@ func TestMovementsAtOnceAreLoggedOnce(t *testing.T) {
 	for range 3 {
 		s.charge(order, 109000)
 	}
-	all := s.double.all()
-	crowd(24, func(i int) answer {
+	all := s.fake.all()
+	concurrently(24, func(i int) answer {
 		if i%2 == 0 {
 			return s.notice(all[i%3].ImpUID)
 		}
 		return s.report(all[i%3].ImpUID)
 	})
-	crowd(8, func(int) answer { return s.call(buyerA, "DELETE", "/api/orders/"+order, nil) })
+	concurrently(8, func(int) answer { return s.call(buyerA, "DELETE", "/api/orders/"+order, nil) })
 	count := map[string]int{}
 	for _, l := range s.lines("money") {
 		count[fmt.Sprint(l["imp_uid"], " ", l["to"])]++
@@ -116,14 +116,14 @@ func TestRefundsThatWaitDoNotFloodTheLog(t *testing.T) {
 		order, _, _ := s.paid(newTestID())
 		orders = append(orders, order)
 	}
-	s.double.setFaults(func(string, string) fault { return fault{before: answer500} })
+	s.fake.setFaults(func(string, string) fault { return fault{before: answer500} })
 	for _, order := range orders {
 		s.call(adminID, "DELETE", "/api/orders/"+order, nil)
 	}
 	for range 20 {
 		s.later(10 * time.Minute)
 	}
-	s.double.setFaults(nil)
+	s.fake.setFaults(nil)
 	s.later(time.Hour)
 	if n := strings.Count(s.logged.String(), `"level":"WARN"`); n != 0 || len(s.lines("the gateway answers again")) != 1 || len(s.lines("the gateway does not answer; payments, refunds and expiries wait")) != 1 {
 		t.Errorf("%d warnings:\n%s", n, s.logged)

@@ -22,7 +22,7 @@ import (
 )
 
 // scrape is the figures as Prometheus gets them, checked by a strict parser and, where it is installed, by promtool.
-func (s *shop) scrape() figures {
+func (s *shop) scrape() parsedMetrics {
 	s.t.Helper()
 	recorder := httptest.NewRecorder()
 	s.metricsHandler().ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
@@ -37,18 +37,18 @@ func (s *shop) scrape() figures {
 			s.t.Errorf("promtool: %v\n%s", err, problems)
 		}
 	}
-	f, err := parseFigures(text)
+	f, err := parseMetrics(text)
 	if err != nil {
 		s.t.Fatalf("%v\n%s", err, text)
 	}
 	return f
 }
 
-// figures are the samples of an exposition by series, as they are written: name{label="value"}.
-type figures map[string]float64
+// parsedMetrics are the samples of an exposition by series, as they are written: name{label="value"}.
+type parsedMetrics map[string]float64
 
 // want compares some of the figures.
-func (f figures) want(t *testing.T, want figures) {
+func (f parsedMetrics) want(t *testing.T, want parsedMetrics) {
 	t.Helper()
 	for _, series := range slices.Sorted(maps.Keys(want)) {
 		if got, ok := f[series]; !ok || got != want[series] {
@@ -63,9 +63,9 @@ var (
 	bucketEnd   = regexp.MustCompile(`,le="([^"]+)"\}$`)
 )
 
-// parseFigures reads the text format and refuses whatever its specification does not allow, and what is not customary.
-func parseFigures(text string) (figures, error) {
-	f := figures{}
+// parseMetrics reads the text format and refuses whatever its specification does not allow, and what is not customary.
+func parseMetrics(text string) (parsedMetrics, error) {
+	f := parsedMetrics{}
 	var family, kind string
 	seen := map[string]bool{}
 	if !strings.HasSuffix(text, "\n") {
@@ -113,7 +113,7 @@ func parseFigures(text string) (figures, error) {
 }
 
 // checkHistograms checks that buckets grow up to the count.
-func (f figures) checkHistograms() error {
+func (f parsedMetrics) checkHistograms() error {
 	type bucket struct{ end, n float64 }
 	histograms := map[string][]bucket{} // by the series of the count
 	for series, n := range f {
@@ -147,7 +147,7 @@ func TestStrictParser(t *testing.T) {
 		head + "x{a=b} 1\n", head + head, "# HELP x y\n# TYPE x counter\nx 1\n", "# HELP x_total y\n# TYPE x_total counter\nx_total -1\n",
 		"# TYPE x gauge\nx 1\n", "# HELP x y\n# TYPE x histogram\nx_bucket{a=\"b\",le=\"1\"} 2\nx_bucket{a=\"b\",le=\"+Inf\"} 1\nx_count{a=\"b\"} 1\n",
 	} {
-		if f, err := parseFigures(text); err == nil {
+		if f, err := parseMetrics(text); err == nil {
 			t.Errorf("%q is %v", text, f)
 		}
 	}
@@ -164,7 +164,7 @@ func TestMetrics(t *testing.T) {
 	s.call("", "GET", "/api/nothing", nil)
 
 	// A refund that the gateway refuses, and an unpaid order of which it says nothing.
-	s.double.setFaults(func(call, id string) fault {
+	s.fake.setFaults(func(call, id string) fault {
 		if call == "cancel" {
 			return fault{before: answerRefusal(-1, "거절")}
 		}
@@ -174,7 +174,7 @@ func TestMetrics(t *testing.T) {
 	s.call(buyerA, "DELETE", "/api/orders/"+queryText(t, s.config.databaseURL, `SELECT order_id FROM payments WHERE imp_uid = '`+refused+`'`), nil)
 	s.clock.advance(10*time.Minute + 42*time.Second)
 
-	s.scrape().want(t, figures{
+	s.scrape().want(t, parsedMetrics{
 		`lumiere_http_requests_total{route="POST /api/orders",status="201"}`:                      4,
 		`lumiere_http_requests_total{route="PATCH /api/orders/pay",status="200"}`:                 3,
 		`lumiere_http_requests_total{route="PATCH /api/orders/pay",status="404"}`:                 1,
@@ -198,9 +198,9 @@ func TestMetrics(t *testing.T) {
 		`lumiere_orders{status="shipping"}`:                        1,
 		`lumiere_orders{status="cancelled"}`:                       0,
 	})
-	s.double.setFaults(nil)
+	s.fake.setFaults(nil)
 	check(t, s.settler.reconcileRound(t.Context()))
-	s.scrape().want(t, figures{
+	s.scrape().want(t, parsedMetrics{
 		`lumiere_reconciler_round_age_seconds`: 0, `lumiere_holds`: 0, `lumiere_refunds_waiting`: 0,
 		`lumiere_oldest_unsettled_payment_seconds{kind="refund"}`: 0, `lumiere_oldest_unsettled_payment_seconds{kind="unknown"}`: 0,
 		`lumiere_orders{status="paid"}`: 1, `lumiere_orders{status="cancelled"}`: 1,
@@ -234,7 +234,7 @@ func TestMetricsWithoutADatabase(t *testing.T) {
 	s.call("", "GET", "/healthz", nil)
 	s.store.close()
 	f := s.scrape()
-	f.want(t, figures{`lumiere_database_up`: 0, `lumiere_http_requests_total{route="GET /healthz",status="200"}`: 1})
+	f.want(t, parsedMetrics{`lumiere_database_up`: 0, `lumiere_http_requests_total{route="GET /healthz",status="200"}`: 1})
 	if _, ok := f["lumiere_holds"]; ok {
 		t.Error("holds are said without being known")
 	}
@@ -314,7 +314,7 @@ func TestMetricsAddress(t *testing.T) {
 	text, err := io.ReadAll(response.Body)
 	check(t, err)
 	response.Body.Close()
-	if _, err := parseFigures(string(text)); err != nil {
+	if _, err := parseMetrics(string(text)); err != nil {
 		t.Error(err)
 	}
 	for url, status := range map[string]int{address + "/debug/pprof/goroutine?debug=1": 200, public + "/metrics": 404, public + "/debug/pprof/": 404, address + "/api/orders": 404} {

@@ -293,9 +293,9 @@ func (m *model) noticed(p *modelPayment) reply {
 	return reply{200, "확인했습니다"}
 }
 
-// look settles all that the gateway has for an order, first what is paid and then what was given back, the oldest first.
+// check settles all that the gateway has for an order, first what is paid and then what was given back, the oldest first.
 // An unpaid order for which nothing is paid is left alone. False: the gateway does not answer.
-func (m *model) look(o *modelOrder) bool {
+func (m *model) check(o *modelOrder) bool {
 	if m.trouble.lookUp {
 		return false
 	}
@@ -321,7 +321,7 @@ func (m *model) look(o *modelOrder) bool {
 // was asked, or was silent for as long again.
 func (m *model) reconcile(o *modelOrder, hold time.Duration) {
 	unpaid := o.unpaid()
-	looked := m.look(o)
+	looked := m.check(o)
 	if !looked {
 		o.silent = m.now
 	}
@@ -339,7 +339,7 @@ func (m *model) delete(user string, o *modelOrder, wanted *int) reply {
 		return noSuchOrder
 	case !o.unpaid():
 		return m.deletePaid(user, o, wanted)
-	case !m.look(o):
+	case !m.check(o):
 		return gatewaySilent
 	case !o.unpaid():
 		return reply{409, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요"}
@@ -393,8 +393,8 @@ func (m *model) cancelOrder(user string, o *modelOrder) (status int) {
 	return m.cancel(p)
 }
 
-// step is PATCH /api/orders/:id.
-func (m *model) step(user string, o *modelOrder, to int) reply {
+// advance is PATCH /api/orders/:id.
+func (m *model) advance(user string, o *modelOrder, to int) reply {
 	messages := map[int]string{1: "해당 주문이 발송 준비 중 단계로 변경되었습니다", 2: "해당 주문이 배송 중 단계로 변경되었습니다",
 		3: "해당 주문이 배송 완료 단계로 변경되었습니다", 4: "해당 주문의 반품 요청 단계로 변경되었습니다"}
 	onward := to >= 1 && to <= 3

@@ -35,7 +35,7 @@ func (s *shop) later(d time.Duration) {
 
 // refuseCancels has the gateway refuse every refund, until its faults are set anew.
 func (s *shop) refuseCancels() {
-	s.double.setFaults(func(call, _ string) fault {
+	s.fake.setFaults(func(call, _ string) fault {
 		if call == "cancel" {
 			return fault{before: answerRefusal(-1, "거절")}
 		}
@@ -45,7 +45,7 @@ func (s *shop) refuseCancels() {
 
 // back is how much of a payment the gateway has given back.
 func (s *shop) back(impUID string) int64 {
-	p, _ := s.double.get(impUID)
+	p, _ := s.fake.get(impUID)
 	return p.Cancelled
 }
 
@@ -53,7 +53,7 @@ func TestWebhook(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
 	impUID := s.charge(order, 109000)
-	ready := s.double.pay(fakePayment{MerchantUID: order, Amount: 109000, Status: "ready"})
+	ready := s.fake.pay(fakePayment{MerchantUID: order, Amount: 109000, Status: "ready"})
 	foreign := s.charge("another-shop-1", 109000)
 	for _, row := range []struct {
 		body   string
@@ -68,7 +68,7 @@ func TestWebhook(t *testing.T) {
 	if s.statusOf(order) != statusPaid || s.row(impUID) != "kept" || s.row(ready) != "none" || s.row(foreign) != "none" || s.back(foreign) != 0 {
 		t.Fatalf("status %d, %s, %s, %s", s.statusOf(order), s.row(impUID), s.row(ready), s.row(foreign))
 	}
-	s.double.faultOnce("payment", fault{before: answer500})
+	s.fake.faultOnce("payment", fault{before: answer500})
 	if a := s.notice(impUID); a.status < 500 {
 		t.Fatalf("a silent gateway: %d", a.status)
 	}
@@ -77,12 +77,12 @@ func TestWebhook(t *testing.T) {
 func TestConsoleRefund(t *testing.T) {
 	s := newShop(t)
 	order, impUID, painting := s.orderAt(statusShipping)
-	check(t, s.double.refundInConsole(impUID, 9000))
+	check(t, s.fake.refundInConsole(impUID, 9000))
 	s.want(s.notice(impUID), 200, "")
 	if s.statusOf(order) != statusShipping || s.row(impUID) != "kept" || queryText(t, s.config.databaseURL, `SELECT refunded FROM payments`) != "9000" {
 		t.Fatalf("part refund: status %d, %s", s.statusOf(order), s.row(impUID))
 	}
-	check(t, s.double.refundInConsole(impUID, 0))
+	check(t, s.fake.refundInConsole(impUID, 0))
 	s.want(s.notice(impUID), 200, "")
 	s.want(s.notice(impUID), 200, "")
 	if s.statusOf(order) != statusCancelled || s.row(impUID) != "refunded: "+reasonAtTheGateway || !s.inStock("", painting) {
@@ -109,8 +109,8 @@ func TestCancelThroughTrouble(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newShop(t)
 			order, impUID, painting := s.paid(buyerA)
-			s.double.faultOnce("cancel", row.cancel)
-			s.double.faultOnce("payment", row.lookUp)
+			s.fake.faultOnce("cancel", row.cancel)
+			s.fake.faultOnce("payment", row.lookUp)
 			a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
 			if a.status != row.status && (row.status < 500 || a.status < 500) {
 				t.Fatalf("answered %d %s", a.status, a.body)
@@ -122,8 +122,8 @@ func TestCancelThroughTrouble(t *testing.T) {
 				s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`), 400, "") // its money is on the way back
 				s.later(time.Minute)
 			}
-			if s.statusOf(order) != statusCancelled || !s.inStock("", painting) || s.back(impUID) != 109000 || s.double.calls("cancel") != row.calls {
-				t.Fatalf("status %d, %s, %d won back in %d calls", s.statusOf(order), s.row(impUID), s.back(impUID), s.double.calls("cancel"))
+			if s.statusOf(order) != statusCancelled || !s.inStock("", painting) || s.back(impUID) != 109000 || s.fake.calls("cancel") != row.calls {
+				t.Fatalf("status %d, %s, %d won back in %d calls", s.statusOf(order), s.row(impUID), s.back(impUID), s.fake.calls("cancel"))
 			}
 		})
 	}
@@ -164,7 +164,7 @@ func TestRefundPausesGrow(t *testing.T) {
 	if e := queryText(t, s.config.databaseURL, `SELECT last_error FROM payments`); !strings.Contains(e, "거절") {
 		t.Errorf("last error %q", e)
 	}
-	s.double.setFaults(nil)
+	s.fake.setFaults(nil)
 	s.later(time.Hour)
 	if s.back(impUID) != 109000 || s.statusOf(order) != statusCancelled {
 		t.Errorf("status %d, %d won back", s.statusOf(order), s.back(impUID))
@@ -212,7 +212,7 @@ func (s *shop) sell(painting string) {
 func TestDeletionAgainstPayment(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
-	s.double.faultOnce("find", fault{before: answer500})
+	s.fake.faultOnce("find", fault{before: answer500})
 	if a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil); a.status < 500 {
 		t.Fatalf("a silent gateway: %d %s", a.status, a.body)
 	}
@@ -246,7 +246,7 @@ func TestPaidOrdersAreLookedAtOnceMore(t *testing.T) {
 	order, kept, painting := s.paid(buyerA)
 	refunded, _, freed := s.paid(buyerB)
 	second := s.charge(order, 109000)
-	check(t, s.double.refundInConsole(queryText(t, s.config.databaseURL, `SELECT imp_uid FROM payments WHERE order_id = '`+refunded+`'`), 0))
+	check(t, s.fake.refundInConsole(queryText(t, s.config.databaseURL, `SELECT imp_uid FROM payments WHERE order_id = '`+refunded+`'`), 0))
 	s.later(29 * time.Minute)
 	if s.row(second) != "none" || s.statusOf(refunded) != statusPaid {
 		t.Fatal("looked at early")
@@ -288,7 +288,7 @@ func TestHoldWaitsForTheGateway(t *testing.T) {
 	s := newShop(t)
 	painting := s.painting(99000)
 	order := s.order(buyerA, painting)
-	s.double.setFaults(func(string, string) fault {
+	s.fake.setFaults(func(string, string) fault {
 		return fault{before: func(w http.ResponseWriter, r *http.Request) bool { return answer500(w, r) }}
 	})
 	s.later(59 * time.Minute)
@@ -299,7 +299,7 @@ func TestHoldWaitsForTheGateway(t *testing.T) {
 		t.Fatal("held for longer than twice ORDER_HOLD")
 	}
 	impUID := s.charge(order, 109000)
-	s.double.setFaults(nil)
+	s.fake.setFaults(nil)
 	s.later(time.Minute) // the tombstone is asked about once the gateway answers
 	if s.statusOf(order) != statusPaid || s.row(impUID) != "kept" {
 		t.Fatalf("late money was not found: %s", s.row(impUID))
@@ -315,7 +315,7 @@ func TestSchemaDefendsItself(t *testing.T) {
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+gone, nil), 200, "")
 	refunding, refunded := s.charge(order, 109000), s.charge(order, 109000)
 	s.want(s.report(refunded), 409, "")
-	s.double.faultOnce("cancel", fault{before: answer500})
+	s.fake.faultOnce("cancel", fault{before: answer500})
 	s.want(s.report(refunding), 409, "")
 
 	insertPayment := `INSERT INTO payments (imp_uid, order_id, created_at, updated_at, state, reason, currency, amount, refunded)

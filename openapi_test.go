@@ -529,7 +529,7 @@ func TestOpenAPIIsServed(t *testing.T) {
 // exampleShop is a shop that knows the payment of the examples, which is for a wrong amount and an order that is not there.
 func exampleShop(t *testing.T) *shop {
 	s := newShop(t)
-	s.double.pay(fakePayment{ImpUID: "imp_448280090638", MerchantUID: newTestID(), Amount: 1})
+	s.fake.pay(fakePayment{ImpUID: "imp_448280090638", MerchantUID: newTestID(), Amount: 1})
 	return s
 }
 
@@ -569,7 +569,7 @@ func TestEveryCallWithAGatewayInTrouble(t *testing.T) {
 			unpaid := s.order(buyerA, s.painting(99000))
 			paid, impUID, _ := s.paid(buyerB)
 			s.settler.gateway.lookUpLimit, s.settler.gateway.cancelLimit = 200*time.Millisecond, 200*time.Millisecond // any answer here is right
-			s.double.setFaults(func(call, _ string) fault {
+			s.fake.setFaults(func(call, _ string) fault {
 				if call == "token" {
 					return fault{}
 				}

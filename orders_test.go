@@ -53,7 +53,7 @@ func (s *shop) wantBody(a answer, status int, body string) {
 // wantMoney fails unless the gateway has given back this much of a payment.
 func (s *shop) wantMoney(impUID string, back int64) {
 	s.t.Helper()
-	if p, ok := s.double.get(impUID); !ok || p.Cancelled != back {
+	if p, ok := s.fake.get(impUID); !ok || p.Cancelled != back {
 		s.t.Fatalf("the gateway gave back %d of %d, want %d", p.Cancelled, p.Amount, back)
 	}
 }
@@ -67,7 +67,7 @@ func (s *shop) wantUntouched(order, painting string) {
 	if !s.inStock(buyerA, painting) || s.inStock(buyerB, painting) {
 		s.t.Fatal("the painting is not held for its buyer any more")
 	}
-	if n := s.double.calls("cancel"); n != 0 {
+	if n := s.fake.calls("cancel"); n != 0 {
 		s.t.Fatalf("%d refunds were asked for", n)
 	}
 }
@@ -510,7 +510,7 @@ func TestPayRefusals(t *testing.T) {
 			if row.payment.MerchantUID == "" {
 				row.payment.MerchantUID = order
 			}
-			impUID := s.double.pay(row.payment)
+			impUID := s.fake.pay(row.payment)
 			for range 2 { // told again it says the same, and moves no more money
 				s.want(s.report(impUID), row.status, row.message)
 				s.wantMoney(impUID, row.back)
@@ -518,7 +518,7 @@ func TestPayRefusals(t *testing.T) {
 			if status := s.statusOf(order); status != statusUnpaid || s.inStock(buyerB, painting) {
 				t.Fatalf("the order has status %d, or holds nothing", status)
 			}
-			if refunds := s.double.calls("cancel"); refunds > 1 || (row.message == "" && refunds != 0) {
+			if refunds := s.fake.calls("cancel"); refunds > 1 || (row.message == "" && refunds != 0) {
 				t.Fatalf("%d refunds were asked for", refunds)
 			}
 			s.want(s.report(s.charge(order, 109000)), 200, "결제 성공") // the order can still be paid
@@ -548,7 +548,7 @@ func TestPay(t *testing.T) {
 			s := rowOf(t, s)
 			painting := s.painting(99000)
 			order := s.order(buyerA, painting)
-			impUID := s.double.pay(fakePayment{MerchantUID: order, Amount: 109000, Sandbox: row.sandbox})
+			impUID := s.fake.pay(fakePayment{MerchantUID: order, Amount: 109000, Sandbox: row.sandbox})
 			for range 2 {
 				s.wantBody(s.callWith(row.authorization, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}), 200, `{"message":"결제 성공"}`)
 			}
@@ -583,7 +583,7 @@ func TestPayBodies(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			s := rowOf(t, shared)
 			s.wantNaming(s.call("", "PATCH", "/api/orders/pay", row.body), row.status, row.message)
-			if n := s.double.calls("payment"); n != 0 {
+			if n := s.fake.calls("payment"); n != 0 {
 				t.Fatalf("the gateway was asked %d times", n)
 			}
 		})
@@ -611,7 +611,7 @@ func TestPayGatewayFaults(t *testing.T) {
 			impUID := s.charge(order, 109000)
 			limit := s.settler.gateway.lookUpLimit
 			s.settler.gateway.lookUpLimit = 200 * time.Millisecond // any answer of these rows is right, however early it comes
-			s.double.setFaults(func(call, _ string) fault {
+			s.fake.setFaults(func(call, _ string) fault {
 				if call == row.call {
 					return fault{before: row.hook}
 				}
@@ -621,11 +621,11 @@ func TestPayGatewayFaults(t *testing.T) {
 			if !slices.Contains(row.statuses, got.status) || got.message() == "" {
 				t.Fatalf("answered %d %s\nwant one of %d and a message", got.status, got.body, row.statuses)
 			}
-			if s.double.calls(row.call) == 0 {
+			if s.fake.calls(row.call) == 0 {
 				t.Fatal("the fault did not happen")
 			}
 			s.wantUntouched(order, painting)
-			s.double.setFaults(nil)
+			s.fake.setFaults(nil)
 			s.settler.gateway.lookUpLimit = limit
 			s.want(s.report(impUID), 200, "결제 성공")
 		})

@@ -21,7 +21,7 @@ import (
 // gatewayTest is a client before a double, on one clock.
 type gatewayTest struct {
 	*iamportClient
-	double   *fakeGateway
+	fake     *fakeGateway
 	clock    *testClock
 	outcomes chan string // "call outcome" of every call that ended
 }
@@ -29,7 +29,7 @@ type gatewayTest struct {
 func newGatewayTest(t *testing.T, sandbox bool) *gatewayTest {
 	t.Helper()
 	g := newGatewayTestInMemory(sandbox)
-	server := httptest.NewServer(g.double)
+	server := httptest.NewServer(g.fake)
 	g.url, g.client.Transport = server.URL, newGatewayTransport()
 	t.Cleanup(server.Close)
 	t.Cleanup(g.client.CloseIdleConnections)
@@ -62,9 +62,9 @@ func (g *gatewayTest) wantFailure(t *testing.T, err error, status int, call stri
 	if !errors.As(err, &failure) || failure.status != status || failure.call != call {
 		t.Fatalf("err = %v, want a GatewayError %d of %s", err, status, call)
 	}
-	g.double.mu.Lock()
-	token := g.double.token
-	g.double.mu.Unlock()
+	g.fake.mu.Lock()
+	token := g.fake.token
+	g.fake.mu.Unlock()
 	for _, secret := range []string{g.key, g.secret, token} {
 		if secret != "" && strings.Contains(err.Error(), secret) {
 			t.Errorf("error tells a secret: %v", err)
@@ -74,9 +74,9 @@ func (g *gatewayTest) wantFailure(t *testing.T, err error, status int, call stri
 
 func TestGatewayLooksUpAndCancels(t *testing.T) {
 	g := newGatewayTest(t, false)
-	first := g.double.pay(fakePayment{MerchantUID: "order-1", Amount: 5900})
-	g.double.pay(fakePayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
-	g.double.pay(fakePayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
+	first := g.fake.pay(fakePayment{MerchantUID: "order-1", Amount: 5900})
+	g.fake.pay(fakePayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
+	g.fake.pay(fakePayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
 	want := gatewayPayment{
 		impUID: first, merchantUID: "order-1", status: "paid", currency: "KRW", amount: 5900, paidAt: g.clock.Now(),
 	}
@@ -110,10 +110,10 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want %+v", all, err, want)
 	}
-	if p, _ := g.double.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.reason {
+	if p, _ := g.fake.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.reason {
 		t.Errorf("refunds at the gateway: %+v", p.Refunds)
 	}
-	if n := g.double.calls("payment"); n != 2 {
+	if n := g.fake.calls("payment"); n != 2 {
 		t.Errorf("%d payment calls, want 2: what is no imp_uid is not asked for", n)
 	}
 	wantOutcomes := []string{
@@ -126,8 +126,8 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 
 func TestGatewayCancelRefused(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	if err := g.double.refundInConsole(impUID, 900); err != nil {
+	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
+	if err := g.fake.refundInConsole(impUID, 900); err != nil {
 		t.Fatal(err)
 	}
 	for name, c := range map[string]struct {
@@ -145,7 +145,7 @@ func TestGatewayCancelRefused(t *testing.T) {
 			}
 		})
 	}
-	before := g.double.calls("cancel")
+	before := g.fake.calls("cancel")
 	for _, request := range []cancelRequest{
 		{impUID, 0, true, ""}, {impUID, -1, true, ""}, {"a b", 1, true, ""}, {"", 1, false, ""},
 	} {
@@ -153,10 +153,10 @@ func TestGatewayCancelRefused(t *testing.T) {
 			t.Errorf("Cancel(%+v) = %+v, want an error", request, p)
 		}
 	}
-	if g.double.calls("cancel") != before {
+	if g.fake.calls("cancel") != before {
 		t.Error("a request that cannot be right was sent")
 	}
-	if p, _ := g.double.get(impUID); p.Cancelled != 900 {
+	if p, _ := g.fake.get(impUID); p.Cancelled != 900 {
 		t.Errorf("%d won given back, want the 900 of before", p.Cancelled)
 	}
 
@@ -172,8 +172,8 @@ func TestGatewayCancelRefused(t *testing.T) {
 
 func TestGatewayCancelsForeignPaymentWithoutChecksum(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
-	check(t, g.double.refundInConsole(impUID, 20))
+	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
+	check(t, g.fake.refundInConsole(impUID, 20))
 	if p, err := g.payment(t.Context(), impUID); err != nil || p.status != "cancelled" || p.fullyRefunded {
 		t.Errorf("with a remainder: %+v, %v", p, err)
 	}
@@ -200,10 +200,10 @@ func TestGatewaySandbox(t *testing.T) {
 	for _, sandbox := range []bool{false, true} {
 		t.Run(fmt.Sprint(sandbox), func(t *testing.T) {
 			g := newGatewayTest(t, sandbox)
-			test := g.double.pay(fakePayment{MerchantUID: "test", Amount: 1, Sandbox: true})
-			real := g.double.pay(fakePayment{MerchantUID: "mixed", Amount: 1})
+			test := g.fake.pay(fakePayment{MerchantUID: "test", Amount: 1, Sandbox: true})
+			real := g.fake.pay(fakePayment{MerchantUID: "mixed", Amount: 1})
 			g.clock.advance(time.Minute)
-			later := g.double.pay(fakePayment{MerchantUID: "mixed", Amount: 1, Sandbox: true})
+			later := g.fake.pay(fakePayment{MerchantUID: "mixed", Amount: 1, Sandbox: true})
 
 			p, err := g.payment(t.Context(), test)
 			if sandbox && !p.sandbox || !sandbox && !errors.Is(err, errNoPayment) {
@@ -234,7 +234,7 @@ func TestGatewaySandbox(t *testing.T) {
 func TestGatewayReadsAllPages(t *testing.T) {
 	g := newGatewayTest(t, false)
 	for i := range 100 * maxPages {
-		g.double.pay(fakePayment{MerchantUID: "order", Amount: int64(i)})
+		g.fake.pay(fakePayment{MerchantUID: "order", Amount: int64(i)})
 	}
 	all, err := g.paymentsOf(t.Context(), "order")
 	if err != nil || len(all) != 100*maxPages {
@@ -245,14 +245,14 @@ func TestGatewayReadsAllPages(t *testing.T) {
 			t.Fatalf("payment %d is number %d", i, p.amount)
 		}
 	}
-	g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
+	g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	_, err = g.paymentsOf(t.Context(), "order")
 	g.wantFailure(t, err, 502, "findAll")
 }
 
 func TestGatewayTokenLife(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
+	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	for _, step := range []struct {
 		wait time.Duration
 		want int // token calls so far
@@ -269,7 +269,7 @@ func TestGatewayTokenLife(t *testing.T) {
 		if _, err := g.payment(t.Context(), impUID); err != nil {
 			t.Fatal(err)
 		}
-		if n := g.double.calls("token"); n != step.want {
+		if n := g.fake.calls("token"); n != step.want {
 			t.Fatalf("after %v: %d token calls, want %d", step.wait, n, step.want)
 		}
 	}
@@ -288,7 +288,7 @@ func TestGatewayTokenLifeIgnoresClockSkew(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if n := g.double.calls("token"); n != 2 {
+		if n := g.fake.calls("token"); n != 2 {
 			t.Errorf("skew %v: %d token calls, want 2", skew, n)
 		}
 	}
@@ -298,9 +298,9 @@ func TestGatewayTokenLifeIgnoresClockSkew(t *testing.T) {
 func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGatewayTestInMemory(false)
-		impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
+		impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
 		release := make(chan struct{})
-		g.double.faultOnce("token", fault{before: stopUntil(release)})
+		g.fake.faultOnce("token", fault{before: stopUntil(release)})
 
 		ctx, leave := context.WithCancel(t.Context())
 		first := make(chan error)
@@ -322,7 +322,7 @@ func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if n := g.double.calls("token"); n != 1 {
+		if n := g.fake.calls("token"); n != 1 {
 			t.Errorf("%d token calls, want 1", n)
 		}
 	})
@@ -332,14 +332,14 @@ func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
 // gateway gave them the same string.
 func TestGatewayRenewsRejectedTokenOnce(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
+	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	if _, err := g.payment(t.Context(), impUID); err != nil {
 		t.Fatal(err)
 	}
 	arrived, release := make(chan struct{}), make(chan struct{})
 	arrive := waitFor(func(context.Context) { close(arrived) })
-	g.double.faultOnce("payment", fault{before: inTurn(arrive, stopUntil(release), answer401)})
-	g.double.faultOnce("payment", fault{before: answer401})
+	g.fake.faultOnce("payment", fault{before: inTurn(arrive, stopUntil(release), answer401)})
+	g.fake.faultOnce("payment", fault{before: answer401})
 	late := make(chan error)
 	go func() { _, err := g.payment(t.Context(), impUID); late <- err }()
 	<-arrived
@@ -350,23 +350,23 @@ func TestGatewayRenewsRejectedTokenOnce(t *testing.T) {
 	if err := <-late; err != nil {
 		t.Error(err)
 	}
-	if n := g.double.calls("token"); n != 2 {
+	if n := g.fake.calls("token"); n != 2 {
 		t.Errorf("%d token calls, want 2", n)
 	}
 }
 
 func TestGatewayRetriesOnceOn401(t *testing.T) {
 	g := newGatewayTest(t, false)
-	impUID := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	g.double.faultOnce("cancel", fault{before: answer401})
+	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
+	g.fake.faultOnce("cancel", fault{before: answer401})
 	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); err != nil {
 		t.Error(err)
 	}
-	if token, cancel := g.double.calls("token"), g.double.calls("cancel"); token != 2 || cancel != 2 {
+	if token, cancel := g.fake.calls("token"), g.fake.calls("cancel"); token != 2 || cancel != 2 {
 		t.Errorf("%d token and %d cancel calls, want 2 each", token, cancel)
 	}
 
-	g.double.setFaults(func(call, _ string) fault {
+	g.fake.setFaults(func(call, _ string) fault {
 		if call == "payment" {
 			return fault{before: answer401}
 		}
@@ -374,10 +374,10 @@ func TestGatewayRetriesOnceOn401(t *testing.T) {
 	})
 	_, err := g.payment(t.Context(), impUID)
 	g.wantFailure(t, err, 502, "payment")
-	if n := g.double.calls("payment"); n != 2 {
+	if n := g.fake.calls("payment"); n != 2 {
 		t.Errorf("%d payment calls, want 2", n)
 	}
-	g.double.setFaults(nil)
+	g.fake.setFaults(nil)
 	if _, err := g.payment(t.Context(), impUID); err != nil {
 		t.Errorf("after the gateway came to its senses: %v", err)
 	}
@@ -410,8 +410,8 @@ func TestGatewayFaults(t *testing.T) {
 }
 
 func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) {
-	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	g.double.setFaults(func(arrived, _ string) fault {
+	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
+	g.fake.setFaults(func(arrived, _ string) fault {
 		if arrived == call {
 			return f
 		}
@@ -442,12 +442,12 @@ func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) 
 	if outcomes := g.nextOutcomes(2); !strings.HasSuffix(outcomes[1], " "+outcome) {
 		t.Errorf("observed %q, want %s", outcomes, outcome)
 	}
-	p, _ := g.double.get(id)
+	p, _ := g.fake.get(id)
 	if done := call == "cancel" && f.after != nil; done != (p.Cancelled == 5900) {
 		t.Errorf("%d won given back", p.Cancelled)
 	}
 
-	g.double.setFaults(nil)
+	g.fake.setFaults(nil)
 	var refusal *gatewayRefusal
 	if err := do(); err != nil && !(call == "cancel" && errors.As(err, &refusal)) {
 		t.Errorf("afterwards: %v", err)
@@ -473,14 +473,14 @@ func TestGatewayRejectsKeys(t *testing.T) {
 func TestGatewayCancelRefusedByCardCompany(t *testing.T) {
 	const message = "결제취소에 실패하였습니다. 기취소성공"
 	g := newGatewayTest(t, false)
-	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	g.double.faultOnce("cancel", fault{before: answerRefusal(-1, message)})
+	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
+	g.fake.faultOnce("cancel", fault{before: answerRefusal(-1, message)})
 	_, err := g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, ""})
 	var refusal *gatewayRefusal
 	if !errors.As(err, &refusal) || *refusal != (gatewayRefusal{-1, message}) {
 		t.Errorf("err = %v", err)
 	}
-	if p, _ := g.double.get(id); p.Cancelled != 0 {
+	if p, _ := g.fake.get(id); p.Cancelled != 0 {
 		t.Error("money went back")
 	}
 }
@@ -710,11 +710,11 @@ func TestGatewayEscapesPaths(t *testing.T) {
 
 func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 	g := newGatewayTest(t, false)
-	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 1})
+	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
 	bend := fault{before: waitFor(func(context.Context) {
-		g.double.set(id, func(p *fakePayment) { p.ImpUID = "not an imp_uid" })
+		g.fake.set(id, func(p *fakePayment) { p.ImpUID = "not an imp_uid" })
 	})}
-	g.double.faultOnce("findAll", bend)
+	g.fake.faultOnce("findAll", bend)
 	_, err := g.paymentsOf(t.Context(), "order")
 	g.wantFailure(t, err, 502, "findAll")
 
@@ -729,7 +729,7 @@ func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 // A caller that goes away ends its look-up, at the gateway too, but never its cancel.
 func TestGatewayCallerGoesAway(t *testing.T) {
 	g := newGatewayTest(t, false)
-	id := g.double.pay(fakePayment{MerchantUID: "order", Amount: 5900})
+	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	if _, err := g.payment(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
@@ -737,7 +737,7 @@ func TestGatewayCallerGoesAway(t *testing.T) {
 
 	ctx, leave := context.WithCancel(t.Context())
 	gone := make(chan struct{})
-	g.double.faultOnce("payment", fault{before: waitFor(func(ctx context.Context) {
+	g.fake.faultOnce("payment", fault{before: waitFor(func(ctx context.Context) {
 		leave()
 		<-ctx.Done()
 		close(gone)
@@ -857,7 +857,7 @@ func TestFakeGatewayFind(t *testing.T) {
 	g := newGatewayTest(t, false)
 	ids := map[string]string{}
 	for i, status := range []string{"paid", "ready", "paid", "failed"} {
-		ids[g.double.pay(fakePayment{MerchantUID: "a/b", Status: status, Amount: 100})] = fmt.Sprint(i)
+		ids[g.fake.pay(fakePayment{MerchantUID: "a/b", Status: status, Amount: 100})] = fmt.Sprint(i)
 		g.clock.advance(time.Second)
 	}
 	find := func(path string) string {
@@ -930,8 +930,8 @@ func TestFakeGatewayCancel(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newGatewayTestInMemory(false)
-			g.double.pay(fakePayment{ImpUID: "imp_1", MerchantUID: "order", Amount: 5900})
-			g.double.pay(fakePayment{ImpUID: "imp_ready", MerchantUID: "other", Amount: 5900, Status: "ready"})
+			g.fake.pay(fakePayment{ImpUID: "imp_1", MerchantUID: "order", Amount: 5900})
+			g.fake.pay(fakePayment{ImpUID: "imp_ready", MerchantUID: "other", Amount: 5900, Status: "ready"})
 			token, err := g.freshToken(t.Context(), "", nil)
 			if err != nil {
 				t.Fatal(err)
@@ -939,12 +939,12 @@ func TestFakeGatewayCancel(t *testing.T) {
 			request := httptest.NewRequest("POST", "/payments/cancel", strings.NewReader(c.body))
 			request.Header.Set("Authorization", "Bearer "+token.value)
 			w := httptest.NewRecorder()
-			g.double.ServeHTTP(w, request)
+			g.fake.ServeHTTP(w, request)
 			_, err = openEnvelope("cancel", w.Code, w.Body.Bytes())
 			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("err = %v, want %q", err, c.want)
 			}
-			if p, _ := g.double.get("imp_1"); p.Cancelled != c.cancelled {
+			if p, _ := g.fake.get("imp_1"); p.Cancelled != c.cancelled {
 				t.Errorf("%d won given back, want %d", p.Cancelled, c.cancelled)
 			}
 		})
@@ -960,7 +960,7 @@ func TestFakeGatewayKnowsItsToken(t *testing.T) {
 	if _, err := g.payment(t.Context(), "imp_none"); !errors.Is(err, errNoPayment) {
 		t.Error(err)
 	}
-	if n := g.double.calls("token"); n != 2 {
+	if n := g.fake.calls("token"); n != 2 {
 		t.Errorf("%d token calls, want 2", n)
 	}
 }

@@ -74,7 +74,7 @@ func TestPgBouncer(t *testing.T) {
 	for i := range stock {
 		stock[i] = s.painting(99000)
 	}
-	crowd(2*len(stock), func(i int) answer {
+	concurrently(2*len(stock), func(i int) answer {
 		painting := stock[i/2] // each is wanted by two
 		s.want(s.call(buyerA, "GET", "/api/products/cart-items?productId="+painting, nil), 200, "")
 		s.want(s.call(buyerA, "GET", "/api/products/total-price?productId="+painting, nil), 200, "")

@@ -261,7 +261,7 @@ func TestUpgradeOfTheFirstRelease(t *testing.T) {
 	beside := old.works() // it goes on beside the new one
 	s.wantOldOrders(beside)
 	for _, o := range slices.Concat(before[statusPaid], before[statusReturning], beside[statusPaid], beside[statusReturning]) {
-		s.double.pay(fakePayment{ImpUID: o.impUID, MerchantUID: o.id, Amount: 109000})
+		s.fake.pay(fakePayment{ImpUID: o.impUID, MerchantUID: o.id, Amount: 109000})
 	}
 	s.finishOldOrders(before)
 	s.finishOldOrders(beside)

@@ -82,7 +82,7 @@ func TestLogHasNobodyInIt(t *testing.T) {
 	order, impUID, _ := s.paid(buyerA)
 	s.call(buyerA, "GET", "/api/orders/"+order+"?token=in-the-query", nil)
 	logged := s.logged.String()
-	for _, secret := range []string{"홍길동", "buyer@example.com", "010-0000", "Bearer", "eyJ", testSecret, "in-the-query", s.double.secret} {
+	for _, secret := range []string{"홍길동", "buyer@example.com", "010-0000", "Bearer", "eyJ", testSecret, "in-the-query", s.fake.secret} {
 		if strings.Contains(logged, secret) {
 			t.Errorf("the log has %q", secret)
 		}
