@@ -329,7 +329,7 @@ func (s *store) importPaintings(ctx context.Context, paintings []painting) error
 type order struct {
 	id, userID, number        string
 	status                    int
-	createdAt, updatedAt      time.Time
+	updatedAt                 time.Time
 	paidAt                    *time.Time
 	shippingPrice, total      int64 // won
 	items, deliveryInfo       []byte
