@@ -1,683 +1,275 @@
 package main
 
 import (
-	"bytes"
+	"cmp"
 	"context"
-	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"math/big"
-	"net"
-	"net/http"
-	"net/url"
-	"regexp"
-	"strconv"
-	"strings"
-	"sync"
+	"log/slog"
+	"slices"
+	"sync/atomic"
 	"time"
 )
 
-// gatewayStatus is a payment's status as the gateway names it. There are others than these.
-type gatewayStatus string
+// settler decides what becomes of money: a payment seen, from whatever source, ends as a paid order or as a refund.
+// Everything it does may be done again, in any order, at the same time and on several replicas.
+type settler struct {
+	store    *store
+	gateway  *iamportClient
+	now      func() time.Time
+	log      *slog.Logger
+	interval time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
+	hold     time.Duration // how long an unpaid order keeps its paintings
 
+	// onTestHook, when set, is called between any two calls to the database or the gateway that change or decide something, about
+	// a payment or an order, so that tests can stop one caller there. Nothing is locked then.
+	onTestHook func(name, id string)
+
+	lastRound atomic.Int64 // when the reconciler last finished a round, Unix nanoseconds
+}
+
+// refundLease is how long whoever tries a refund is alone with it: longer than a cancel and two look-ups may take.
+const refundLease = 90 * time.Second
+
+// Why money goes back, as the ledger and the history say it.
 const (
-	gatewayReady     gatewayStatus = "ready" // its window was opened
-	gatewayPaid      gatewayStatus = "paid"
-	gatewayCancelled gatewayStatus = "cancelled" // after a partial refund too
-	gatewayFailed    gatewayStatus = "failed"
+	reasonAmount       = "amount differs"
+	reasonSold         = "paintings gone"
+	reasonDuplicate    = "order paid already"
+	reasonCancelled    = "order cancelled"
+	reasonBuyerCancel  = "buyer cancelled"
+	reasonShopCancel   = "shop cancelled"
+	reasonAtTheGateway = "refunded at the gateway"
 )
 
-// gatewayPayment is what the gateway says of one payment.
-type gatewayPayment struct {
-	impUID, merchantUID string
-	status              gatewayStatus
-	currency            string    // "KRW"
-	amount              int64     // whole won, as first paid; 0 when Currency is not KRW: not ours to book
-	cancelled           int64     // whole won given back so far; 0 when Currency is not KRW
-	fullyRefunded       bool      // it was paid and nothing is left of it, in whatever currency: all was given back
-	sandbox             bool      // made through a test channel: no money moved
-	paidAt              time.Time // UTC; zero when never paid
+// cancelReasons are those that cancel the order with its payment.
+var cancelReasons = []string{reasonBuyerCancel, reasonShopCancel}
+
+// settlement is what became of a payment.
+type settlement struct {
+	orderID string
+	state   paymentState // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
+	reason  string       // why the money goes back
 }
 
-// isKRW reports whether the payment is in the one currency the shop sells in.
-func (p gatewayPayment) isKRW() bool { return p.currency == "KRW" }
+// errNotOurs says that a payment is for no order of ours: the gateway's account may serve other shops.
+var errNotOurs = errors.New("not a payment of ours")
 
-// cancelRequest asks for all that is left of a payment to be given back.
-type cancelRequest struct {
-	impUID    string
-	remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
-	isKRW     bool  // the payment is in KRW; a foreign one is cancelled without comparing Remaining
-	reason    string
-}
+// errRefundPending says that a refund is booked but not done; it goes on by itself.
+var errRefundPending = errors.New("the refund is not done yet")
 
-// errNoPayment means that the gateway answered and knows no such payment. A payment of a test channel
-// is none either, unless iamportConfig.Sandbox is set.
-var errNoPayment = errors.New("the gateway knows no such payment")
+// decide is the whole rule of what becomes of payment p given the books of its order. What the ledger already says of
+// the payment comes first: an answer of the gateway may be older than that.
+func decide(p gatewayPayment) func(orderLedger) decision {
+	return func(b orderLedger) decision {
+		known := b.payment(p.impUID)
+		money := p.status == gatewayPaid || p.status == gatewayCancelled // cancelled with a remainder is a part refund
 
-// gatewayRefusal means that the gateway answered and did nothing: HTTP 200 with a code that is not 0.
-type gatewayRefusal struct {
-	code    int    // 1: a rule of the gateway's own; -1: the card company or its like said no
-	message string // often the card company's words, which may name a buyer: log the Refusal, not this
-}
-
-// privateText finds what a card company's words may tell of a buyer: telephone, card and account numbers, mail.
-var privateText = regexp.MustCompile(`[^\s@]+@[^\s@]+|\d(?:[-* ]*\d){7,}`)
-
-// Error is safe to log: one short line, numbers that could be a buyer's left out.
-func (r *gatewayRefusal) Error() string {
-	text := []rune(privateText.ReplaceAllString(r.message, "…"))
-	return fmt.Sprintf("the gateway refused (code %d): %q", r.code, string(text[:min(len(text), 200)]))
-}
-
-// gatewayError means that no usable answer came: whether the gateway did what was asked is unknown.
-type gatewayError struct {
-	// Status is 502 for a broken answer or our keys rejected; 503 when it is unreachable, answers 5xx or no
-	// slot was free in time; 504 for no answer in time, or when the caller went away (Err is then
-	// context.Canceled).
-	status int
-	call   string // "token", "payment", "find", "findAll", "cancel"
-	err    error  // the cause, without keys, tokens or anything of an answer's content
-}
-
-func (e *gatewayError) Error() string { return "gateway " + e.call + ": " + e.err.Error() }
-func (e *gatewayError) Unwrap() error { return e.err }
-
-// iamportConfig says which Iamport account to use, and how.
-type iamportConfig struct {
-	url, key, secret string
-	sandbox          bool              // also accept payments of test channels (staging)
-	now              func() time.Time  // nil: time.Now
-	transport        http.RoundTripper // nil: a transport of its own with sane limits
-	// Observe is told of every call when it ends, except one whose caller went away. Call is as in
-	// gatewayError, outcome "ok", "none", "refused", "broken", "unreachable" or "timeout", err the one that
-	// its caller gets; took includes all waiting.
-	observe func(call, outcome string, err error, took time.Duration) // nil: nobody
-}
-
-// iamportClient is a client of Iamport's (PortOne V1) REST API. It is safe for concurrent use and meant to be shared:
-// its callers use one access token, and at most 16 calls are under way at once.
-type iamportClient struct {
-	url, key, secret string
-	sandbox          bool
-	now              func() time.Time
-	observe          func(call, outcome string, err error, took time.Duration)
-	client           *http.Client
-
-	lookUpLimit, cancelLimit time.Duration // each for a whole call, its waiting and its token included
-	lookUps, cancels         chan struct{} // slots; apart, so that neither kind waits for the other
-
-	mu      sync.Mutex
-	token   *accessToken  // nil: none yet, or the gateway turned it down
-	renewal *tokenRenewal // nil: none under way
-}
-
-// Look-ups, cancels and the one renewal of the token add up to the 16 calls at once.
-const (
-	maxLookUps = 10
-	maxCancels = 5
-)
-
-const (
-	maxAnswer   = 1 << 20          // bytes of an answer's body
-	tokenMargin = 30 * time.Second // of 60 s at most: asked earlier, the gateway gives the same token again
-	maxPages    = 10               // of 100 payments each, for one merchant_uid
-)
-
-// newIamportClient makes a client; nothing is asked of the gateway before the first call.
-func newIamportClient(c iamportConfig) *iamportClient {
-	g := &iamportClient{
-		url: strings.TrimRight(c.url, "/"), key: c.key, secret: c.secret, sandbox: c.sandbox,
-		now: c.now, observe: c.observe,
-		lookUpLimit: 5 * time.Second, cancelLimit: 60 * time.Second,
-		lookUps: make(chan struct{}, maxLookUps), cancels: make(chan struct{}, maxCancels),
-	}
-	if g.now == nil {
-		g.now = time.Now
-	}
-	if g.observe == nil {
-		g.observe = func(string, string, error, time.Duration) {}
-	}
-	if c.transport == nil {
-		c.transport = newGatewayTransport()
-	}
-	g.client = &http.Client{
-		Transport:     c.transport,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	return g
-}
-
-// newGatewayTransport leaves the time of a call to its context. It speaks HTTP/1.1: one stuck connection is
-// one stuck call.
-func newGatewayTransport() *http.Transport {
-	return &http.Transport{
-		Proxy:                  http.ProxyFromEnvironment,
-		DialContext:            (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
-		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
-		TLSHandshakeTimeout:    3 * time.Second,
-		MaxIdleConnsPerHost:    maxLookUps + maxCancels + 1,
-		IdleConnTimeout:        30 * time.Second,
-		MaxResponseHeaderBytes: 64 << 10,
+		switch {
+		case known != nil && known.state == stateRefunded, !money:
+			return decision{}
+		case p.fullyRefunded && known != nil:
+			return decision{state: stateRefunded, reason: cmp.Or(known.reason, reasonAtTheGateway),
+				cancel: known.state == stateKept || slices.Contains(cancelReasons, known.reason)}
+		case p.fullyRefunded:
+			return decision{state: stateRefunded, reason: reasonAtTheGateway}
+		case known != nil && p.cancelled > known.refunded:
+			return decision{state: known.state, reason: known.reason}
+		case known != nil:
+			return decision{}
+		case !p.isKRW() || p.amount != b.total || p.cancelled != 0:
+			return decision{state: stateRefunding, reason: reasonAmount}
+		case b.status == 5:
+			return decision{state: stateRefunding, reason: reasonCancelled}
+		case b.status >= 0:
+			return decision{state: stateRefunding, reason: reasonDuplicate}
+		case !b.ended:
+			return decision{state: stateKept, pay: true}
+		case b.revivable:
+			return decision{state: stateKept, pay: true, revive: true}
+		default:
+			return decision{state: stateRefunding, reason: reasonSold}
+		}
 	}
 }
 
-var impUIDPattern = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
-
-// validImpUID reports whether s can be an imp_uid at all; anything else is never sent to the gateway.
-func validImpUID(s string) bool { return impUIDPattern.MatchString(s) }
-
-// payment looks up one payment.
-func (g *iamportClient) payment(ctx context.Context, impUID string) (gatewayPayment, error) {
-	if !validImpUID(impUID) {
-		return gatewayPayment{}, errNoPayment
-	}
-	ctx, end := g.begin(ctx, "payment", g.lookUpLimit)
-	p, err := g.fetchPayment(ctx, impUID)
-	end(err)
-	return p, err
+// Settle does what has to be done with payment p, which the gateway has just described to somebody outside. errNotOurs: it
+// is for no order of ours.
+func (t *settler) settleReported(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
+	t.testHook("looked up", p.impUID)
+	return t.settle(ctx, by, p)
 }
 
-func (g *iamportClient) fetchPayment(ctx context.Context, impUID string) (gatewayPayment, error) {
-	path := "/payments/" + url.PathEscape(impUID)
-	if g.sandbox {
-		path += "?include_sandbox=true"
+// settle does what has to be done with payment p as the gateway has just described it. Every source comes through here: the
+// browser, the gateway's notice, the reconciler, the shop. What it decides it finishes, even when the caller goes away.
+func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
+	if !validID(p.merchantUID) {
+		return settlement{}, errNotOurs
 	}
-	response, err := g.lookUp(ctx, "payment", path)
-	if err != nil {
-		return gatewayPayment{}, err
+	now := t.now()
+	books, entry, err := t.store.recordSettlement(context.WithoutCancel(ctx), by, p, now, now.Add(refundLease), decide(p))
+	if errors.Is(err, errNotFound) {
+		return settlement{}, errNotOurs
+	} else if err != nil {
+		return settlement{}, fmt.Errorf("settle payment %s: %w", p.impUID, err)
 	}
-	p, err := decodePayment(response)
-	switch {
-	case err != nil:
-		return gatewayPayment{}, brokenAnswer("payment", err)
-	case p.impUID != impUID:
-		return gatewayPayment{}, brokenAnswer("payment", errors.New("the answer is about another imp_uid"))
-	case p.sandbox && !g.sandbox:
-		return gatewayPayment{}, errNoPayment
+	t.testHook("booked", p.impUID)
+	result := settlement{orderID: books.orderID, state: entry.state, reason: entry.reason}
+	known := books.payment(p.impUID)
+	if known != nil && (entry.state == "" || entry.state == known.state) {
+		result.state, result.reason = known.state, known.reason
 	}
-	return p, nil
+	if entry.state != "" {
+		t.logTransition(by, books, p, known, entry)
+	}
+	if known == nil && entry.state == stateRefunding {
+		row := paymentRow{impUID: p.impUID, orderID: books.orderID, reason: entry.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
+		if err := t.requestRefund(ctx, by, row); err == nil {
+			result.state = stateRefunded
+		}
+		// A refund that failed is booked and goes on by itself; what becomes of the payment is known.
+	}
+	return result, nil
 }
 
-// paidPayment looks up the newest payment of merchantUID that is paid and not refunded, not even in part.
-func (g *iamportClient) paidPayment(ctx context.Context, merchantUID string) (gatewayPayment, error) {
-	ctx, end := g.begin(ctx, "find", g.lookUpLimit)
-	p, err := g.fetchPaidPayment(ctx, merchantUID)
-	end(err)
-	return p, err
-}
-
-func (g *iamportClient) fetchPaidPayment(ctx context.Context, merchantUID string) (gatewayPayment, error) {
-	response, err := g.lookUp(ctx, "find", "/payments/find/"+url.PathEscape(merchantUID)+"/paid")
-	if err != nil {
-		return gatewayPayment{}, err
-	}
-	p, err := g.decodeFound("find", response, merchantUID)
-	if err != nil {
-		return gatewayPayment{}, err
-	}
-	if p.sandbox && !g.sandbox {
-		// There is no filter here: a newer payment of a test channel must not hide an older true one.
-		all, err := g.listPayments(ctx, merchantUID, gatewayPaid)
+// attemptRefund carries out a booked and leased refund. The first attempt goes straight to the gateway; each further one looks
+// first, since the answer to the one before may have been lost. errRefundPending (with the cause) when it did not
+// succeed: the reconciler goes on with it.
+func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) error {
+	t.testHook("leased", row.impUID)
+	if row.attempts > 1 {
+		p, err := t.gateway.payment(ctx, row.impUID)
 		if err != nil {
-			return gatewayPayment{}, err
+			return t.postponeRefund(ctx, row, err)
 		}
-		if len(all) == 0 {
-			return gatewayPayment{}, errNoPayment
-		}
-		p = all[len(all)-1]
-	}
-	return p, nil
-}
-
-// paymentsOf lists every payment of merchantUID with which money has moved: first those that are paid, then those
-// given back, in part or whole; of each the first begun first. None is an empty list, not an error. Windows that were
-// opened and not paid are left out: a buyer may open any number.
-func (g *iamportClient) paymentsOf(ctx context.Context, merchantUID string) (all []gatewayPayment, err error) {
-	ctx, end := g.begin(ctx, "findAll", g.lookUpLimit)
-	defer func() { end(err) }()
-	for _, status := range []gatewayStatus{gatewayPaid, gatewayCancelled} {
-		some, err := g.listPayments(ctx, merchantUID, status)
+		t.testHook("looked up", row.impUID)
+		settled, err := t.settle(ctx, by, p)
 		if err != nil {
-			return nil, err
+			return t.postponeRefund(ctx, row, err)
 		}
-		all = append(all, some...)
+		if settled.state == stateRefunded {
+			return nil
+		}
+		row.refunded = p.cancelled
 	}
-	return all, nil
+	return t.requestRefund(ctx, by, row)
 }
 
-// listPayments lists the payments of merchantUID in a status. It asks for the oldest first, so that a payment made
-// meanwhile does not move the pages.
-func (g *iamportClient) listPayments(ctx context.Context, merchantUID string, status gatewayStatus) ([]gatewayPayment, error) {
-	var all []gatewayPayment
-	path := "/payments/findAll/" + url.PathEscape(merchantUID) + "/" + string(status) + "?sorting=started&limit=100&page="
-	for page := 1; page != 0; {
-		response, err := g.lookUp(ctx, "findAll", path+strconv.Itoa(page))
-		if errors.Is(err, errNoPayment) {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
-		var found struct {
-			Next int
-			List []json.RawMessage
-		}
-		if err := decodeAnswer(response, &found); err != nil {
-			return nil, brokenAnswer("findAll", err)
-		}
-		for _, one := range found.List {
-			p, err := g.decodeFound("findAll", one, merchantUID)
-			if err != nil {
-				return nil, err
-			}
-			if !p.sandbox || g.sandbox {
-				all = append(all, p)
-			}
-		}
-		if found.Next != 0 && (found.Next != page+1 || found.Next > maxPages) {
-			return nil, brokenAnswer("findAll", errors.New("the pages do not come to an end"))
-		}
-		page = found.Next
-	}
-	return all, nil
-}
-
-// cancelPayment gives back all that is left of a payment. Once begun it goes on when its caller goes away. After a
-// gatewayError nobody knows whether the money went back: look the payment up before trying again.
-func (g *iamportClient) cancelPayment(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
-	switch {
-	case !validImpUID(c.impUID):
-		return gatewayPayment{}, errors.New("gateway cancel: not an imp_uid")
-	case c.isKRW && c.remaining <= 0:
-		return gatewayPayment{}, errors.New("gateway cancel: nothing is left to give back")
-	}
-	ctx, end := g.begin(context.WithoutCancel(ctx), "cancel", g.cancelLimit)
-	p, err := g.sendCancel(ctx, c)
-	end(err)
-	return p, err
-}
-
-func (g *iamportClient) sendCancel(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
-	request := map[string]any{"imp_uid": c.impUID, "reason": c.reason} // without an amount: all that is left
-	if c.isKRW {
-		request["checksum"] = c.remaining
-	}
-	response, err := g.call(ctx, g.cancels, gatewayCall{"cancel", http.MethodPost, "/payments/cancel", request})
-	if err != nil {
-		return gatewayPayment{}, err
-	}
-	p, err := decodePayment(response)
-	if err == nil && p.impUID != c.impUID {
-		err = errors.New("the answer is about another imp_uid")
-	}
-	if err != nil {
-		return gatewayPayment{}, brokenAnswer("cancel", err)
-	}
-	return p, nil
-}
-
-// begin starts the time of one call; end stops it and tells the observer.
-func (g *iamportClient) begin(
-	ctx context.Context, call string, limit time.Duration,
-) (_ context.Context, end func(error)) {
-	start := g.now()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	return ctx, func(err error) {
-		cancel()
-		if outcome := gatewayOutcome(err); outcome != "" {
-			g.observe(call, outcome, err, g.now().Sub(start))
-		}
-	}
-}
-
-// gatewayOutcome is "" when the caller went away: that says nothing of the gateway.
-func gatewayOutcome(err error) string {
-	var refusal *gatewayRefusal
-	var failure *gatewayError
-	switch {
-	case err == nil:
-		return "ok"
-	case errors.Is(err, context.Canceled):
-		return ""
-	case errors.Is(err, errNoPayment):
-		return "none"
-	case errors.As(err, &refusal):
-		return "refused"
-	case errors.As(err, &failure) && failure.status == http.StatusServiceUnavailable:
-		return "unreachable"
-	case errors.As(err, &failure) && failure.status == http.StatusGatewayTimeout:
-		return "timeout"
-	}
-	return "broken"
-}
-
-type gatewayCall struct {
-	name, method, path string
-	body               any // nil: none
-}
-
-func (g *iamportClient) lookUp(ctx context.Context, name, path string) (json.RawMessage, error) {
-	return g.call(ctx, g.lookUps, gatewayCall{name, http.MethodGet, path, nil})
-}
-
-// call makes one call with the shared token and answers the envelope's response. When the gateway turns the
-// token down, it tries once more with a renewed one.
-func (g *iamportClient) call(ctx context.Context, slots chan struct{}, c gatewayCall) (json.RawMessage, error) {
-	var rejected *accessToken
-	for range 2 {
-		token, err := g.freshToken(ctx, c.name, rejected)
-		if err != nil {
-			return nil, err
-		}
-		status, body, err := g.exchangeInSlot(ctx, slots, c, token.value)
-		if err != nil {
-			return nil, err
-		}
-		if status != http.StatusUnauthorized {
-			return openEnvelope(c.name, status, body)
-		}
-		rejected = token
-	}
-	return nil, brokenAnswer(c.name, errors.New("a new token was rejected"))
-}
-
-func (g *iamportClient) exchangeInSlot(
-	ctx context.Context, slots chan struct{}, c gatewayCall, token string,
-) (status int, body []byte, err error) {
-	select {
-	case slots <- struct{}{}:
-		defer func() { <-slots }()
-	case <-ctx.Done():
-	}
-	if ctx.Err() != nil { // a slot that came at the last moment is too late
-		err := fmt.Errorf("no free slot: %w", ctx.Err())
-		return 0, nil, &gatewayError{http.StatusServiceUnavailable, c.name, err}
-	}
-	return g.exchange(ctx, c, token)
-}
-
-// exchange sends one request and reads its answer whole, so that the connection can be used again.
-func (g *iamportClient) exchange(
-	ctx context.Context, c gatewayCall, token string,
-) (status int, body []byte, err error) {
-	request, err := g.request(ctx, c, token)
-	if err != nil {
-		return 0, nil, brokenAnswer(c.name, err)
-	}
-	answer, err := g.client.Do(request)
-	if err != nil {
-		if ctx.Err() != nil {
-			return 0, nil, &gatewayError{http.StatusGatewayTimeout, c.name, ctx.Err()}
-		}
-		return 0, nil, &gatewayError{http.StatusServiceUnavailable, c.name, connectionError(err)}
-	}
-	defer answer.Body.Close()
-	body, err = io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return 0, nil, &gatewayError{http.StatusGatewayTimeout, c.name, ctx.Err()}
-	case answer.StatusCode >= 500 || answer.StatusCode == http.StatusTooManyRequests:
-		err := fmt.Errorf("HTTP status %d", answer.StatusCode)
-		return 0, nil, &gatewayError{http.StatusServiceUnavailable, c.name, err}
-	case err != nil:
-		return 0, nil, brokenAnswer(c.name, fmt.Errorf("answer cut short: %w", err))
-	case len(body) > maxAnswer:
-		return 0, nil, brokenAnswer(c.name, errors.New("answer too long"))
-	}
-	return answer.StatusCode, body, nil
-}
-
-// connectionError keeps the causes known to show nothing of what was sent or answered: net/http quotes a
-// malformed answer.
-func connectionError(err error) error {
-	var network *net.OpError
-	var certificate *tls.CertificateVerificationError
-	var record tls.RecordHeaderError
-	switch {
-	case errors.As(err, &network):
-		return network
-	case errors.As(err, &certificate):
-		return certificate
-	case errors.As(err, &record):
-		return record
-	case errors.Is(err, io.EOF):
-		return fmt.Errorf("the connection was closed without an answer: %w", io.EOF)
-	}
-	return errors.New("no HTTP answer came")
-}
-
-func (g *iamportClient) request(ctx context.Context, c gatewayCall, token string) (*http.Request, error) {
-	var body []byte
-	if c.body != nil {
+// requestRefund asks the gateway for the whole remainder and books its answer. After any other answer than a success the
+// payment is looked up, since the money may be back all the same.
+func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) error {
+	ctx = context.WithoutCancel(ctx)
+	p, cause := t.gateway.cancelPayment(ctx, cancelRequest{impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason})
+	t.testHook("cancelled", row.impUID)
+	if cause != nil {
 		var err error
-		if body, err = json.Marshal(c.body); err != nil {
-			return nil, err
+		if p, err = t.gateway.payment(ctx, row.impUID); err != nil {
+			return t.postponeRefund(ctx, row, cause)
 		}
+		t.testHook("looked up", row.impUID)
 	}
-	request, err := http.NewRequestWithContext(ctx, c.method, g.url+c.path, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	request.Header.Set("Accept", "application/json")
-	if c.body != nil {
-		request.Header.Set("Content-Type", "application/json")
-	}
-	if token != "" {
-		request.Header.Set("Authorization", token)
-	} else {
-		// Asking for a token twice does no harm: net/http may do so when an idle connection proves closed.
-		request.Header["Idempotency-Key"] = nil
-	}
-	return request, nil
-}
-
-// notFoundText begins the message about an unknown payment. It comes with 404, from older servers with 200.
-const notFoundText = "존재하지 않는 결제정보"
-
-// openEnvelope answers what a well-formed success holds. A 404 without an envelope is somebody else's, a
-// proxy's say: it must not pass for "no such payment".
-func openEnvelope(call string, status int, body []byte) (json.RawMessage, error) {
-	if status != http.StatusOK && status != http.StatusNotFound {
-		return nil, brokenAnswer(call, fmt.Errorf("HTTP status %d", status))
-	}
-	var envelope struct {
-		Code     *int
-		Message  string
-		Response json.RawMessage
-	}
-	if err := decodeAnswer(body, &envelope); err != nil {
-		return nil, brokenAnswer(call, err)
-	}
-	switch code := envelope.Code; {
-	case code == nil:
-		return nil, brokenAnswer(call, errors.New("the answer has no code"))
-	case *code != 0 && status == http.StatusNotFound,
-		*code == -1 && strings.HasPrefix(envelope.Message, notFoundText):
-		return nil, errNoPayment
-	case status == http.StatusNotFound:
-		return nil, brokenAnswer(call, errors.New("HTTP status 404 and code 0"))
-	case *code != 0:
-		return nil, &gatewayRefusal{*code, envelope.Message}
-	}
-	return envelope.Response, nil
-}
-
-// decodeFound decodes a payment that was looked up by its merchant_uid.
-func (g *iamportClient) decodeFound(call string, response []byte, merchantUID string) (gatewayPayment, error) {
-	p, err := decodePayment(response)
-	if err == nil && p.merchantUID != merchantUID {
-		err = errors.New("the answer is about another merchant_uid")
-	}
-	if err != nil {
-		return gatewayPayment{}, brokenAnswer(call, err)
-	}
-	return p, nil
-}
-
-// lastSecond is 9999-12-31T23:59:59Z in Unix seconds, the last that RFC 3339 can write.
-const lastSecond = 253402300799
-
-// decodePayment decodes a payment object. What the gateway always sends has to be there; other fields are
-// ignored.
-func decodePayment(response []byte) (gatewayPayment, error) {
-	var object struct {
-		ImpUID       string          `json:"imp_uid"`
-		MerchantUID  string          `json:"merchant_uid"`
-		Status       gatewayStatus   `json:"status"`
-		Currency     string          `json:"currency"`
-		Amount       json.RawMessage `json:"amount"`
-		CancelAmount json.RawMessage `json:"cancel_amount"`
-		Sandbox      bool            `json:"sandbox"`
-		PaidAt       int64           `json:"paid_at"` // Unix seconds; 0: never paid
-	}
-	if err := decodeAnswer(response, &object); err != nil {
-		return gatewayPayment{}, err
-	}
-	p := gatewayPayment{
-		impUID: object.ImpUID, merchantUID: object.MerchantUID,
-		status: object.Status, currency: object.Currency, sandbox: object.Sandbox,
-	}
+	settled, err := t.settle(ctx, by, p)
 	switch {
-	case !validImpUID(p.impUID):
-		return gatewayPayment{}, errors.New("the payment has no imp_uid")
-	case p.merchantUID == "" || p.status == "" || p.currency == "":
-		return gatewayPayment{}, errors.New("the payment lacks its merchant_uid, status or currency")
-	case object.Amount == nil || object.CancelAmount == nil:
-		return gatewayPayment{}, errors.New("the payment lacks its amounts")
-	case object.PaidAt < 0 || object.PaidAt > lastSecond:
-		return gatewayPayment{}, errors.New("the payment's time is out of range")
-	}
-	if object.PaidAt > 0 {
-		p.paidAt = time.Unix(object.PaidAt, 0).UTC()
-	}
-	amount, ok1 := exactNumber(object.Amount)
-	cancelled, ok2 := exactNumber(object.CancelAmount)
-	if !ok1 || !ok2 {
-		return gatewayPayment{}, errors.New("an amount is not a number")
-	}
-	p.fullyRefunded = p.status == gatewayCancelled && cancelled.Cmp(amount) >= 0
-	if p.isKRW() {
-		if !wholeWon(amount) || !wholeWon(cancelled) {
-			return gatewayPayment{}, errors.New("an amount is not of whole won")
-		}
-		p.amount, p.cancelled = amount.Num().Int64(), cancelled.Num().Int64()
-	}
-	return p, nil
-}
-
-// numberPattern bounds what exact arithmetic has to work on: 1e999999999 is a JSON number too.
-var numberPattern = regexp.MustCompile(`^\d{1,18}(\.\d{1,18})?([eE][+-]?\d{1,2})?$`)
-
-// exactNumber reads a JSON number of any spelling (5900, 5900.0, 5.9e3) that is not negative.
-func exactNumber(number json.RawMessage) (*big.Rat, bool) {
-	if !numberPattern.Match(number) {
-		return nil, false
-	}
-	return new(big.Rat).SetString(string(number))
-}
-
-func wholeWon(amount *big.Rat) bool { return amount.IsInt() && amount.Num().IsInt64() }
-
-// decodeAnswer is json.Unmarshal with errors that show nothing of the content.
-func decodeAnswer(data []byte, v any) error {
-	err := json.Unmarshal(data, v)
-	var mismatch *json.UnmarshalTypeError
-	switch {
-	case err == nil:
+	case err != nil:
+		return t.postponeRefund(ctx, row, err)
+	case settled.state == stateRefunded:
 		return nil
-	case errors.As(err, &mismatch) && mismatch.Field != "":
-		return fmt.Errorf("the answer's %s has the wrong type", mismatch.Field)
+	case cause == nil:
+		cause = fmt.Errorf("the gateway took the cancel but says %q", p.status)
 	}
-	return errors.New("the answer is not the JSON it should be")
+	return t.postponeRefund(ctx, row, cause)
 }
 
-func brokenAnswer(call string, err error) error {
-	return &gatewayError{http.StatusBadGateway, call, err}
-}
-
-// accessToken is compared by its address: the gateway may give the same string again.
-type accessToken struct {
-	value string
-	until time.Time // by our clock, the margin taken off
-}
-
-// tokenRenewal is a renewal under way; token and err may be read once done is closed.
-type tokenRenewal struct {
-	done  chan struct{}
-	token *accessToken
-	err   error
-}
-
-// freshToken answers the shared token, after a renewal if it is due or if the token is still the rejected one
-// (nil: none was). All callers wait for the same renewal, each as long as its own context lasts.
-func (g *iamportClient) freshToken(ctx context.Context, call string, rejected *accessToken) (*accessToken, error) {
-	g.mu.Lock()
-	if g.token == rejected {
-		g.token = nil
+// postponeRefund notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
+func (t *settler) postponeRefund(ctx context.Context, row paymentRow, cause error) error {
+	now := t.now()
+	pause := min(t.interval<<min(row.attempts, 16), time.Hour)
+	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.impUID, cause.Error(), now, now.Add(pause))
+	level := slog.LevelWarn
+	if !gatewayResponded(cause) {
+		level = slog.LevelDebug // that the gateway is silent the log says once, not for each refund
 	}
-	if token := g.token; token != nil && g.now().Before(token.until) {
-		g.mu.Unlock()
-		return token, nil
-	}
-	if g.renewal == nil {
-		g.renewal = &tokenRenewal{done: make(chan struct{})}
-		go g.renewToken(g.renewal)
-	}
-	renewal := g.renewal
-	g.mu.Unlock()
-
-	select {
-	case <-renewal.done:
-		return renewal.token, renewal.err
-	case <-ctx.Done():
-		err := fmt.Errorf("waiting for a token: %w", ctx.Err())
-		return nil, &gatewayError{http.StatusGatewayTimeout, call, err}
-	}
+	t.log.Log(ctx, level, "refund failed", "order", row.orderID, "imp_uid", row.impUID, "amount", row.amount, "attempt", row.attempts,
+		"again_in", pause.String(), "cause", cause)
+	return fmt.Errorf("%w: %w", errRefundPending, errors.Join(cause, err))
 }
 
-// renewToken has a time of its own: the caller who started it may go away while others wait.
-func (g *iamportClient) renewToken(r *tokenRenewal) {
-	ctx, end := g.begin(context.Background(), "token", g.lookUpLimit)
-	r.token, r.err = g.requestToken(ctx)
-	end(r.err)
-
-	g.mu.Lock()
-	g.token, g.renewal = r.token, nil
-	g.mu.Unlock()
-	close(r.done)
-}
-
-func (g *iamportClient) requestToken(ctx context.Context) (*accessToken, error) {
-	asked := g.now()
-	keys := map[string]string{"imp_key": g.key, "imp_secret": g.secret}
-	status, body, err := g.exchange(ctx, gatewayCall{"token", http.MethodPost, "/users/getToken", keys}, "")
+// refundOrder gives back the whole payment of a paid order and cancels it. errStale: it is not in from any more.
+// errRefundPending: booked, and going on by itself.
+func (t *settler) refundOrder(ctx context.Context, by actor, id string, from int, reason string) error {
+	now := t.now()
+	row, err := t.store.bookRefund(context.WithoutCancel(ctx), by, id, from, reason, now, now.Add(refundLease))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if status == http.StatusUnauthorized {
-		return nil, brokenAnswer("token", errors.New("the gateway rejects our keys"))
-	}
-	response, err := openEnvelope("token", status, body)
-	var refusal *gatewayRefusal
-	if errors.As(err, &refusal) || errors.Is(err, errNoPayment) {
-		return nil, brokenAnswer("token", errors.New("the gateway gives no token for our keys"))
-	}
+	t.logTransition(by, orderLedger{orderID: id}, gatewayPayment{impUID: row.impUID, amount: row.amount, cancelled: row.refunded}, &paymentRow{state: stateKept}, decision{state: stateRefunding, reason: reason})
+	return t.attemptRefund(ctx, by, row)
+}
+
+// retryOrderRefund goes on with the cancel of an order whose refund did not succeed at once. errStale: somebody is at it.
+func (t *settler) retryOrderRefund(ctx context.Context, by actor, id string) error {
+	now := t.now()
+	row, err := t.store.claimOrderRefund(ctx, id, now, now.Add(refundLease))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var object struct {
-		AccessToken string `json:"access_token"`
-		ExpiredAt   int64  `json:"expired_at"` // Unix seconds by the gateway's clock, as is Now
-		Now         int64  `json:"now"`
+	return t.attemptRefund(ctx, by, row)
+}
+
+// Look asks the gateway whether money came for an unpaid order, and settles all of it. errNoPayment: none.
+func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (kept settlement, err error) {
+	if _, err := t.gateway.paidPayment(ctx, id); err != nil {
+		return kept, err
 	}
-	if err := decodeAnswer(response, &object); err != nil {
-		return nil, brokenAnswer("token", err)
+	t.testHook("money found", id)
+	return t.settleAll(ctx, by, id) // others may stand behind the one that was found
+}
+
+// settleAll settles every payment that the gateway has for an order, whatever notice of it was lost. The settlement is
+// that of the payment which the order keeps; the zero one when it keeps none.
+func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept settlement, err error) {
+	payments, err := t.gateway.paymentsOf(ctx, id)
+	if err != nil {
+		return kept, err
 	}
-	if object.AccessToken == "" || object.Now <= 0 || object.ExpiredAt <= object.Now {
-		return nil, brokenAnswer("token", errors.New("the answer holds no usable token"))
+	for _, p := range payments {
+		t.testHook("looked up", p.impUID)
+		settled, problem := t.settle(ctx, by, p)
+		err = errors.Join(err, problem)
+		if settled.state == stateKept {
+			kept = settled
+		}
 	}
-	life := time.Duration(min(object.ExpiredAt-object.Now, 24*60*60)) * time.Second
-	return &accessToken{object.AccessToken, asked.Add(life - tokenMargin)}, nil
+	return kept, err
+}
+
+// discardUnpaid ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
+// deleted. errStale: it is not unpaid any more.
+func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error {
+	settled, err := t.checkUnpaid(ctx, by, id)
+	if err == nil && settled.state == stateKept {
+		return errStale
+	} else if err != nil && !errors.Is(err, errNoPayment) {
+		return err
+	}
+	t.testHook("deleting", id)
+	now := t.now()
+	return t.store.endUnpaid(context.WithoutCancel(ctx), by, id, "deleted", now, now.Add(t.hold))
+}
+
+func (t *settler) testHook(step, id string) {
+	if t.onTestHook != nil {
+		t.onTestHook(step, id)
+	}
+}
+
+// logTransition writes the one line that every movement of money has: a payment known, or its state or what went back of it
+// changed. The end of a hold moves none.
+func (t *settler) logTransition(by actor, b orderLedger, p gatewayPayment, known *paymentRow, entry decision) {
+	from := paymentState("unknown")
+	if known != nil {
+		from = known.state
+	}
+	t.log.Info("money", "order", b.orderID, "imp_uid", p.impUID, "amount", p.amount, "refunded", p.cancelled,
+		"from", from, "to", entry.state, "reason", entry.reason, "source", by.kind, "request", by.request)
 }

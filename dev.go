@@ -23,10 +23,10 @@ import (
 // Local development: everything that the service stands on, on one machine, for nobody else. None of it can be switched
 // on in a configured deployment: it is there only when DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET are all unset.
 
-//go:embed catalogue.json
+//go:embed dev_catalogue.json
 var devCatalogueFile []byte
 
-//go:embed page.html
+//go:embed dev_page.html
 var devPage []byte
 
 // devPagePolicy lets the page be what it is, one file that talks to this service alone. With trusted types the browser
