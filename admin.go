@@ -8,67 +8,6 @@ import (
 	"strings"
 )
 
-// Orders to a page.
-const (
-	minePageSize  = 3
-	adminPageSize = 10
-)
-
-// pageNumber is the page asked for; what is no page is page 1.
-func pageNumber(r *request) int {
-	page, err := strconv.Atoi(r.URL.Query().Get("pageNumber"))
-	if err != nil || page < 1 || page > 1<<40 {
-		return 1
-	}
-	return page
-}
-
-// pagesOf is how many pages n orders fill.
-func pagesOf(n, perPage int) int { return (n + perPage - 1) / perPage }
-
-// myOrder is an order in its buyer's list.
-type myOrder struct {
-	Result     orderResult     `json:"result"`
-	ID         string          `json:"_id"`
-	User       string          `json:"user"`
-	OrderItems json.RawMessage `json:"orderItems"`
-	TotalPrice int64           `json:"totalPrice"`
-}
-
-// myOrders is what GET /api/orders/mine answers; Status counts all of the buyer's orders, not the page's.
-type myOrders struct {
-	Orders []myOrder `json:"orders"`
-	Status struct {
-		Paid   int `json:"paid"`
-		Ready  int `json:"ready"`
-		Coming int `json:"coming"`
-		Done   int `json:"done"`
-	} `json:"status"`
-	Page  int `json:"page"`
-	Pages int `json:"pages"`
-}
-
-// listMine answers GET /api/orders/mine.
-func (s *server) listMine(r *request) (any, error) {
-	page := pageNumber(r)
-	orders, count, err := s.store.listBuyerOrders(r.Context(), r.caller.id, (page-1)*minePageSize, minePageSize)
-	if err != nil {
-		return nil, err
-	}
-	answer := myOrders{Orders: make([]myOrder, len(orders)), Page: page}
-	for i, o := range orders {
-		answer.Orders[i] = myOrder{o.result(), o.id, o.userID, o.items, o.total}
-	}
-	answer.Status.Paid, answer.Status.Ready = count[statusPaid], count[statusPreparing]
-	answer.Status.Coming, answer.Status.Done = count[statusShipping], count[statusDelivered]
-	all := 0
-	for _, n := range count {
-		all += n
-	}
-	answer.Pages = pagesOf(all, minePageSize)
-	return answer, nil
-}
-
 // adminOrder is an order in the desk's list: whole, and with its buyer spelled out.
 type adminOrder struct {
 	Result          orderResult     `json:"result"`
@@ -172,44 +111,4 @@ func (s *server) advanceOrder(r *request) (any, error) {
 		return nil, err
 	}
 	return message{advanceMessages[*wanted]}, nil
-}
-
-// historyEntry is a line of an order's history. Who of the shop's people it was is for administrators alone.
-type historyEntry struct {
-	At        jsonTime `json:"at"`
-	Who       string   `json:"who"`
-	WhoID     string   `json:"whoId,omitempty"`
-	From      *int     `json:"from,omitempty"`
-	To        *int     `json:"to,omitempty"`
-	Why       string   `json:"why"`
-	ImpUID    string   `json:"imp_uid,omitempty"`
-	Amount    *int64   `json:"amount,omitempty"`
-	RequestID string   `json:"requestId,omitempty"`
-}
-
-// orderHistory is what GET /api/orders/{id}/history answers.
-type orderHistory struct {
-	History []historyEntry `json:"history"`
-}
-
-// showHistory answers GET /api/orders/{id}/history.
-func (s *server) showHistory(r *request) (any, error) {
-	id, ok := r.pathID()
-	if !ok {
-		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
-	}
-	entries, err := s.store.historyOf(r.Context(), id, r.caller)
-	if errors.Is(err, errNotFound) {
-		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
-	} else if err != nil {
-		return nil, err
-	}
-	answer := orderHistory{make([]historyEntry, len(entries))}
-	for i, e := range entries {
-		if !r.caller.admin {
-			e.whoID = ""
-		}
-		answer.History[i] = historyEntry{jsonTime(e.at), e.who, e.whoID, e.from, e.to, e.why, e.impUID, e.amount, e.requestID}
-	}
-	return answer, nil
 }

@@ -4,9 +4,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
-	_ "embed"
-	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -14,13 +11,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -106,111 +101,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 	return do(c)
 }
 
-// ---- configuration
-
-// config is the environment, read and checked.
-type config struct {
-	databaseURL               string
-	jwtSecret                 []byte
-	iamportKey, iamportSecret string
-	iamportURL                string
-	sandbox                   bool // accept payments of test channels
-	port                      int
-	metricsAddress            string         // host:port of the figures; empty: nowhere
-	origins                   []string       // allowed by CORS
-	proxies                   []netip.Prefix // whose X-Forwarded-For is believed
-	shipping                  int64          // won for an order
-	hold                      time.Duration  // how long an unpaid order keeps its paintings
-	reconcile                 time.Duration  // between rounds of the reconciler
-	logLevel                  slog.Level
-	local                     bool // local development
-}
-
-// secretNames are the variables without which the service is in local development; each command needs some of them.
-var secretNames = []string{"DATABASE_URL", "JWT_SECRET", "IAMPORT_KEY", "IAMPORT_SECRET"}
-
-var commandNeeds = map[string][]string{
-	"": secretNames, "import": {"DATABASE_URL"}, "token": {"JWT_SECRET"}, "audit": {"DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"},
-}
-
-// readConfig reads what command needs, and says everything that is wrong with it at once. A value that may be a secret is
-// never part of the error.
-func readConfig(getenv func(string) string, command string) (config, error) {
-	var problems []error
-	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
-	or := func(name, byDefault string) string {
-		if value := strings.TrimSpace(getenv(name)); value != "" {
-			return value
-		}
-		return byDefault
-	}
-	c := config{
-		databaseURL: or("DATABASE_URL", ""), jwtSecret: []byte(getenv("JWT_SECRET")),
-		iamportKey: or("IAMPORT_KEY", ""), iamportSecret: or("IAMPORT_SECRET", ""),
-		iamportURL: strings.TrimSuffix(or("IAMPORT_URL", "https://api.iamport.kr"), "/"),
-	}
-	c.local = !slices.ContainsFunc(secretNames, func(name string) bool { return getenv(name) != "" })
-	if !c.local {
-		for _, name := range commandNeeds[command] {
-			if getenv(name) == "" {
-				problem("%s is not set (with none of %s set, the service runs in local development)", name, strings.Join(secretNames, ", "))
-			}
-		}
-		if n := len(c.jwtSecret); n > 0 && n < 32 {
-			problem("JWT_SECRET has %d bytes; at least 32 are needed", n)
-		}
-	}
-	if !strings.HasPrefix(c.iamportURL, "https://") && !strings.HasPrefix(c.iamportURL, "http://") {
-		problem("IAMPORT_URL must begin with https:// or http://")
-	}
-	var err error
-	if c.sandbox, err = strconv.ParseBool(or("IAMPORT_SANDBOX", "false")); err != nil {
-		problem("IAMPORT_SANDBOX must be true or false")
-	}
-	if c.port, err = strconv.Atoi(or("PORT", "5000")); err != nil || c.port < 0 || c.port > 65535 {
-		problem("PORT must be a number up to 65535")
-	}
-	if c.shipping, err = strconv.ParseInt(or("SHIPPING_PRICE", "10000"), 10, 64); err != nil || c.shipping < 0 || c.shipping > maxPrice {
-		problem("SHIPPING_PRICE must be whole won, 0 or more")
-	}
-	if c.metricsAddress = or("METRICS_ADDR", ""); c.metricsAddress != "" {
-		if _, _, err := net.SplitHostPort(c.metricsAddress); err != nil {
-			problem("METRICS_ADDR must be host:port, such as 127.0.0.1:9100")
-		}
-	}
-	duration := func(name, byDefault string) time.Duration {
-		d, err := time.ParseDuration(or(name, byDefault))
-		if err != nil || d <= 0 {
-			problem("%s must be a duration such as %s", name, byDefault)
-		}
-		return d
-	}
-	c.hold, c.reconcile = duration("ORDER_HOLD", "30m"), duration("RECONCILE_INTERVAL", "10s")
-	for origin := range strings.SplitSeq(getenv("CORS_ORIGINS"), ",") {
-		if origin = strings.TrimSuffix(strings.TrimSpace(origin), "/"); origin == "" {
-			continue
-		}
-		if !strings.Contains(origin, "://") || strings.Contains(origin, "*") {
-			problem("CORS_ORIGINS lists exact origins such as https://lumiere.example, not %q", origin)
-		}
-		c.origins = append(c.origins, origin)
-	}
-	for proxy := range strings.SplitSeq(getenv("TRUSTED_PROXIES"), ",") {
-		if proxy = strings.TrimSpace(proxy); proxy == "" {
-			continue
-		}
-		prefix, err := parseProxy(proxy)
-		if err != nil {
-			problem("TRUSTED_PROXIES lists addresses and networks such as 10.0.0.0/8, not %q", proxy)
-		}
-		c.proxies = append(c.proxies, prefix)
-	}
-	if err := c.logLevel.UnmarshalText([]byte(or("LOG_LEVEL", "info"))); err != nil {
-		problem("LOG_LEVEL must be debug, info, warn or error")
-	}
-	return c, errors.Join(problems...)
-}
-
 // version is the commit that the program was built from, or a word for a build without one.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
@@ -233,68 +123,6 @@ func version() string {
 		revision += "-modified"
 	}
 	return revision + " " + setting("vcs.time")
-}
-
-// ---- the service
-
-// routes is the API. It is the one list of what can be called.
-func (s *server) routes() []route {
-	return []route{
-		{"GET /api/products/cart-items", public, 200, s.cartItems},
-		{"GET /api/products/total-price", authenticated, 200, s.totalPrice},
-		{"POST /api/orders", authenticated, 201, s.createOrder},
-		{"PATCH /api/orders/pay", public, 200, s.pay},
-		{"DELETE /api/orders/{id}", authenticated, 200, s.deleteOrder},
-		{"GET /api/orders/{id}", authenticated, 200, s.showOrder},
-		{"GET /api/orders/latest", authenticated, 200, s.showLatest},
-		{"POST /api/payments/webhook", public, 200, s.webhook},
-
-		{"GET /api/orders/mine", authenticated, 200, s.listMine},
-		{"GET /api/orders", admin, 200, s.listOrders},
-		{"PATCH /api/orders/{id}", authenticated, 200, s.advanceOrder},
-		{"GET /api/orders/{id}/history", authenticated, 200, s.showHistory},
-
-		{"GET /healthz", public, 200, s.healthz},
-		{"GET /readyz", public, 200, s.readyz},
-	}
-}
-
-// newServer builds the service around a store and the way to the gateway (nil: the network), for main and the tests alike.
-func newServer(c config, store *store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
-	s := &server{
-		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
-		limits: newLimiter(now), metrics: newMetrics(),
-	}
-	gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox,
-		now: now, transport: toGateway, observe: s.observeGateway})
-	s.settler = &settler{store: store, gateway: gateway, now: now, log: log, interval: c.reconcile, hold: c.hold}
-	for _, rt := range s.routes() {
-		s.add(rt)
-	}
-	s.mux.HandleFunc("GET /openapi.json", showOpenAPI)
-	if !c.local { // there it is the page
-		s.add(route{"GET /{$}", public, 200, s.about})
-	}
-	return s
-}
-
-// openAPI describes every call for whoever writes a front end.
-//
-//go:embed openapi.json
-var openAPI []byte
-
-// showOpenAPI answers /openapi.json.
-func showOpenAPI(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.Header().Set("Cache-Control", "public, max-age=300")
-	w.Write(openAPI)
-}
-
-// randomDigits are 16 hex digits nobody can guess.
-func randomDigits() string {
-	var b [8]byte
-	rand.Read(b[:])
-	return hex.EncodeToString(b[:])
 }
 
 // serve runs the service until ctx ends, then lets what is under way finish for 10 seconds.
@@ -399,15 +227,6 @@ func newLog(c config, to io.Writer) *slog.Logger {
 		return slog.New(slog.NewTextHandler(to, options))
 	}
 	return slog.New(slog.NewJSONHandler(to, options))
-}
-
-// about answers / in a configured deployment.
-func (s *server) about(*request) (any, error) {
-	return struct {
-		Name    string `json:"name"`
-		Version string `json:"version"`
-		OpenAPI string `json:"openapi"`
-	}{"lumiere", version(), "/openapi.json"}, nil
 }
 
 // ---- commands

@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 )
@@ -356,117 +356,6 @@ func (s *server) showLatest(r *request) (any, error) {
 	return latestOrder{o.deliveryInfo, o.deliveryDetails, o.ordererInfo, o.id}, nil
 }
 
-// ---- PATCH /api/orders/pay and the gateway's notices
-
-// pay answers PATCH /api/orders/pay: the browser reports a payment. It proves nothing; the gateway is asked.
-func (s *server) pay(r *request) (any, error) {
-	var body struct {
-		ImpUID string `json:"imp_uid"`
-	}
-	if err := decodeBody(r, &body); err != nil {
-		return nil, err
-	}
-	if !validImpUID(body.ImpUID) {
-		return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
-	}
-	settled, err := s.lookUpAndSettle(r, actor{kind: actorBuyer, request: r.id}, body.ImpUID)
-	switch {
-	case errors.Is(err, errNoPayment), errors.Is(err, errNotOurs):
-		return nil, statusError(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
-	case errors.Is(err, errTooMany):
-		return nil, tooManyError(http.StatusTooManyRequests, err)
-	case err != nil:
-		return nil, err
-	case settled.state == stateKept:
-		return message{"결제 성공"}, nil
-	default:
-		return nil, whyNotPaid(settled)
-	}
-}
-
-// lookUpAndSettle settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
-func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlement, error) {
-	who := client{buyer: r.caller.id}
-	if who.buyer == "" {
-		who.address = clientAddress(r.Request, s.config.proxies)
-	}
-	p, err := s.limits.lookUp(r.Context(), who, by.kind, impUID, s.settler.gateway.payment)
-	if err != nil {
-		return settlement{}, err
-	}
-	settled, err := s.settler.settleReported(r.Context(), by, p)
-	if errors.Is(err, errNotOurs) || err == nil && settled.state == "" {
-		s.limits.penalize(who)
-	}
-	r.orderID = settled.orderID
-	return settled, err
-}
-
-// tooManyError is the refusal of who has asked about too many payments that are none.
-func tooManyError(status int, cause error) *httpError {
-	return &httpError{status: status, body: message{messageTooMany}, retryAfter: clientLimit.refill, cause: cause}
-}
-
-// whyNotPaid is the refusal of a payment that pays nothing.
-func whyNotPaid(settled settlement) error {
-	switch settled.reason {
-	case "":
-		return statusError(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
-	case reasonAmount:
-		return statusError(http.StatusBadRequest, "금액 불일치, 위조된 결제 시도")
-	case reasonSold:
-		return statusError(http.StatusConflict, "주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다")
-	case reasonDuplicate:
-		return statusError(http.StatusConflict, "이미 결제된 주문이므로 중복된 결제 금액을 환불합니다")
-	case reasonCancelled:
-		return statusError(http.StatusConflict, "이미 취소된 주문이므로 결제 금액을 환불합니다")
-	default:
-		return statusError(http.StatusBadRequest, "imp_uid: 취소된 결제입니다")
-	}
-}
-
-// webhook answers POST /api/payments/webhook: a notice of the gateway's, unsigned, so that it is a hint to look and no
-// more. It is 200 once the payment is handled, whatever it is. A fault of ours, the gateway's silence and too many notices
-// of nothing are a 5xx: on that alone the gateway sends a notice again, so that it is not 429.
-func (s *server) webhook(r *request) (any, error) {
-	impUID, err := noticeImpUID(r)
-	if err != nil {
-		return nil, err
-	}
-	_, err = s.lookUpAndSettle(r, actor{kind: actorGateway, request: r.id}, impUID)
-	switch {
-	case errors.Is(err, errTooMany):
-		return nil, tooManyError(http.StatusServiceUnavailable, err)
-	case err != nil && !errors.Is(err, errNoPayment) && !errors.Is(err, errNotOurs):
-		return nil, err
-	default:
-		return message{"확인했습니다"}, nil
-	}
-}
-
-// noticeImpUID is the imp_uid of a notice, which is JSON or a form as the gateway's console has it.
-func noticeImpUID(r *request) (string, error) {
-	body, err := readBody(r)
-	if err != nil {
-		return "", err
-	}
-	var notice struct {
-		ImpUID string `json:"imp_uid"`
-	}
-	if trimmed := bytes.TrimSpace(body); len(trimmed) > 0 && trimmed[0] == '{' {
-		if err := decodeJSON(body, "", &notice); err != nil {
-			return "", err
-		}
-	} else {
-		form, _ := url.ParseQuery(string(body)) // what can be read of a broken form is enough
-		notice.ImpUID = form.Get("imp_uid")
-	}
-	if !validImpUID(notice.ImpUID) {
-		return "", fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
-	}
-	return notice.ImpUID, nil
-}
-
 // ---- DELETE /api/orders/{id}
 
 // deleteOrder answers DELETE /api/orders/{id}: delete an unpaid order, cancel a paid one, or ask for its return.
@@ -583,4 +472,109 @@ func statusBody(r *request) (*int, error) {
 		return nil, fieldError("status", "정수여야 합니다")
 	}
 	return status, nil
+}
+
+// ---- GET /api/orders/mine
+
+// Orders to a page.
+const (
+	minePageSize  = 3
+	adminPageSize = 10
+)
+
+// pageNumber is the page asked for; what is no page is page 1.
+func pageNumber(r *request) int {
+	page, err := strconv.Atoi(r.URL.Query().Get("pageNumber"))
+	if err != nil || page < 1 || page > 1<<40 {
+		return 1
+	}
+	return page
+}
+
+// pagesOf is how many pages n orders fill.
+func pagesOf(n, perPage int) int { return (n + perPage - 1) / perPage }
+
+// myOrder is an order in its buyer's list.
+type myOrder struct {
+	Result     orderResult     `json:"result"`
+	ID         string          `json:"_id"`
+	User       string          `json:"user"`
+	OrderItems json.RawMessage `json:"orderItems"`
+	TotalPrice int64           `json:"totalPrice"`
+}
+
+// myOrders is what GET /api/orders/mine answers; Status counts all of the buyer's orders, not the page's.
+type myOrders struct {
+	Orders []myOrder `json:"orders"`
+	Status struct {
+		Paid   int `json:"paid"`
+		Ready  int `json:"ready"`
+		Coming int `json:"coming"`
+		Done   int `json:"done"`
+	} `json:"status"`
+	Page  int `json:"page"`
+	Pages int `json:"pages"`
+}
+
+// listMine answers GET /api/orders/mine.
+func (s *server) listMine(r *request) (any, error) {
+	page := pageNumber(r)
+	orders, count, err := s.store.listBuyerOrders(r.Context(), r.caller.id, (page-1)*minePageSize, minePageSize)
+	if err != nil {
+		return nil, err
+	}
+	answer := myOrders{Orders: make([]myOrder, len(orders)), Page: page}
+	for i, o := range orders {
+		answer.Orders[i] = myOrder{o.result(), o.id, o.userID, o.items, o.total}
+	}
+	answer.Status.Paid, answer.Status.Ready = count[statusPaid], count[statusPreparing]
+	answer.Status.Coming, answer.Status.Done = count[statusShipping], count[statusDelivered]
+	all := 0
+	for _, n := range count {
+		all += n
+	}
+	answer.Pages = pagesOf(all, minePageSize)
+	return answer, nil
+}
+
+// ---- GET /api/orders/{id}/history
+
+// historyEntry is a line of an order's history. Who of the shop's people it was is for administrators alone.
+type historyEntry struct {
+	At        jsonTime `json:"at"`
+	Who       string   `json:"who"`
+	WhoID     string   `json:"whoId,omitempty"`
+	From      *int     `json:"from,omitempty"`
+	To        *int     `json:"to,omitempty"`
+	Why       string   `json:"why"`
+	ImpUID    string   `json:"imp_uid,omitempty"`
+	Amount    *int64   `json:"amount,omitempty"`
+	RequestID string   `json:"requestId,omitempty"`
+}
+
+// orderHistory is what GET /api/orders/{id}/history answers.
+type orderHistory struct {
+	History []historyEntry `json:"history"`
+}
+
+// showHistory answers GET /api/orders/{id}/history.
+func (s *server) showHistory(r *request) (any, error) {
+	id, ok := r.pathID()
+	if !ok {
+		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
+	}
+	entries, err := s.store.historyOf(r.Context(), id, r.caller)
+	if errors.Is(err, errNotFound) {
+		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
+	} else if err != nil {
+		return nil, err
+	}
+	answer := orderHistory{make([]historyEntry, len(entries))}
+	for i, e := range entries {
+		if !r.caller.admin {
+			e.whoID = ""
+		}
+		answer.History[i] = historyEntry{jsonTime(e.at), e.who, e.whoID, e.from, e.to, e.why, e.impUID, e.amount, e.requestID}
+	}
+	return answer, nil
 }

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
+	"net/url"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -272,4 +275,115 @@ func (t *settler) logTransition(by actor, b orderLedger, p gatewayPayment, known
 	}
 	t.log.Info("money", "order", b.orderID, "imp_uid", p.impUID, "amount", p.amount, "refunded", p.cancelled,
 		"from", from, "to", entry.state, "reason", entry.reason, "source", by.kind, "request", by.request)
+}
+
+// ---- PATCH /api/orders/pay and the gateway's notices
+
+// pay answers PATCH /api/orders/pay: the browser reports a payment. It proves nothing; the gateway is asked.
+func (s *server) pay(r *request) (any, error) {
+	var body struct {
+		ImpUID string `json:"imp_uid"`
+	}
+	if err := decodeBody(r, &body); err != nil {
+		return nil, err
+	}
+	if !validImpUID(body.ImpUID) {
+		return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
+	}
+	settled, err := s.lookUpAndSettle(r, actor{kind: actorBuyer, request: r.id}, body.ImpUID)
+	switch {
+	case errors.Is(err, errNoPayment), errors.Is(err, errNotOurs):
+		return nil, statusError(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
+	case errors.Is(err, errTooMany):
+		return nil, tooManyError(http.StatusTooManyRequests, err)
+	case err != nil:
+		return nil, err
+	case settled.state == stateKept:
+		return message{"결제 성공"}, nil
+	default:
+		return nil, whyNotPaid(settled)
+	}
+}
+
+// lookUpAndSettle settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
+func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlement, error) {
+	who := client{buyer: r.caller.id}
+	if who.buyer == "" {
+		who.address = clientAddress(r.Request, s.config.proxies)
+	}
+	p, err := s.limits.lookUp(r.Context(), who, by.kind, impUID, s.settler.gateway.payment)
+	if err != nil {
+		return settlement{}, err
+	}
+	settled, err := s.settler.settleReported(r.Context(), by, p)
+	if errors.Is(err, errNotOurs) || err == nil && settled.state == "" {
+		s.limits.penalize(who)
+	}
+	r.orderID = settled.orderID
+	return settled, err
+}
+
+// tooManyError is the refusal of who has asked about too many payments that are none.
+func tooManyError(status int, cause error) *httpError {
+	return &httpError{status: status, body: message{messageTooMany}, retryAfter: clientLimit.refill, cause: cause}
+}
+
+// whyNotPaid is the refusal of a payment that pays nothing.
+func whyNotPaid(settled settlement) error {
+	switch settled.reason {
+	case "":
+		return statusError(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
+	case reasonAmount:
+		return statusError(http.StatusBadRequest, "금액 불일치, 위조된 결제 시도")
+	case reasonSold:
+		return statusError(http.StatusConflict, "주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다")
+	case reasonDuplicate:
+		return statusError(http.StatusConflict, "이미 결제된 주문이므로 중복된 결제 금액을 환불합니다")
+	case reasonCancelled:
+		return statusError(http.StatusConflict, "이미 취소된 주문이므로 결제 금액을 환불합니다")
+	default:
+		return statusError(http.StatusBadRequest, "imp_uid: 취소된 결제입니다")
+	}
+}
+
+// webhook answers POST /api/payments/webhook: a notice of the gateway's, unsigned, so that it is a hint to look and no
+// more. It is 200 once the payment is handled, whatever it is. A fault of ours, the gateway's silence and too many notices
+// of nothing are a 5xx: on that alone the gateway sends a notice again, so that it is not 429.
+func (s *server) webhook(r *request) (any, error) {
+	impUID, err := noticeImpUID(r)
+	if err != nil {
+		return nil, err
+	}
+	_, err = s.lookUpAndSettle(r, actor{kind: actorGateway, request: r.id}, impUID)
+	switch {
+	case errors.Is(err, errTooMany):
+		return nil, tooManyError(http.StatusServiceUnavailable, err)
+	case err != nil && !errors.Is(err, errNoPayment) && !errors.Is(err, errNotOurs):
+		return nil, err
+	default:
+		return message{"확인했습니다"}, nil
+	}
+}
+
+// noticeImpUID is the imp_uid of a notice, which is JSON or a form as the gateway's console has it.
+func noticeImpUID(r *request) (string, error) {
+	body, err := readBody(r)
+	if err != nil {
+		return "", err
+	}
+	var notice struct {
+		ImpUID string `json:"imp_uid"`
+	}
+	if trimmed := bytes.TrimSpace(body); len(trimmed) > 0 && trimmed[0] == '{' {
+		if err := decodeJSON(body, "", &notice); err != nil {
+			return "", err
+		}
+	} else {
+		form, _ := url.ParseQuery(string(body)) // what can be read of a broken form is enough
+		notice.ImpUID = form.Get("imp_uid")
+	}
+	if !validImpUID(notice.ImpUID) {
+		return "", fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
+	}
+	return notice.ImpUID, nil
 }

@@ -3,6 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
+	_ "embed"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -382,4 +385,73 @@ type jsonTime time.Time
 
 func (t jsonTime) MarshalText() ([]byte, error) {
 	return time.Time(t).UTC().AppendFormat(nil, timeFormat), nil
+}
+
+// routes is the API. It is the one list of what can be called.
+func (s *server) routes() []route {
+	return []route{
+		{"GET /api/products/cart-items", public, 200, s.cartItems},
+		{"GET /api/products/total-price", authenticated, 200, s.totalPrice},
+		{"POST /api/orders", authenticated, 201, s.createOrder},
+		{"PATCH /api/orders/pay", public, 200, s.pay},
+		{"DELETE /api/orders/{id}", authenticated, 200, s.deleteOrder},
+		{"GET /api/orders/{id}", authenticated, 200, s.showOrder},
+		{"GET /api/orders/latest", authenticated, 200, s.showLatest},
+		{"POST /api/payments/webhook", public, 200, s.webhook},
+
+		{"GET /api/orders/mine", authenticated, 200, s.listMine},
+		{"GET /api/orders", admin, 200, s.listOrders},
+		{"PATCH /api/orders/{id}", authenticated, 200, s.advanceOrder},
+		{"GET /api/orders/{id}/history", authenticated, 200, s.showHistory},
+
+		{"GET /healthz", public, 200, s.healthz},
+		{"GET /readyz", public, 200, s.readyz},
+	}
+}
+
+// newServer builds the service around a store and the way to the gateway (nil: the network), for main and the tests alike.
+func newServer(c config, store *store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
+	s := &server{
+		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
+		limits: newLimiter(now), metrics: newMetrics(),
+	}
+	gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox,
+		now: now, transport: toGateway, observe: s.observeGateway})
+	s.settler = &settler{store: store, gateway: gateway, now: now, log: log, interval: c.reconcile, hold: c.hold}
+	for _, rt := range s.routes() {
+		s.add(rt)
+	}
+	s.mux.HandleFunc("GET /openapi.json", showOpenAPI)
+	if !c.local { // there it is the page
+		s.add(route{"GET /{$}", public, 200, s.about})
+	}
+	return s
+}
+
+// openAPI describes every call for whoever writes a front end.
+//
+//go:embed openapi.json
+var openAPI []byte
+
+// showOpenAPI answers /openapi.json.
+func showOpenAPI(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Cache-Control", "public, max-age=300")
+	w.Write(openAPI)
+}
+
+// randomDigits are 16 hex digits nobody can guess.
+func randomDigits() string {
+	var b [8]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+// about answers / in a configured deployment.
+func (s *server) about(*request) (any, error) {
+	return struct {
+		Name    string `json:"name"`
+		Version string `json:"version"`
+		OpenAPI string `json:"openapi"`
+	}{"lumiere", version(), "/openapi.json"}, nil
 }
