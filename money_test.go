@@ -375,7 +375,7 @@ func TestSchemaDefendsItself(t *testing.T) {
 		{`UPDATE history SET why = 'nothing'`, "history_are_kept"},
 		{`DELETE FROM history`, "history_are_kept"},
 		{`TRUNCATE history`, "history_are_kept"},
-		{`TRUNCATE orders CASCADE`, "products_are_kept"},
+		{`TRUNCATE orders CASCADE`, "orders_are_kept"},
 	} {
 		_, err := s.store.pool.Exec(t.Context(), row.sql, pgx.QueryExecModeSimpleProtocol)
 		if err == nil || constraintOf(err) != row.constraint {
@@ -391,7 +391,8 @@ func TestSchemaDefendsItselfAgainstTwo(t *testing.T) {
 	painting := s.painting(99000)
 	order, gone := s.order(buyerA, s.painting(99000)), s.order(buyerB, painting)
 	s.want(s.call(buyerB, "DELETE", "/api/orders/"+gone, nil), 200, "")
-	keep := `INSERT INTO payments (imp_uid, order_id, state, currency, amount, created_at, updated_at) VALUES ('imp_%[1]d', '` + order + `', 'kept', 'KRW', 109000, now(), now())`
+	keep := `WITH paid AS (UPDATE orders SET status = 0, paid_at = now() WHERE id = '` + order + `' AND status = -1)
+		INSERT INTO payments (imp_uid, order_id, state, currency, amount, created_at, updated_at) VALUES ('imp_%[1]d', '` + order + `', 'kept', 'KRW', 109000, now(), now())`
 	take := `WITH made AS (INSERT INTO orders SELECT (json_populate_record(o, '{"id": "%024[1]d", "user_id": "%024[1]d", "ended": null}')).* FROM orders o WHERE id = '` + gone + `' RETURNING id)
 		UPDATE products SET order_id = made.id FROM made WHERE products.id = '` + painting + `'`
 	for sql, constraint := range map[string]string{keep: "payments_one_kept_per_order", take: "orders_and_paintings_agree"} {

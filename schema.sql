@@ -352,3 +352,188 @@ END $$;
 -- step 6: who holds a painting, from an index as small as the unpaid orders are few
 
 CREATE INDEX IF NOT EXISTS orders_unpaid ON orders (id) INCLUDE (user_id, held_until) WHERE status = -1 AND ended IS NULL;
+
+-- step 7: what an order is never changes, and a status may go one back
+
+-- The first of a buyer's holds that took a painting over from one another began then; null: this one took none over.
+-- 'withdrawn' is the end of an unpaid order whose painting the shop took off sale.
+ALTER TABLE orders
+	ADD COLUMN held_again_since timestamptz,
+	DROP CONSTRAINT orders_only_unpaid_end,
+	ADD CONSTRAINT orders_only_unpaid_end
+		CHECK (ended IS NULL OR (status = -1 AND ended IN ('deleted', 'replaced', 'expired', 'withdrawn'))) NOT VALID;
+
+CREATE OR REPLACE FUNCTION orders_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF NOT ((OLD.status = -1 AND NEW.status = 0)
+		OR (OLD.status IN (0, 1, 2) AND NEW.status = OLD.status + 1)
+		OR (OLD.status IN (1, 2, 3) AND NEW.status = OLD.status - 1)
+		OR (OLD.status IN (0, 1, 2, 3) AND NEW.status = 4)
+		OR (OLD.status = 4 AND NEW.status IN (0, 1, 2, 3))
+		OR (OLD.status IN (0, 1, 2, 3, 4) AND NEW.status = 5)) THEN
+		RAISE EXCEPTION 'order % cannot go from % to %', OLD.id, OLD.status, NEW.status
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_status_may_follow';
+	END IF;
+	RETURN NEW;
+END $$;
+
+-- What was ordered, by which buyer, under which number and for how much is written once.
+CREATE FUNCTION orders_are_written_once() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	RAISE EXCEPTION 'order % is written once', OLD.id
+		USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_are_written_once';
+END $$;
+CREATE TRIGGER orders_are_written_once
+	BEFORE UPDATE OF id, user_id, number, created_at, shipping_price, total_price, product_ids, items ON orders
+	FOR EACH ROW WHEN ((OLD.id, OLD.user_id, OLD.number, OLD.created_at, OLD.shipping_price, OLD.total_price, OLD.product_ids, OLD.items::text)
+		IS DISTINCT FROM
+		(NEW.id, NEW.user_id, NEW.number, NEW.created_at, NEW.shipping_price, NEW.total_price, NEW.product_ids, NEW.items::text))
+	EXECUTE FUNCTION orders_are_written_once();
+CREATE TRIGGER orders_are_never_emptied BEFORE TRUNCATE ON orders
+	FOR EACH STATEMENT EXECUTE FUNCTION books_keep_everything();
+
+-- step 8: refunds that need a person
+
+ALTER TABLE payments
+	ADD COLUMN refusals integer NOT NULL DEFAULT 0,          -- times that the gateway answered the refund with a refusal
+	ADD COLUMN refund_account json,                          -- where a virtual account's refund goes; gone once the money is back
+	ADD COLUMN by_hand text,                                 -- how the rest was paid back other than through the gateway
+	ADD COLUMN by_hand_amount bigint NOT NULL DEFAULT 0,     -- won of that, part of refunded
+	ADD CONSTRAINT payments_by_hand_are_refunded
+		CHECK (by_hand IS NULL AND by_hand_amount = 0
+			OR by_hand IS NOT NULL AND by_hand_amount BETWEEN 1 AND refunded AND state = 'refunded') NOT VALID;
+
+-- Money that went back, or is on its way, is never kept again; what a payment is never changes. The account that a refund
+-- goes to is forgotten with the refund, whichever release books it.
+CREATE OR REPLACE FUNCTION payments_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF (OLD.imp_uid, OLD.order_id, OLD.currency, OLD.amount) IS DISTINCT FROM (NEW.imp_uid, NEW.order_id, NEW.currency, NEW.amount)
+		OR NEW.refunded < OLD.refunded
+		OR (OLD.state, NEW.state) NOT IN (('kept', 'kept'), ('kept', 'refunding'), ('kept', 'refunded'),
+			('refunding', 'refunding'), ('refunding', 'refunded')) THEN
+		RAISE EXCEPTION 'payment % cannot go from % to %', OLD.imp_uid, OLD.state, NEW.state
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'payments_state_may_follow';
+	END IF;
+	IF NEW.state = 'refunded' THEN
+		NEW.refund_account := NULL;
+	END IF;
+	RETURN NEW;
+END $$;
+
+CREATE OR REPLACE FUNCTION payments_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	INSERT INTO history (order_id, at, imp_uid, amount, why) VALUES (NEW.order_id, NEW.updated_at, NEW.imp_uid,
+		CASE
+			WHEN NEW.by_hand IS NOT NULL THEN NEW.by_hand_amount
+			WHEN NEW.state = 'kept' AND NEW.refunded > 0 THEN NEW.refunded
+			ELSE NEW.amount
+		END,
+		CASE
+			WHEN NEW.by_hand IS NOT NULL THEN 'refunded by hand: ' || NEW.reason
+			WHEN NEW.state = 'kept' AND NEW.refunded > 0 THEN 'partly refunded'
+			WHEN NEW.state = 'kept' THEN 'payment kept'
+			ELSE NEW.state || ': ' || NEW.reason
+		END);
+	RETURN NULL;
+END $$;
+
+-- step 9: how far the gateway's lists have been read
+
+-- One row for each list: all that moved before read_until is in the books. One replica reads a list at a time.
+CREATE TABLE gateway_lists (
+	status       text NOT NULL CONSTRAINT gateway_lists_pkey PRIMARY KEY,
+	read_until   timestamptz NOT NULL,
+	leased_until timestamptz NOT NULL,
+	CONSTRAINT gateway_lists_status_is_known CHECK (status IN ('paid', 'cancelled'))
+);
+
+-- step 10: a buyer's ended orders, for how long a painting has to be left to others
+
+CREATE INDEX IF NOT EXISTS orders_ended_by_buyer ON orders (user_id, updated_at) WHERE ended IS NOT NULL;
+
+-- step 11: a live order has all of its paintings, whatever statement made it
+
+-- As in step 3, and checked when an order is made too: a live order has all of its paintings, one that is over has none.
+CREATE FUNCTION orders_have_their_paintings() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF EXISTS (SELECT FROM orders o WHERE o.id = NEW.id
+		AND CASE WHEN o.ended IS NULL AND o.status < 5 THEN cardinality(o.product_ids) ELSE 0 END
+			<> (SELECT count(*) FROM products p WHERE p.id = ANY (o.product_ids) AND p.order_id = o.id)) THEN
+		RAISE EXCEPTION 'order % and its paintings do not agree', NEW.id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_paintings_agree';
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER orders_have_their_paintings AFTER INSERT ON orders
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION orders_have_their_paintings();
+DROP TRIGGER orders_agree_with_paintings ON orders;
+CREATE CONSTRAINT TRIGGER orders_agree_with_paintings AFTER UPDATE OF status, ended ON orders
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+	WHEN (OLD.ended IS DISTINCT FROM NEW.ended OR OLD.status < 0 AND NEW.status >= 0 OR NEW.status = 5)
+	EXECUTE FUNCTION orders_have_their_paintings();
+
+-- step 12: a painting is only with a live order that asked for it
+
+CREATE OR REPLACE FUNCTION orders_and_paintings_agree() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF EXISTS (SELECT FROM products p JOIN orders o ON o.id = ANY (ARRAY[OLD.order_id, p.order_id])
+			WHERE p.id = NEW.id
+				AND (p.order_id IS NOT DISTINCT FROM o.id) <> (o.ended IS NULL AND o.status < 5 AND p.id = ANY (o.product_ids))) THEN
+		RAISE EXCEPTION 'painting % and its order do not agree', NEW.id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_paintings_agree';
+	END IF;
+	RETURN NULL;
+END $$;
+DROP TRIGGER paintings_agree_with_orders ON products;
+CREATE CONSTRAINT TRIGGER paintings_agree_with_orders AFTER UPDATE OF order_id ON products
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (OLD.order_id IS DISTINCT FROM NEW.order_id)
+	EXECUTE FUNCTION orders_and_paintings_agree();
+CREATE CONSTRAINT TRIGGER new_paintings_agree_with_orders AFTER INSERT ON products
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.order_id IS NOT NULL)
+	EXECUTE FUNCTION orders_and_paintings_agree();
+
+-- step 13: a paid order has its money
+
+-- Checked when a transaction commits: a paid order has exactly one payment that is kept, or on its way back because the
+-- order is being cancelled; it is in won and of the order's total. Any other order keeps none. The reasons are those of
+-- cancelReasons in payment.go.
+CREATE FUNCTION orders_and_payments_agree() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+	an_order text;
+BEGIN
+	IF TG_TABLE_NAME = 'payments' THEN
+		an_order := NEW.order_id;
+	ELSE
+		an_order := NEW.id;
+	END IF;
+	IF EXISTS (SELECT FROM orders o LEFT JOIN payments p ON p.order_id = o.id AND (p.state = 'kept'
+				OR p.state = 'refunding' AND o.cancelling_since IS NOT NULL AND p.reason IN ('buyer cancelled', 'shop cancelled'))
+			WHERE o.id = an_order
+			GROUP BY o.id
+			HAVING count(p.imp_uid) <> CASE WHEN o.status BETWEEN 0 AND 4 THEN 1 ELSE 0 END
+				OR NOT coalesce(bool_and(p.currency = 'KRW' AND p.amount = o.total_price), true)) THEN
+		RAISE EXCEPTION 'order % and its payments do not agree', an_order
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_payments_agree';
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER orders_agree_with_payments AFTER UPDATE OF status, cancelling_since ON orders
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+	WHEN (OLD.status <> NEW.status OR OLD.cancelling_since IS DISTINCT FROM NEW.cancelling_since)
+	EXECUTE FUNCTION orders_and_payments_agree();
+CREATE CONSTRAINT TRIGGER new_orders_agree_with_payments AFTER INSERT ON orders
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.status >= 0)
+	EXECUTE FUNCTION orders_and_payments_agree();
+
+-- step 14: a payment is kept for a paid order only
+
+CREATE CONSTRAINT TRIGGER payments_agree_with_orders AFTER INSERT OR UPDATE OF state ON payments
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION orders_and_payments_agree();
+
+-- step 15: old rows are held to what was said above
+
+ALTER TABLE orders VALIDATE CONSTRAINT orders_only_unpaid_end;
+
+-- step 16: the same for payments
+
+ALTER TABLE payments VALIDATE CONSTRAINT payments_by_hand_are_refunded;
