@@ -33,8 +33,14 @@ import (
 
 // apiFile is openapi.json, in as much of OpenAPI and JSON Schema as it uses: it has no other keyword.
 type apiFile struct {
-	OpenAPI    string
-	Info       struct{ Title, Version, Description string }
+	OpenAPI string
+	Info    struct {
+		Title, Version, Description string
+		Contact                     struct{ Name string }
+		License                     struct{ Name, Identifier string }
+	}
+	Servers    []struct{ URL, Description string }
+	Tags       []struct{ Name, Description string }
 	Security   []any
 	Paths      map[string]map[string]*apiCall
 	Components struct {
@@ -52,6 +58,7 @@ type apiFile struct {
 
 type apiCall struct {
 	OperationID, Summary, Description string
+	Tags                              []string
 	Security                          *[]any // nil: with a token
 	Parameters                        []*apiText
 	RequestBody                       *apiBody
@@ -445,7 +452,7 @@ func (s *apiSchema) example() any {
 		return s.AnyOf[0].example()
 	case s.Items != nil:
 		return []any{s.Items.example()}
-	case s.to != nil && s.Properties == nil:
+	case s.to != nil:
 		return s.to.example()
 	case s.Properties == nil:
 		return nil
@@ -486,6 +493,20 @@ func TestOpenAPIHasEveryCall(t *testing.T) {
 		method, at, _ := strings.Cut(c.name, " ")
 		if _, found := s.mux.Handler(httptest.NewRequest(method, at, nil)); strings.TrimSuffix(found, "{$}") != c.name {
 			t.Errorf("%s is not served, but %q", c.name, found)
+		}
+	}
+}
+
+// Tools convert a parameter and generate code by its schema's type. Many of them ignore what stands beside a $ref.
+func TestOpenAPISchemasSuitTools(t *testing.T) {
+	for _, s := range theAPI().schemas {
+		restricts := s.Type != nil || s.Enum != nil || s.Pattern != "" || s.Minimum != nil || s.MinItems != nil || s.MaxItems != nil ||
+			s.Items != nil || s.Properties != nil || s.Required != nil || s.AnyOf != nil
+		switch {
+		case s.Ref != "" && restricts:
+			t.Errorf("%s restricts what its $ref names", s.name)
+		case s.Ref == "" && s.AnyOf == nil && s.Type == nil:
+			t.Errorf("%s has no type", s.name)
 		}
 	}
 }
