@@ -12,7 +12,7 @@ import (
 type adminOrder struct {
 	Result          orderResult     `json:"result"`
 	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
-	DeliveryDetails json.RawMessage `json:"deliveryDetails,omitempty"`
+	DeliveryDetails json.RawMessage `json:"deliveryDetails"`
 	OrdererInfo     json.RawMessage `json:"ordererInfo"`
 	ID              string          `json:"_id"`
 	User            adminOrderUser  `json:"user"`
@@ -51,6 +51,13 @@ func (s *server) listOrders(r *request) (any, error) {
 		}
 		filter.status = &status
 	}
+	switch query.Get("refund") {
+	case "":
+	case "stuck":
+		filter.refundStuck = true
+	default:
+		return nil, fieldError("refund", "stuck만 사용할 수 있습니다")
+	}
 	page := pageNumber(r)
 	orders, count, err := s.store.listAllOrders(r.Context(), filter, (page-1)*adminPageSize, adminPageSize)
 	if err != nil {
@@ -60,55 +67,116 @@ func (s *server) listOrders(r *request) (any, error) {
 	for i, o := range orders {
 		user := adminOrderUser{ID: o.userID, Name: o.ordererName}
 		user.General.Email = o.ordererEmail
-		answer.Orders[i] = adminOrder{o.result(), o.deliveryInfo, o.deliveryDetails, o.ordererInfo, o.id, user, o.items, o.shippingPrice, o.total}
+		answer.Orders[i] = adminOrder{
+			Result: o.result(), DeliveryInfo: o.deliveryInfo, DeliveryDetails: o.deliveryDetailsJSON(), OrdererInfo: o.ordererInfo,
+			ID: o.id, User: user, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total,
+		}
 	}
 	return answer, nil
 }
 
 // advanceMessages say where PATCH /api/orders/{id} has moved an order to.
 var advanceMessages = map[int]string{
+	statusPaid:      "해당 주문이 결제 완료 단계로 변경되었습니다",
 	statusPreparing: "해당 주문이 발송 준비 중 단계로 변경되었습니다",
 	statusShipping:  "해당 주문이 배송 중 단계로 변경되었습니다",
 	statusDelivered: "해당 주문이 배송 완료 단계로 변경되었습니다",
 	statusReturning: "해당 주문의 반품 요청 단계로 변경되었습니다",
 }
 
-// advanceOrder answers PATCH /api/orders/{id}: the administrator moves an order one step on, or its owner asks to return
-// what has been sent. Two desks that click at once move it once: the step names the status it starts from.
-func (s *server) advanceOrder(r *request) (any, error) {
+// advanceOrder answers PATCH /api/orders/{id}. An administrator moves an order one step on or back; the owner asks to return
+// what has been sent, and either takes that back. Two that click at once move it once: a step names the status it starts from.
+func (s *server) advanceOrder(r *request, id string) (any, error) {
 	wanted, err := statusBody(r)
 	if err != nil {
 		return nil, err
 	}
-	id, ok := r.pathID()
-	if !ok {
-		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
-	}
 	state, err := s.store.findOrderState(r.Context(), id, r.caller)
-	if errors.Is(err, errNotFound) {
-		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
-	} else if err != nil {
+	if err != nil {
 		return nil, err
 	}
 	s.settler.testHook("state read", id)
-	wrongStep := statusError(http.StatusBadRequest, "변경실패, 진행 단계가 알맞지 않습니다")
-	if wanted == nil {
-		return nil, wrongStep
+	if err := mayAdvance(state, wanted, r.caller); err != nil {
+		return nil, err
 	}
-	onward := *wanted >= statusPreparing && *wanted <= statusDelivered
-	returned := *wanted == statusReturning && state.status >= statusPreparing && state.status <= statusDelivered
-	switch {
-	case onward && !r.caller.admin:
-		return nil, statusError(http.StatusForbidden, messageAdmin)
-	case onward && state.status == *wanted-1, returned:
-		err = s.store.advance(r.Context(), r.actor(), id, state.status, *wanted, s.now())
-	default:
-		return nil, wrongStep
-	}
-	if errors.Is(err, errStale) {
-		return nil, wrongStep
+	if err := s.store.advance(r.Context(), r.actor(), id, state.status, *wanted, s.now()); errors.Is(err, errStale) {
+		return nil, errWrongStep
 	} else if err != nil {
 		return nil, err
 	}
 	return message{advanceMessages[*wanted]}, nil
+}
+
+var errWrongStep = statusError(http.StatusBadRequest, "변경실패, 진행 단계가 알맞지 않습니다")
+
+// mayAdvance returns why an order in this state cannot go to the wanted status at who's word, nil when it can.
+func mayAdvance(state orderState, wanted *int, who caller) error {
+	switch {
+	case state.ended:
+		return errNotFound
+	case wanted == nil:
+		return errWrongStep
+	case *wanted == statusReturning:
+		if state.status < statusPreparing || state.status > statusDelivered {
+			return errWrongStep
+		}
+	case state.status == statusReturning:
+		if *wanted != state.cameFrom {
+			return errWrongStep
+		}
+	case *wanted < statusPaid || *wanted > statusDelivered:
+		return errWrongStep
+	case !who.admin:
+		return statusError(http.StatusForbidden, messageAdmin)
+	case state.status < statusPaid || state.status > statusDelivered || *wanted != state.status+1 && *wanted != state.status-1:
+		return errWrongStep
+	}
+	return nil
+}
+
+// refundAccountRequest is where a refund goes, as an administrator names it.
+type refundAccountRequest struct {
+	Holder string `json:"holder"`
+	Bank   string `json:"bank"`
+	Number string `json:"number"`
+}
+
+// helpRefund answers POST /api/orders/{id}/refund: a refund that the gateway refuses is tried again to an account, or booked as
+// paid back by other means.
+func (s *server) helpRefund(r *request, id string) (any, error) {
+	var body struct {
+		ImpUID  string                `json:"imp_uid"`
+		Account *refundAccountRequest `json:"account"`
+		ByHand  *string               `json:"byHand"`
+	}
+	if err := decodeBody(r, &body); err != nil {
+		return nil, err
+	}
+	if !validImpUID(body.ImpUID) {
+		return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
+	}
+	var err error
+	switch a := body.Account; {
+	case (a == nil) == (body.ByHand == nil):
+		return nil, fieldError("account", "account와 byHand 중 하나만 필요합니다")
+	case a == nil:
+		if err := validateStrings("", stringField{"byHand", body.ByHand, false}); err != nil {
+			return nil, err
+		}
+		err = s.store.refundByHand(r.Context(), r.actor(), id, body.ImpUID, *body.ByHand, s.now())
+	default:
+		if err := validateStrings("account", stringField{"holder", &a.Holder, false}, stringField{"bank", &a.Bank, false}, stringField{"number", &a.Number, false}); err != nil {
+			return nil, err
+		}
+		err = s.settler.refundToAccount(r.Context(), r.actor(), id, body.ImpUID, refundAccount{a.Holder, a.Bank, a.Number})
+	}
+	switch {
+	case errors.Is(err, errNotDue):
+		return nil, statusError(http.StatusConflict, "imp_uid: 환불할 금액이 없는 결제입니다")
+	case errors.Is(err, errStale):
+		return nil, statusError(http.StatusConflict, messageCancelling)
+	case err != nil:
+		return nil, whyRefundPending(err)
+	}
+	return message{"환불이 처리되었습니다"}, nil
 }

@@ -14,23 +14,23 @@ import (
 	"time"
 )
 
-// auditor compares the books with the gateway. It changes neither: what the gateway knows and the books don't it leaves
-// to the reconciler, which it has look at once.
+// auditor compares the ledger with the gateway. It changes neither: what the gateway knows and the ledger does not is left to
+// the reconciler, which the auditor has look at once.
 type auditor struct {
 	store         *store
 	gateway       *iamportClient
 	now           func() time.Time
-	pause         func(context.Context) error // before an order that did not match is looked at again
+	pause         func(context.Context) error // before an order that did not match is checked again
 	progress      io.Writer                   // told how far the audit is
 	progressEvery time.Duration
 }
 
 const (
-	// auditChecks is how often an order is looked at until its books and the gateway match: the service goes on meanwhile,
-	// and a payment on its way is no mismatch.
+	// auditChecks is how often an order is checked until its ledger and the gateway match: the service goes on meanwhile, and
+	// a payment on its way is no mismatch.
 	auditChecks = 3
 	auditPause  = 500 * time.Millisecond
-	// auditFailures is how many looks may fail before the audit gives up.
+	// auditFailures is how many checks may fail before the audit asks the gateway no more.
 	auditFailures = 10
 )
 
@@ -41,25 +41,32 @@ type mismatchKind struct{ name, meaning, remedy string }
 const (
 	remedySettle = "the reconciler settles it at its next round"
 	remedyRetry  = "the reconciler tries again until it is back"
+	remedyRefund = "a person has to help: name an account for the refund, or book it as paid back by hand"
 	remedyByHand = "nothing puts it right by itself: see the order's history and the gateway's console"
 	remedyAgain  = "run the audit again"
 )
 
 var (
-	mismatchPaidThere = mismatchKind{"paid there, not here", "the buyer has paid and it is not booked", remedySettle}
-	mismatchTwice     = mismatchKind{"two payments", "the buyer has paid for the order once more and it is not booked", remedySettle}
-	mismatchCancelled = mismatchKind{"kept here, cancelled there", "the money went back in the gateway's console and the order still counts as paid", remedySettle}
-	mismatchPartBack  = mismatchKind{"amount differs", "a part went back in the gateway's console and it is not booked", remedySettle}
-	mismatchAmount    = mismatchKind{"amount differs", "what the gateway took or gave back is not what is booked", remedyByHand}
-	mismatchUnknown   = mismatchKind{"kept here, unknown there", "the gateway has no such payment", remedyByHand}
-	mismatchNotBack   = mismatchKind{"refunded here, kept there", "a refund is booked that the gateway has not made", remedyByHand}
-	mismatchDue       = mismatchKind{"refund due", "the money has to go back and has not yet", remedyRetry}
-	mismatchDueDone   = mismatchKind{"refund due", "the money is back and it is not booked", remedySettle}
-	mismatchUnpaid    = mismatchKind{"order without money", "the order counts as paid and no payment of it is kept", remedyByHand}
-	mismatchNoOrder   = mismatchKind{"money without order", "a payment is kept for an order that is not live", remedyByHand}
-	mismatchMoving    = mismatchKind{"still changing", "the order changed whenever it was looked at", remedyAgain}
-	mismatchStray     = mismatchKind{"painting without order", "the painting is held by an order that is not live, and nobody can buy it", remedyByHand}
-	mismatchMissing   = mismatchKind{"order without painting", "the painting of a live order is not held by it, and may be sold again", remedyByHand}
+	mismatchPaidThere  = mismatchKind{"paid there, not here", "the buyer has paid and it is not booked", remedySettle}
+	mismatchTwice      = mismatchKind{"two payments", "the buyer has paid for the order once more and it is not booked", remedySettle}
+	mismatchCancelled  = mismatchKind{"kept here, cancelled there", "the money went back in the gateway's console and the order still counts as paid", remedySettle}
+	mismatchPartBack   = mismatchKind{"amount differs", "a part went back in the gateway's console and it is not booked", remedySettle}
+	mismatchAmount     = mismatchKind{"amount differs", "what the gateway took or gave back is not what is booked", remedyByHand}
+	mismatchUnknown    = mismatchKind{"kept here, unknown there", "the gateway has no such payment", remedyByHand}
+	mismatchNoMoney    = mismatchKind{"kept here, never paid there", "the gateway says that no money came with the payment", remedyByHand}
+	mismatchOtherOrder = mismatchKind{"payment of another order", "the gateway now names another order for a payment than the ledger has it for", remedyByHand}
+	mismatchUnreadable = mismatchKind{"payment cannot be read", "the gateway's answer about the payment makes no sense", remedyByHand}
+	mismatchUnchecked  = mismatchKind{"not compared", "the gateway gave no answer about the order", remedyAgain}
+	mismatchNotBack    = mismatchKind{"refunded here, kept there", "a refund is booked that the gateway has not made", remedyByHand}
+	mismatchBackTwice  = mismatchKind{"paid back twice", "the gateway gave back what was paid back by hand, too", remedyByHand}
+	mismatchDue        = mismatchKind{"refund due", "the money has to go back and has not yet", remedyRetry}
+	mismatchStuck      = mismatchKind{"refund needs a person", "the money has to go back and the gateway refuses to give it back", remedyRefund}
+	mismatchDueDone    = mismatchKind{"refund due", "the money is back and it is not booked", remedySettle}
+	mismatchUnpaid     = mismatchKind{"order without money", "the order counts as paid and no payment of it is kept", remedyByHand}
+	mismatchNoOrder    = mismatchKind{"money without order", "a payment is kept for an order that is not live", remedyByHand}
+	mismatchMoving     = mismatchKind{"still changing", "the order changed whenever it was checked", remedyAgain}
+	mismatchStray      = mismatchKind{"painting without order", "the painting is held by an order that is not live, and nobody can buy it", remedyByHand}
+	mismatchMissing    = mismatchKind{"order without painting", "the painting of a live order is not held by it, and may be sold again", remedyByHand}
 )
 
 // mismatch is a line of the audit.
@@ -81,10 +88,11 @@ type auditDue struct {
 	LastError string   `json:"lastError,omitempty"`
 }
 
-// auditSum is one side's money, in won.
+// auditSum is one side's money, in won. What was paid back by hand went back in the ledger alone: to the gateway it is kept.
 type auditSum struct {
 	Taken    int64 `json:"taken"`
 	Refunded int64 `json:"refunded"`
+	ByHand   int64 `json:"byHand,omitempty"`
 	Kept     int64 `json:"kept"`
 }
 
@@ -95,126 +103,182 @@ type auditReport struct {
 	Orders     int        `json:"orders"`   // looked at
 	Matching   int        `json:"matching"` // of them
 	Gateway    auditSum   `json:"gateway"`
-	Books      auditSum   `json:"books"`
+	Ledger     auditSum   `json:"books"` // the key is released
 	Mismatches []mismatch `json:"mismatches"`
 }
 
-// auditedOrder is what a look at one order saw.
+// auditedOrder is what a check of one order found.
 type auditedOrder struct {
 	ledger     auditLedger
 	there      []gatewayPayment
 	mismatches []mismatch
-	err        error
+	err        error // the ledger or the gateway could not be read
 }
 
-// audit compares the money of all orders that were made or changed since then, and of all whose refund is due, with the
-// gateway, and all paintings with the orders.
+// audit compares with the gateway the money of all orders that changed since then, of all for which the gateway says that
+// money moved since then, and of all whose refund is due; and, as far as they say so themselves, all orders with their
+// payments and paintings. When the gateway or the database fails, the report has what was found until then.
 func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, error) {
 	report := auditReport{Since: jsonTime(since), At: jsonTime(a.now()), Mismatches: []mismatch{}}
-	ids, err := a.store.ordersToAudit(ctx, since)
+	moved, listed, problem := a.listMoved(ctx, since)
+	report.Mismatches = append(report.Mismatches, listed...)
+	ids, err := a.store.ordersToAudit(ctx, since, moved)
 	if err != nil {
-		return report, err
+		return report, errors.Join(problem, err)
 	}
 	orders, err := a.checkUntilTheyMatch(ctx, ids)
-	if err != nil {
-		return report, err
-	}
+	problem = errors.Join(problem, err)
+	checked := map[string]bool{}
 	for _, o := range orders {
 		report.add(o)
-		if err := a.leaveToReconciler(ctx, o); err != nil {
-			return report, err
-		}
+		checked[o.ledger.orderID] = o.err == nil
+		problem = errors.Join(problem, a.leaveToReconciler(ctx, o))
 	}
-	strays, err := a.store.strayPaintings(ctx)
-	for _, s := range strays {
-		kind := mismatchStray
-		if s.missing {
-			kind = mismatchMissing
-		}
-		report.Mismatches = append(report.Mismatches, mismatch{
-			Order: s.orderID, Painting: s.paintingID, Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
-	}
-	return report, err
+	strays, err := a.strays(ctx, checked)
+	report.Mismatches = append(report.Mismatches, strays...)
+	return report, errors.Join(problem, err)
 }
 
-// checkUntilTheyMatch looks at every order, and again at those that do not match.
+// listMoved returns the merchant_uids of all payments that the gateway's lists have since then, and the payments of the
+// lists that cannot be read.
+func (a *auditor) listMoved(ctx context.Context, since time.Time) (orders []string, unreadable []mismatch, err error) {
+	seen := map[string]bool{}
+	for _, status := range []gatewayStatus{gatewayPaid, gatewayCancelled} {
+		err = errors.Join(err, a.gateway.movedBetween(ctx, status, since, a.now(), func(p listedPayment) error {
+			switch {
+			case p.err != nil && !validID(p.merchantUID): // with an order it is found when the order is checked
+				unreadable = append(unreadable, mismatchOf(mismatchUnreadable, mismatch{ImpUID: p.impUID}))
+			case validID(p.merchantUID) && !seen[p.merchantUID]:
+				seen[p.merchantUID] = true
+				orders = append(orders, p.merchantUID)
+			}
+			return nil
+		}))
+	}
+	return orders, unreadable, err
+}
+
+// strays returns the orders that disagree with their own payments or paintings, whenever they changed. Of those in checked
+// the payments have been compared already.
+func (a *auditor) strays(ctx context.Context, checked map[string]bool) (found []mismatch, err error) {
+	orders, err := a.store.strayOrders(ctx)
+	for _, o := range orders {
+		if checked[o.orderID] {
+			continue
+		}
+		kind := mismatchUnpaid
+		if o.kept {
+			kind = mismatchNoOrder
+		}
+		found = append(found, mismatchOf(kind, mismatch{Order: o.orderID, Amount: o.total}))
+	}
+	paintings, problem := a.store.strayPaintings(ctx)
+	for _, p := range paintings {
+		kind := mismatchStray
+		if p.missing {
+			kind = mismatchMissing
+		}
+		found = append(found, mismatchOf(kind, mismatch{Order: p.orderID, Painting: p.paintingID}))
+	}
+	return found, errors.Join(err, problem)
+}
+
+// mismatchOf returns m as a mismatch of that kind.
+func mismatchOf(kind mismatchKind, m mismatch) mismatch {
+	m.Kind, m.Meaning, m.Remedy = kind.name, kind.meaning, kind.remedy
+	return m
+}
+
+// checkUntilTheyMatch checks every order, and those again that do not match. The error is of the first order that could not
+// be checked, once too many could not; the orders are those that were reached.
 func (a *auditor) checkUntilTheyMatch(ctx context.Context, ids []string) ([]auditedOrder, error) {
 	orders, open := make([]auditedOrder, len(ids)), make([]int, len(ids))
 	for i := range open {
+		orders[i].ledger.orderID, orders[i].err = ids[i], errNotReached
 		open[i] = i
 	}
-	for look := range auditChecks {
-		if look > 0 {
+	var failed error
+	for check := range auditChecks {
+		if check > 0 {
 			if err := a.pause(ctx); err != nil {
 				return nil, err
 			}
 		}
-		if err := a.checkOrders(ctx, ids, open, orders); err != nil {
-			return nil, err
-		}
+		failed = a.checkOrders(ctx, ids, open, orders)
 		var again []int
 		for _, i := range open {
 			if o := orders[i]; o.err != nil || len(o.mismatches) > 0 {
 				again = append(again, i)
 			}
 		}
-		if open = again; len(open) == 0 {
+		if open = again; len(open) == 0 || failed != nil {
 			break
 		}
 	}
-	for _, i := range open {
-		if err := orders[i].err; err != nil {
-			return nil, err
-		}
-	}
-	return orders, nil
+	return orders, failed
 }
 
-// checkOrders looks at the orders with the numbers in open, as many at once as the gateway's client has slots.
+// errNotReached says that the audit ended before an order was checked.
+var errNotReached = errors.New("not checked")
+
+// checkOrders checks the orders with the numbers in open, as many at once as the gateway's client has slots. It returns the
+// first error once auditFailures of them could not be checked.
 func (a *auditor) checkOrders(ctx context.Context, ids []string, open []int, orders []auditedOrder) error {
-	var next, failed atomic.Int64
+	var next, failures atomic.Int64
+	var first atomic.Pointer[error]
 	defer a.tell(&next, len(open))()
 	var workers sync.WaitGroup
 	for range maxLookUps {
 		workers.Go(func() {
-			for n := next.Add(1); n <= int64(len(open)) && failed.Load() < auditFailures; n = next.Add(1) {
+			for n := next.Add(1); n <= int64(len(open)) && failures.Load() < auditFailures; n = next.Add(1) {
 				i := open[n-1]
 				if orders[i] = a.checkOrder(ctx, ids[i]); orders[i].err != nil {
-					failed.Add(1)
+					failures.Add(1)
+					first.CompareAndSwap(nil, &orders[i].err)
 				}
 			}
 		})
 	}
 	workers.Wait()
-	if failed.Load() >= auditFailures {
-		for _, i := range open {
-			if err := orders[i].err; err != nil {
-				return err
-			}
-		}
+	if failures.Load() >= auditFailures {
+		return *first.Load()
 	}
 	return ctx.Err()
 }
 
-// checkOrder compares an order's books with the gateway. They are read before and after the gateway's answer: when they moved
-// between, nobody knows which of them the answer belongs to.
-func (a *auditor) checkOrder(ctx context.Context, id string) (o auditedOrder) {
+// checkOrder compares an order's ledger with the gateway. The ledger is read before and after the gateway's answer: when it
+// changed between, nobody knows which of the two the answer belongs to.
+func (a *auditor) checkOrder(ctx context.Context, id string) auditedOrder {
+	o := auditedOrder{ledger: auditLedger{orderID: id}}
 	before, err := a.store.readLedger(ctx, id)
 	if err != nil {
-		return auditedOrder{err: err}
+		o.err = err
+		return o
 	}
-	if o.there, err = a.gateway.paymentsOf(ctx, id); err != nil {
-		return auditedOrder{err: err}
+	o.ledger = before
+	there, err := a.gateway.paymentsOf(ctx, id)
+	if err == nil {
+		o.ledger, err = a.store.readLedger(ctx, id)
 	}
-	if o.ledger, err = a.store.readLedger(ctx, id); err != nil {
-		return auditedOrder{err: err}
-	}
-	if reflect.DeepEqual(before, o.ledger) {
-		o.compare()
-	} else {
+	switch {
+	case err != nil:
+		o.err = err
+		o.compareRefunds()
+	case !reflect.DeepEqual(before, o.ledger):
 		o.mismatch(mismatchMoving, "", 0)
+	default:
+		o.err = a.compare(ctx, &o, asListed(there))
 	}
 	return o
+}
+
+// compareRefunds reports what the ledger alone says of an order about which the gateway gave no answer.
+func (o *auditedOrder) compareRefunds() {
+	for _, row := range o.ledger.payments {
+		if row.state == stateRefunding {
+			o.comparePayment(row, gatewayPayment{}, false)
+		}
+	}
 }
 
 // leaveToReconciler has the reconciler look at an order if that puts something right.
@@ -228,16 +292,21 @@ func (a *auditor) leaveToReconciler(ctx context.Context, o auditedOrder) error {
 }
 
 func (o *auditedOrder) mismatch(kind mismatchKind, impUID string, amount int64) *mismatch {
-	o.mismatches = append(o.mismatches, mismatch{Order: o.ledger.orderID, ImpUID: impUID, Amount: amount,
-		Kind: kind.name, Meaning: kind.meaning, Remedy: kind.remedy})
+	o.mismatches = append(o.mismatches, mismatchOf(kind, mismatch{Order: o.ledger.orderID, ImpUID: impUID, Amount: amount}))
 	return &o.mismatches[len(o.mismatches)-1]
 }
 
-// compare finds what does not match between the books and the gateway.
-func (o *auditedOrder) compare() {
+// compare finds what does not match between an order's ledger and the payments that the gateway has for it. About a payment
+// of the ledger that is not among them the gateway is asked.
+func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []listedPayment) error {
 	there := map[string]gatewayPayment{}
-	for _, p := range o.there {
-		there[p.impUID] = p
+	for _, p := range listed {
+		if p.err != nil {
+			o.mismatch(mismatchUnreadable, p.impUID, 0)
+			continue
+		}
+		there[p.impUID] = p.gatewayPayment
+		o.there = append(o.there, p.gatewayPayment)
 	}
 	paid, kept := false, false
 	for _, row := range o.ledger.payments {
@@ -245,11 +314,27 @@ func (o *auditedOrder) compare() {
 		delete(there, row.impUID)
 		kept = kept || row.state == stateKept
 		paid = paid || row.state == stateKept || row.state == stateRefunding && o.ledger.cancelling
+		if !known && row.state == stateKept {
+			elsewhere, err := a.gateway.payment(ctx, row.impUID)
+			if err == nil && elsewhere.merchantUID != o.ledger.orderID {
+				o.mismatch(mismatchOtherOrder, row.impUID, row.amount-row.refunded)
+				continue
+			} else if err != nil && !gatewayResponded(err) {
+				return err
+			}
+			p, known = elsewhere, err == nil
+		}
 		o.comparePayment(row, p, known)
 	}
 	again := paid
 	for _, p := range o.there {
-		if _, unbooked := there[p.impUID]; !unbooked || p.fullyRefunded {
+		if _, unbooked := there[p.impUID]; !unbooked || p.fullyRefunded || !p.moved() {
+			continue
+		}
+		if other, err := a.store.orderOfPayment(ctx, p.impUID); err != nil {
+			return err
+		} else if other != "" {
+			o.mismatch(mismatchOtherOrder, p.impUID, p.amount-p.cancelled)
 			continue
 		}
 		kind := mismatchPaidThere
@@ -266,6 +351,7 @@ func (o *auditedOrder) compare() {
 	case !live && kept:
 		o.mismatch(mismatchNoOrder, "", o.ledger.total)
 	}
+	return nil
 }
 
 // comparePayment compares a row of the ledger with what the gateway says of the payment, if it knows it.
@@ -274,15 +360,23 @@ func (o *auditedOrder) comparePayment(row auditPayment, p gatewayPayment, known 
 	switch {
 	case row.state == stateRefunding:
 		kind := mismatchDue
-		if known && p.fullyRefunded {
+		switch {
+		case known && p.fullyRefunded:
 			kind = mismatchDueDone
+		case row.refusals >= stuckAfter:
+			kind = mismatchStuck
 		}
 		o.mismatch(kind, row.impUID, left).Due = &auditDue{jsonTime(row.dueSince), row.attempts, row.lastError}
-	case row.state == stateRefunded && known && !p.fullyRefunded:
+	case row.byHand && known && p.cancelled > row.refunded-row.byHandAmount:
+		o.mismatch(mismatchBackTwice, row.impUID, p.cancelled-(row.refunded-row.byHandAmount))
+	case row.byHand:
+	case row.state == stateRefunded && known && p.moved() && !p.fullyRefunded:
 		o.mismatch(mismatchNotBack, row.impUID, p.amount-p.cancelled)
 	case row.state == stateRefunded:
 	case !known:
 		o.mismatch(mismatchUnknown, row.impUID, left)
+	case !p.moved():
+		o.mismatch(mismatchNoMoney, row.impUID, left)
 	case p.fullyRefunded:
 		o.mismatch(mismatchCancelled, row.impUID, left)
 	case p.cancelled > row.refunded:
@@ -294,17 +388,24 @@ func (o *auditedOrder) comparePayment(row auditPayment, p gatewayPayment, known 
 
 // add takes an order into the report. Money that came and went back without us is in neither side's sum.
 func (r *auditReport) add(o auditedOrder) {
+	if o.err != nil {
+		o.mismatch(mismatchUnchecked, "", 0)
+	}
 	booked := map[string]bool{}
 	for _, row := range o.ledger.payments {
+		if o.err != nil {
+			break // neither side is known
+		}
 		booked[row.impUID] = true
-		r.Books.Taken += row.amount
-		r.Books.Refunded += row.refunded
+		r.Ledger.Taken += row.amount
+		r.Ledger.Refunded += row.refunded - row.byHandAmount
+		r.Ledger.ByHand += row.byHandAmount
 		if row.state == stateKept {
-			r.Books.Kept += row.amount - row.refunded
+			r.Ledger.Kept += row.amount - row.refunded
 		}
 	}
 	for _, p := range o.there {
-		if booked[p.impUID] || !p.fullyRefunded {
+		if booked[p.impUID] || p.moved() && !p.fullyRefunded {
 			r.Gateway.Taken += p.amount
 			r.Gateway.Refunded += p.cancelled
 			r.Gateway.Kept += p.amount - p.cancelled
@@ -344,10 +445,10 @@ func (a *auditor) tell(done *atomic.Int64, of int) (stop func()) {
 // ---- the command
 
 // errUnbalanced says that the audit found what does not match.
-var errUnbalanced = errors.New("the books do not balance")
+var errUnbalanced = errors.New("ledger and gateway do not balance")
 
-// auditCommand prints the audit of the orders made or changed within the time before now. It is an error when the books do not
-// balance, or when that could not be found out.
+// auditCommand prints the audit of the orders made or changed within the time before now. It returns errUnbalanced when
+// something does not match, and another error when that could not be found out.
 func auditCommand(ctx context.Context, c config, within time.Duration, asJSON bool, out, errOut io.Writer) error {
 	if within <= 0 {
 		return errors.New("-since must be a duration such as 24h")
@@ -356,12 +457,12 @@ func auditCommand(ctx context.Context, c config, within time.Duration, asJSON bo
 		gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox})
 		a := &auditor{store: store, gateway: gateway, now: time.Now, progress: errOut, progressEvery: time.Second,
 			pause: func(ctx context.Context) error { return pause(ctx, auditPause) }}
-		report, err := a.audit(ctx, a.now().Add(-within))
-		if err != nil {
-			return fmt.Errorf("the audit was not finished: %w", err)
-		}
+		report, problem := a.audit(ctx, a.now().Add(-within))
 		if err := report.print(out, asJSON); err != nil {
 			return err
+		}
+		if problem != nil {
+			return fmt.Errorf("the audit was not finished: %w", problem)
 		}
 		if n := len(report.Mismatches); n > 0 {
 			return fmt.Errorf("%w; mismatches: %d", errUnbalanced, n)
@@ -402,16 +503,17 @@ func (r auditReport) table(out *strings.Builder) {
 	if len(r.Mismatches) > 0 {
 		fmt.Fprintln(out)
 	}
-	fmt.Fprintf(out, "%-8s  %15s  %15s\n", "won", "gateway", "books")
+	fmt.Fprintf(out, "%-8s  %15s  %15s\n", "won", "gateway", "ledger")
 	for _, row := range []struct {
-		name           string
-		gateway, books int64
+		name            string
+		gateway, ledger int64
 	}{
-		{"taken", r.Gateway.Taken, r.Books.Taken},
-		{"refunded", r.Gateway.Refunded, r.Books.Refunded},
-		{"kept", r.Gateway.Kept, r.Books.Kept},
+		{"taken", r.Gateway.Taken, r.Ledger.Taken},
+		{"refunded", r.Gateway.Refunded, r.Ledger.Refunded},
+		{"by hand", r.Gateway.ByHand, r.Ledger.ByHand},
+		{"kept", r.Gateway.Kept, r.Ledger.Kept},
 	} {
-		fmt.Fprintf(out, "%-8s  %15s  %15s\n", row.name, grouped(row.gateway), grouped(row.books))
+		fmt.Fprintf(out, "%-8s  %15s  %15s\n", row.name, grouped(row.gateway), grouped(row.ledger))
 	}
 	since, _ := r.Since.MarshalText()
 	fmt.Fprintf(out, "%d of %d orders made or changed since %s match\n", r.Matching, r.Orders, since)

@@ -50,6 +50,7 @@ type cancelRequest struct {
 	remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
 	isKRW     bool  // the payment is in KRW; a foreign one is cancelled without comparing Remaining
 	reason    string
+	account   *refundAccount
 }
 
 // errNoPayment means that the gateway answered and knows no such payment. A payment of a test channel

@@ -27,6 +27,7 @@ const (
 	messageNoSuchOrder   = "해당 주문내역이 존재하지 않습니다"
 	messageOrderUnknown  = "해당 주문 내역이 없습니다"
 	messageCancelling    = "결제 취소가 진행 중입니다"
+	messageDeleted       = "결제 오류로 임시 주문서를 삭제했습니다"
 	messageRefundPending = "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"
 )
 
@@ -41,8 +42,8 @@ type deliveryInfo struct {
 }
 
 type deliveryDetails struct {
-	ReceiveAt      string `json:"receiveAt,omitempty"`
-	RequestedTerms string `json:"requestedTerms,omitempty"`
+	ReceiveAt      string `json:"receiveAt"`
+	RequestedTerms string `json:"requestedTerms"`
 }
 
 type ordererInfo struct {
@@ -160,11 +161,7 @@ func parseOrder(body []byte, shipping int64) (o newOrder, err error) {
 		return o, fieldError("shippingPrice", fmt.Sprintf("배송비는 %d원입니다", shipping))
 	}
 	o.number, o.shippingPrice, o.total = in.Result.ID, *in.ShippingPrice, *in.TotalPrice
-	o.deliveryInfo, o.ordererInfo = marshalRaw(d), marshalRaw(w)
-	if *dd != (deliveryDetails{}) {
-		text := marshalRaw(dd)
-		o.deliveryDetails = &text
-	}
+	o.deliveryInfo, o.deliveryDetails, o.ordererInfo = marshalRaw(d), marshalRaw(dd), marshalRaw(w)
 	return o, nil
 }
 
@@ -205,86 +202,100 @@ func (s *server) createOrder(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	now := s.now()
-	order.id, order.userID = s.newID(now), r.caller.id
-	order.createdAt, order.heldUntil = now, now.Add(s.config.hold)
+	order.createdAt, order.hold = s.now(), s.config.hold
+	order.id, order.userID = s.newID(order.createdAt), r.caller.id
 	created, err := s.store.insertOrder(r.Context(), actor{kind: actorBuyer, request: r.id}, order)
 	if err != nil {
 		return nil, err
 	}
 	r.orderID = created.orderID
 	switch {
-	case created.existing && !sameSet(created.existingItems, order.productIDs):
-		return nil, statusError(http.StatusConflict, "result.id: 다른 주문에 이미 사용된 주문 번호입니다")
+	case created.numberUsed:
+		return nil, statusError(http.StatusConflict, "result.id: 이미 결제된 주문에 사용된 주문 번호입니다")
 	case created.orderID != "":
 		return orderCreated{"주문서 생성 성공", created.orderID}, nil
 	}
 	return nil, s.whyNotCreated(r, order, created.items)
 }
 
-// whyNotCreated is the refusal of an order that could not be made.
-func (s *server) whyNotCreated(r *request, order newOrder, asked []requestedItem) error {
-	for i, a := range asked {
-		if !a.known {
+// whyNotCreated refuses an order that could not be made.
+func (s *server) whyNotCreated(r *request, order newOrder, items []requestedItem) error {
+	for i, item := range items {
+		if !item.known {
 			return statusError(http.StatusNotFound, fmt.Sprintf("orderItems[%d].product: 존재하지 않는 작품입니다", i))
 		}
 	}
-	if taken := slices.DeleteFunc(slices.Clone(asked), func(a requestedItem) bool { return a.free }); len(taken) > 0 {
+	if taken := slices.DeleteFunc(slices.Clone(items), func(item requestedItem) bool { return item.free }); len(taken) > 0 {
 		return s.whyTaken(r, taken)
 	}
 	total := order.shippingPrice
-	for i, a := range asked {
-		if a.price != order.prices[i] {
-			return fieldError(fmt.Sprintf("orderItems[%d].price", i), fmt.Sprintf("작품 가격은 %d원입니다", a.price))
+	for i, item := range items {
+		if item.price != order.prices[i] {
+			return fieldError(fmt.Sprintf("orderItems[%d].price", i), fmt.Sprintf("작품 가격은 %d원입니다", item.price))
 		}
-		total += a.price
+		total += item.price
 	}
 	return fieldError("totalPrice", fmt.Sprintf("주문 금액은 %d원입니다", total))
 }
 
-// takenProduct is a painting that the caller came too late for.
+// takenProduct is a painting that the caller cannot have.
 type takenProduct struct {
 	ID     string    `json:"_id"`
 	Title  string    `json:"title"`
-	Reason string    `json:"reason"`          // sold, or held by somebody who has yet to pay
-	Until  *jsonTime `json:"until,omitempty"` // when that hold ends
+	Reason string    `json:"reason"`          // "sold", or "held": by an unpaid order, or left to others by this buyer
+	Until  *jsonTime `json:"until,omitempty"` // when that ends
 }
 
-// takenProducts is the body of the 409 of an order whose paintings are not all to be had.
+// takenProducts is the body of the 409 for an order whose paintings are not all to be had.
 type takenProducts struct {
 	Message  string         `json:"message"`
 	Products []takenProduct `json:"products"`
 }
 
-// whyTaken is the 409 that says which paintings are taken and how. It reads them once more: the statement that lost a
+// whyTaken returns the 409 that says which paintings are taken and how. It reads them once more: the statement that lost a
 // race still saw them free.
 func (s *server) whyTaken(r *request, taken []requestedItem) error {
 	ids := make([]string, len(taken))
-	for i, a := range taken {
-		ids[i] = a.id
+	for i, item := range taken {
+		ids[i] = item.id
 	}
 	paintings, err := s.store.findPaintings(r.Context(), ids)
 	if err != nil {
 		return err
 	}
 	body := takenProducts{Message: "이미 판매되었거나 다른 구매자가 결제 중인 작품이 있습니다"}
-	for _, a := range taken {
-		p := paintings[a.id]
-		product := takenProduct{ID: a.id, Title: a.title, Reason: "sold"}
-		if p.forSale && (!p.taken || p.holder != "") { // free again by now: it was held a moment ago
-			product.Reason = "held"
-		}
-		if product.Reason == "held" && p.heldUntil != nil {
-			product.Until = (*jsonTime)(p.heldUntil)
+	for _, item := range taken {
+		p := paintings[item.id]
+		product := takenProduct{ID: item.id, Title: item.title, Reason: "sold"}
+		switch {
+		case item.until != nil && p.inStock(r.caller.id):
+			product.Reason, product.Until = "held", (*jsonTime)(item.until)
+		case p.forSale && (!p.taken || p.holder != ""): // free again by now: it was held a moment ago
+			product.Reason, product.Until = "held", (*jsonTime)(p.heldUntil)
 		}
 		body.Products = append(body.Products, product)
 	}
 	return &httpError{status: http.StatusConflict, body: body}
 }
 
-// sameSet reports whether a and b, each without repeats, have the same elements.
-func sameSet(a, b []string) bool {
-	return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
+// orderHandler handles a call about the order id.
+type orderHandler func(r *request, id string) (any, error)
+
+// ofOrder makes a route's handler of handle. Where there is no such order for the caller, and for a malformed id, the answer
+// is 404 with the text notFound.
+func ofOrder(notFound string, handle orderHandler) func(*request) (any, error) {
+	return func(r *request) (any, error) {
+		id, ok := parseID(r.PathValue("id"))
+		if !ok {
+			return nil, statusError(http.StatusNotFound, notFound)
+		}
+		r.orderID = id
+		body, err := handle(r, id)
+		if errors.Is(err, errNotFound) {
+			return nil, statusError(http.StatusNotFound, notFound)
+		}
+		return body, err
+	}
 }
 
 // ---- GET /api/orders/{id} and /latest
@@ -301,7 +312,7 @@ type orderResult struct {
 type orderDetail struct {
 	Result          orderResult     `json:"result"`
 	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
-	DeliveryDetails json.RawMessage `json:"deliveryDetails,omitempty"`
+	DeliveryDetails json.RawMessage `json:"deliveryDetails"`
 	OrdererInfo     json.RawMessage `json:"ordererInfo"`
 	ID              string          `json:"_id"`
 	User            string          `json:"user"`
@@ -311,35 +322,38 @@ type orderDetail struct {
 }
 
 func (o order) result() orderResult {
-	return orderResult{o.number, (*jsonTime)(o.paidAt), o.status, jsonTime(o.updatedAt)}
+	return orderResult{ID: o.number, PaidAt: (*jsonTime)(o.paidAt), Status: o.status, UpdatedAt: jsonTime(o.updatedAt)}
+}
+
+// deliveryDetailsJSON returns an order's deliveryDetails with both texts: earlier releases kept those only that were given,
+// and clients read both.
+func (o order) deliveryDetailsJSON() json.RawMessage {
+	if bytes.Contains(o.deliveryDetails, []byte(`"receiveAt":`)) && bytes.Contains(o.deliveryDetails, []byte(`"requestedTerms":`)) {
+		return o.deliveryDetails
+	}
+	var d deliveryDetails
+	if o.deliveryDetails != nil {
+		json.Unmarshal(o.deliveryDetails, &d) // the database holds what marshalRaw made
+	}
+	return json.RawMessage(marshalRaw(d))
 }
 
 // showOrder answers GET /api/orders/{id}.
-func (s *server) showOrder(r *request) (any, error) {
-	id, ok := r.pathID()
-	if !ok {
-		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
-	}
+func (s *server) showOrder(r *request, id string) (any, error) {
 	o, err := s.store.findOrder(r.Context(), id, r.caller)
-	if errors.Is(err, errNotFound) {
-		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
-	} else if err != nil {
+	if err != nil {
 		return nil, err
 	}
-	return orderDetail{o.result(), o.deliveryInfo, o.deliveryDetails, o.ordererInfo, o.id, o.userID, o.items, o.shippingPrice, o.total}, nil
-}
-
-// pathID is the order that the request's path names; a malformed id names no order.
-func (r *request) pathID() (id string, ok bool) {
-	id, ok = parseID(r.PathValue("id"))
-	r.orderID = id
-	return id, ok
+	return orderDetail{
+		Result: o.result(), DeliveryInfo: o.deliveryInfo, DeliveryDetails: o.deliveryDetailsJSON(), OrdererInfo: o.ordererInfo,
+		ID: o.id, User: o.userID, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total,
+	}, nil
 }
 
 // latestOrder is what GET /api/orders/latest answers: what an order form is filled with.
 type latestOrder struct {
 	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
-	DeliveryDetails json.RawMessage `json:"deliveryDetails,omitempty"`
+	DeliveryDetails json.RawMessage `json:"deliveryDetails"`
 	OrdererInfo     json.RawMessage `json:"ordererInfo"`
 	ID              string          `json:"_id"`
 }
@@ -353,45 +367,46 @@ func (s *server) showLatest(r *request) (any, error) {
 		return nil, err
 	}
 	r.orderID = o.id
-	return latestOrder{o.deliveryInfo, o.deliveryDetails, o.ordererInfo, o.id}, nil
+	return latestOrder{DeliveryInfo: o.deliveryInfo, DeliveryDetails: o.deliveryDetailsJSON(), OrdererInfo: o.ordererInfo, ID: o.id}, nil
 }
 
 // ---- DELETE /api/orders/{id}
 
 // deleteOrder answers DELETE /api/orders/{id}: delete an unpaid order, cancel a paid one, or ask for its return.
-func (s *server) deleteOrder(r *request) (any, error) {
+func (s *server) deleteOrder(r *request, id string) (any, error) {
 	wanted, err := statusBody(r)
 	if err != nil {
 		return nil, err
 	}
-	id, ok := r.pathID()
-	if !ok {
-		return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
-	}
-	// Each change names the status it changes from; when another change came first, the order is looked at anew.
-	for range 5 {
-		state, err := s.store.findOrderState(r.Context(), id, r.caller)
-		if errors.Is(err, errNotFound) {
-			return nil, statusError(http.StatusNotFound, messageNoSuchOrder)
-		} else if err != nil {
-			return nil, err
-		}
-		s.settler.testHook("state read", id)
-		text, err := s.deleteInState(r, state, wanted)
-		if !errors.Is(err, errStale) {
-			return message{text}, err
-		}
-	}
-	return nil, statusError(http.StatusConflict, "주문이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
+	text, err := s.whileStale(func() (string, error) { return s.endOrder(r, id, wanted) })
+	return message{text}, err
 }
 
-// deleteInState does what DELETE with the wanted status (nil: none) means for an order in this state, and says so. errStale:
-// the order is in another state by now.
-func (s *server) deleteInState(r *request, state orderState, wanted *int) (string, error) {
+// whileStale makes a change that names the state it starts from. When another change came first, it is made anew from the
+// state that there is now.
+func (s *server) whileStale(change func() (string, error)) (string, error) {
+	for range 5 {
+		if text, err := change(); !errors.Is(err, errStale) {
+			return text, err
+		}
+	}
+	return "", statusError(http.StatusConflict, "주문이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
+}
+
+// endOrder does what DELETE with the wanted status (nil: none) means for the order as it is, and says so. It returns errStale
+// when the order is in another state by now.
+func (s *server) endOrder(r *request, id string, wanted *int) (string, error) {
+	state, err := s.store.findOrderState(r.Context(), id, r.caller)
+	if err != nil {
+		return "", err
+	}
+	s.settler.testHook("state read", id)
 	cancel := wanted == nil || *wanted == statusCancelled
 	switch {
+	case state.ended:
+		return messageDeleted, nil
 	case state.status == statusUnpaid:
-		return s.deleteUnpaid(r, state.id)
+		return messageDeleted, s.deleteUnpaid(r, id)
 	case !cancel && *wanted != statusReturning:
 		return "", statusError(http.StatusBadRequest, "진행 단계를 알 수 없습니다")
 	case state.status == statusCancelled:
@@ -401,7 +416,7 @@ func (s *server) deleteInState(r *request, state orderState, wanted *int) (strin
 	case !cancel && state.cancelling:
 		return "", statusError(http.StatusConflict, messageCancelling)
 	case !cancel:
-		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), state.id, state.status, statusReturning, s.now())
+		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), id, state.status, statusReturning, s.now())
 	case state.status == statusReturning && !r.caller.admin:
 		return "", statusError(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
 	case state.status != statusPaid && state.status != statusReturning:
@@ -412,15 +427,15 @@ func (s *server) deleteInState(r *request, state orderState, wanted *int) (strin
 }
 
 // deleteUnpaid ends an unpaid order, unless its money has arrived.
-func (s *server) deleteUnpaid(r *request, id string) (string, error) {
+func (s *server) deleteUnpaid(r *request, id string) error {
 	err := s.settler.discardUnpaid(r.Context(), r.actor(), id)
 	if !errors.Is(err, errStale) {
-		return "결제 오류로 임시 주문서를 삭제했습니다", err
+		return err
 	}
-	if _, err := s.store.findOrderState(r.Context(), id, r.caller); errors.Is(err, errNotFound) {
-		return "", errStale
+	if state, err := s.store.findOrderState(r.Context(), id, r.caller); err != nil || state.ended {
+		return errStale
 	}
-	return "", statusError(http.StatusConflict, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요")
+	return statusError(http.StatusConflict, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요")
 }
 
 // cancelPaid gives the money of a paid or returned order back.
@@ -435,15 +450,20 @@ func (s *server) cancelPaid(r *request, state orderState) error {
 	} else if err = s.settler.retryOrderRefund(r.Context(), r.actor(), state.id); errors.Is(err, errStale) {
 		return s.whileCancelling(r, state)
 	}
-	if errors.Is(err, errRefundPending) {
-		refused := toHTTPError(err)
-		if refused.status == http.StatusInternalServerError {
-			refused.status = http.StatusBadGateway // the gateway refused
-		}
-		refused.body = message{messageRefundPending}
-		return refused
+	return whyRefundPending(err)
+}
+
+// whyRefundPending returns what the client sees of a refund that did not succeed at once. Any other error stays as it is.
+func whyRefundPending(err error) error {
+	if !errors.Is(err, errRefundPending) {
+		return err
 	}
-	return err
+	shown := toHTTPError(err)
+	if shown.status == http.StatusInternalServerError {
+		shown.status = http.StatusBadGateway // the gateway refused
+	}
+	shown.body = message{messageRefundPending}
+	return shown
 }
 
 // whileCancelling answers a second cancel beside one that is under way, or that has just ended.
@@ -525,7 +545,7 @@ func (s *server) listMine(r *request) (any, error) {
 	}
 	answer := myOrders{Orders: make([]myOrder, len(orders)), Page: page}
 	for i, o := range orders {
-		answer.Orders[i] = myOrder{o.result(), o.id, o.userID, o.items, o.total}
+		answer.Orders[i] = myOrder{Result: o.result(), ID: o.id, User: o.userID, OrderItems: o.items, TotalPrice: o.total}
 	}
 	answer.Status.Paid, answer.Status.Ready = count[statusPaid], count[statusPreparing]
 	answer.Status.Coming, answer.Status.Done = count[statusShipping], count[statusDelivered]
@@ -558,15 +578,9 @@ type orderHistory struct {
 }
 
 // showHistory answers GET /api/orders/{id}/history.
-func (s *server) showHistory(r *request) (any, error) {
-	id, ok := r.pathID()
-	if !ok {
-		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
-	}
+func (s *server) showHistory(r *request, id string) (any, error) {
 	entries, err := s.store.historyOf(r.Context(), id, r.caller)
-	if errors.Is(err, errNotFound) {
-		return nil, statusError(http.StatusNotFound, messageOrderUnknown)
-	} else if err != nil {
+	if err != nil {
 		return nil, err
 	}
 	answer := orderHistory{make([]historyEntry, len(entries))}
@@ -574,7 +588,8 @@ func (s *server) showHistory(r *request) (any, error) {
 		if !r.caller.admin {
 			e.whoID = ""
 		}
-		answer.History[i] = historyEntry{jsonTime(e.at), e.who, e.whoID, e.from, e.to, e.why, e.impUID, e.amount, e.requestID}
+		answer.History[i] = historyEntry{At: jsonTime(e.at), Who: e.who, WhoID: e.whoID, From: e.from, To: e.to, Why: e.why,
+			ImpUID: e.impUID, Amount: e.amount, RequestID: e.requestID}
 	}
 	return answer, nil
 }

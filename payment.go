@@ -14,25 +14,30 @@ import (
 	"time"
 )
 
-// settler decides what becomes of money: a payment seen, from whatever source, ends as a paid order or as a refund.
-// Everything it does may be done again, in any order, at the same time and on several replicas.
+// settler decides what becomes of money: a payment that is seen, from whatever source, ends as a paid order or as a refund.
+// Each of its calls may be repeated, in any order, at the same time and on several replicas.
 type settler struct {
 	store    *store
 	gateway  *iamportClient
+	limits   *limiter // of what strangers may ask the gateway
 	now      func() time.Time
 	log      *slog.Logger
 	interval time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
 	hold     time.Duration // how long an unpaid order keeps its paintings
 
-	// onTestHook, when set, is called between any two calls to the database or the gateway that change or decide something, about
-	// a payment or an order, so that tests can stop one caller there. Nothing is locked then.
-	onTestHook func(name, id string)
+	// onTestHook is nil but in tests. It is called between any two calls to the database or the gateway that change or
+	// decide something about a payment or an order, so that a test can stop one caller there. Nothing is locked then.
+	onTestHook func(point, id string)
 
-	lastRound atomic.Int64 // when the reconciler last finished a round, Unix nanoseconds
+	lastRound  atomic.Int64             // when the reconciler last finished a round, Unix nanoseconds
+	unreadable recent[string, struct{}] // payments of the lists that the log has named as unreadable; the reconciler's alone
 }
 
-// refundLease is how long whoever tries a refund is alone with it: longer than a cancel and two look-ups may take.
-const refundLease = 90 * time.Second
+// refundLease is how long a caller that tries a refund is alone with it: longer than two cancels and look-ups may take.
+const refundLease = 150 * time.Second
+
+// stuckAfter is how many refusals by the gateway make a refund one that needs a person.
+const stuckAfter = 3
 
 // Why money goes back, as the ledger and the history say it.
 const (
@@ -45,50 +50,54 @@ const (
 	reasonAtTheGateway = "refunded at the gateway"
 )
 
-// cancelReasons are those that cancel the order with its payment.
+// cancelReasons are those that cancel the order with its payment. The schema's orders_and_payments_agree knows them too.
 var cancelReasons = []string{reasonBuyerCancel, reasonShopCancel}
 
 // settlement is what became of a payment.
 type settlement struct {
 	orderID string
-	state   paymentState // kept, refunding, refunded; empty: it is no payment (yet), or its money never was ours to keep
+	state   paymentState // empty: no money moved with it (yet), or it was never ours to keep
 	reason  string       // why the money goes back
 }
 
-// errNotOurs says that a payment is for no order of ours: the gateway's account may serve other shops.
-var errNotOurs = errors.New("not a payment of ours")
+var (
+	// errNotOurs says that a payment is for no order of ours: the gateway's account may serve other shops.
+	errNotOurs = errors.New("not a payment of ours")
+	// errOtherOrder says that the ledger has the payment for another order than the gateway now names.
+	errOtherOrder = errors.New("the payment belongs to another order")
+	// errDepositAwaited says that the payment was a virtual account nobody had paid into. It has been ended.
+	errDepositAwaited = errors.New("the payment awaited a deposit")
+	// errRefundPending says that a refund is booked but not done. It goes on by itself.
+	errRefundPending = errors.New("the refund is not done yet")
+)
 
-// errRefundPending says that a refund is booked but not done; it goes on by itself.
-var errRefundPending = errors.New("the refund is not done yet")
-
-// decide is the whole rule of what becomes of payment p given the books of its order. What the ledger already says of
-// the payment comes first: an answer of the gateway may be older than that.
+// decide returns the whole rule of what becomes of payment p given the ledger of its order. What the ledger already says
+// of the payment comes first: an answer of the gateway may be older than that.
 func decide(p gatewayPayment) func(orderLedger) decision {
-	return func(b orderLedger) decision {
-		known := b.payment(p.impUID)
-		money := p.status == gatewayPaid || p.status == gatewayCancelled // cancelled with a remainder is a part refund
-
+	return func(l orderLedger) decision {
+		known := l.payment(p.impUID)
 		switch {
-		case known != nil && known.state == stateRefunded, !money:
+		case !p.moved(), known != nil && known.state == stateRefunded:
 			return decision{}
 		case p.fullyRefunded && known != nil:
+			ours := slices.Contains(cancelReasons, known.reason)
 			return decision{state: stateRefunded, reason: cmp.Or(known.reason, reasonAtTheGateway),
-				cancel: known.state == stateKept || slices.Contains(cancelReasons, known.reason)}
+				cancel: known.state == stateKept || ours, offSale: !ours && l.status >= statusShipping}
 		case p.fullyRefunded:
 			return decision{state: stateRefunded, reason: reasonAtTheGateway}
 		case known != nil && p.cancelled > known.refunded:
 			return decision{state: known.state, reason: known.reason}
 		case known != nil:
 			return decision{}
-		case !p.isKRW() || p.amount != b.total || p.cancelled != 0:
+		case !p.isKRW() || p.amount != l.total || p.cancelled != 0:
 			return decision{state: stateRefunding, reason: reasonAmount}
-		case b.status == 5:
+		case l.status == statusCancelled:
 			return decision{state: stateRefunding, reason: reasonCancelled}
-		case b.status >= 0:
+		case l.status >= statusPaid:
 			return decision{state: stateRefunding, reason: reasonDuplicate}
-		case !b.ended:
+		case !l.ended:
 			return decision{state: stateKept, pay: true}
-		case b.revivable:
+		case l.revivable:
 			return decision{state: stateKept, pay: true, revive: true}
 		default:
 			return decision{state: stateRefunding, reason: reasonSold}
@@ -96,48 +105,75 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 	}
 }
 
-// Settle does what has to be done with payment p, which the gateway has just described to somebody outside. errNotOurs: it
-// is for no order of ours.
-func (t *settler) settleReported(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
+// settleReported looks up the payment that a client speaks of and settles it. Besides settle's errors it returns
+// errNoPayment and errTooMany: the client has spoken of too many that are none.
+func (t *settler) settleReported(ctx context.Context, by actor, who client, impUID string) (settlement, error) {
+	p, err := t.limits.lookUp(ctx, who, by.kind, impUID, t.gateway.payment)
+	if err != nil {
+		return settlement{}, err
+	}
 	t.testHook("looked up", p.impUID)
-	return t.settle(ctx, by, p)
+	settled, err := t.settle(ctx, by, p)
+	if errors.Is(err, errNotOurs) || errors.Is(err, errOtherOrder) || err == nil && settled.state == "" {
+		t.limits.penalize(who)
+	}
+	return settled, err
 }
 
 // settle does what has to be done with payment p as the gateway has just described it. Every source comes through here: the
-// browser, the gateway's notice, the reconciler, the shop. What it decides it finishes, even when the caller goes away.
+// browser, the gateway's notice, the reconciler, the administrator. It finishes what it decides, even when the caller goes
+// away. It returns errNotOurs, errOtherOrder and errDepositAwaited.
 func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settlement, error) {
 	if !validID(p.merchantUID) {
 		return settlement{}, errNotOurs
 	}
-	now := t.now()
-	books, entry, err := t.store.recordSettlement(context.WithoutCancel(ctx), by, p, now, now.Add(refundLease), decide(p))
-	if errors.Is(err, errNotFound) {
+	ctx = context.WithoutCancel(ctx)
+	ledger, decided, err := t.store.recordSettlement(ctx, by, p, t.now(), decide(p))
+	switch {
+	case errors.Is(err, errNotFound):
 		return settlement{}, errNotOurs
-	} else if err != nil {
+	case errors.Is(err, errOtherOrder):
+		return settlement{orderID: ledger.orderID}, err
+	case err != nil:
 		return settlement{}, fmt.Errorf("settle payment %s: %w", p.impUID, err)
 	}
 	t.testHook("booked", p.impUID)
-	result := settlement{orderID: books.orderID, state: entry.state, reason: entry.reason}
-	known := books.payment(p.impUID)
-	if known != nil && (entry.state == "" || entry.state == known.state) {
+	result := settlement{orderID: ledger.orderID, state: decided.state, reason: decided.reason}
+	known := ledger.payment(p.impUID)
+	if known != nil && (decided.state == "" || decided.state == known.state) {
 		result.state, result.reason = known.state, known.reason
 	}
-	if entry.state != "" {
-		t.logTransition(by, books, p, known, entry)
+	if decided.state != "" {
+		t.logTransition(by, ledger.orderID, p, known, decided)
 	}
-	if known == nil && entry.state == stateRefunding {
-		row := paymentRow{impUID: p.impUID, orderID: books.orderID, reason: entry.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
+	switch {
+	case p.awaitsDeposit():
+		return result, t.endAccount(ctx, p)
+	case known == nil && decided.state == stateRefunding:
+		row := paymentRow{impUID: p.impUID, orderID: ledger.orderID, reason: decided.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
 		if err := t.requestRefund(ctx, by, row); err == nil {
 			result.state = stateRefunded
 		}
-		// A refund that failed is booked and goes on by itself; what becomes of the payment is known.
+		// A refund that failed is booked and goes on by itself. What becomes of the payment is known.
 	}
 	return result, nil
 }
 
-// attemptRefund carries out a booked and leased refund. The first attempt goes straight to the gateway; each further one looks
-// first, since the answer to the one before may have been lost. errRefundPending (with the cause) when it did not
-// succeed: the reconciler goes on with it.
+// endAccount ends the virtual account that payment p of one of our orders awaits a deposit to, and returns errDepositAwaited.
+// An original is not held for the days that a deposit may take. A deposit that comes all the same is late money as any other.
+func (t *settler) endAccount(ctx context.Context, p gatewayPayment) error {
+	err := t.gateway.endAccount(ctx, p.impUID)
+	if err != nil && !gatewayResponded(err) {
+		return err
+	}
+	// A refusal means that it is ended already, or that somebody has just paid in, of which a notice follows.
+	t.log.Info("virtual account ended", "order", p.merchantUID, "imp_uid", p.impUID, "cause", err)
+	return errDepositAwaited
+}
+
+// attemptRefund carries out a booked and leased refund. The first attempt goes straight to the gateway; each further one
+// looks the payment up first, since the answer to the one before may have been lost. It returns errRefundPending with the
+// cause when it did not succeed: the reconciler goes on with it.
 func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) error {
 	t.testHook("leased", row.impUID)
 	if row.attempts > 1 {
@@ -159,77 +195,105 @@ func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) e
 }
 
 // requestRefund asks the gateway for the whole remainder and books its answer. After any other answer than a success the
-// payment is looked up, since the money may be back all the same.
+// payment is looked up, since the money may be back all the same. A refusal that may be due to another remainder than we
+// knew is followed by one more try with the fresh one.
 func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) error {
 	ctx = context.WithoutCancel(ctx)
-	p, cause := t.gateway.cancelPayment(ctx, cancelRequest{impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason})
-	t.testHook("cancelled", row.impUID)
-	if cause != nil {
-		var err error
-		if p, err = t.gateway.payment(ctx, row.impUID); err != nil {
-			return t.postponeRefund(ctx, row, cause)
+	for again := true; ; again = false {
+		p, cause := t.gateway.cancelPayment(ctx, cancelRequest{
+			impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason, account: row.account})
+		t.testHook("cancelled", row.impUID)
+		if cause != nil {
+			var err error
+			if p, err = t.gateway.payment(ctx, row.impUID); err != nil {
+				return t.postponeRefund(ctx, row, cause)
+			}
+			t.testHook("looked up", row.impUID)
 		}
-		t.testHook("looked up", row.impUID)
+		settled, err := t.settle(ctx, by, p)
+		switch {
+		case err != nil:
+			return t.postponeRefund(ctx, row, err)
+		case settled.state == stateRefunded:
+			return nil
+		case again && refused(cause) && p.cancelled != row.refunded:
+			row.refunded = p.cancelled
+			continue
+		case cause == nil:
+			cause = fmt.Errorf("the gateway took the cancel but says %q", p.status)
+		}
+		return t.postponeRefund(ctx, row, cause)
 	}
-	settled, err := t.settle(ctx, by, p)
-	switch {
-	case err != nil:
-		return t.postponeRefund(ctx, row, err)
-	case settled.state == stateRefunded:
-		return nil
-	case cause == nil:
-		cause = fmt.Errorf("the gateway took the cancel but says %q", p.status)
-	}
-	return t.postponeRefund(ctx, row, cause)
+}
+
+// refused reports whether err is the gateway's answer that it does not do what was asked.
+func refused(err error) bool {
+	_, ok := errors.AsType[*gatewayRefusal](err)
+	return ok
 }
 
 // postponeRefund notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
 func (t *settler) postponeRefund(ctx context.Context, row paymentRow, cause error) error {
-	now := t.now()
 	pause := min(t.interval<<min(row.attempts, 16), time.Hour)
-	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.impUID, cause.Error(), now, now.Add(pause))
+	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.impUID, cause, t.now(), pause)
 	level := slog.LevelWarn
 	if !gatewayResponded(cause) {
-		level = slog.LevelDebug // that the gateway is silent the log says once, not for each refund
+		level = slog.LevelDebug // the log says once that the gateway does not respond, not for each refund
 	}
 	t.log.Log(ctx, level, "refund failed", "order", row.orderID, "imp_uid", row.impUID, "amount", row.amount, "attempt", row.attempts,
 		"again_in", pause.String(), "cause", cause)
 	return fmt.Errorf("%w: %w", errRefundPending, errors.Join(cause, err))
 }
 
-// refundOrder gives back the whole payment of a paid order and cancels it. errStale: it is not in from any more.
-// errRefundPending: booked, and going on by itself.
+// refundOrder gives back the whole payment of a paid order and cancels it. It returns errStale when the order is not in
+// status from any more, and errRefundPending when the refund is booked and goes on by itself.
 func (t *settler) refundOrder(ctx context.Context, by actor, id string, from int, reason string) error {
-	now := t.now()
-	row, err := t.store.bookRefund(context.WithoutCancel(ctx), by, id, from, reason, now, now.Add(refundLease))
+	row, err := t.store.bookRefund(context.WithoutCancel(ctx), by, id, from, reason, t.now())
 	if err != nil {
 		return err
 	}
-	t.logTransition(by, orderLedger{orderID: id}, gatewayPayment{impUID: row.impUID, amount: row.amount, cancelled: row.refunded}, &paymentRow{state: stateKept}, decision{state: stateRefunding, reason: reason})
+	t.logTransition(by, id, gatewayPayment{impUID: row.impUID, amount: row.amount, cancelled: row.refunded},
+		&paymentRow{state: stateKept}, decision{state: stateRefunding, reason: reason})
 	return t.attemptRefund(ctx, by, row)
 }
 
-// retryOrderRefund goes on with the cancel of an order whose refund did not succeed at once. errStale: somebody is at it.
+// retryOrderRefund goes on with the cancel of an order whose refund did not succeed at once. It returns errStale when
+// another caller is at it.
 func (t *settler) retryOrderRefund(ctx context.Context, by actor, id string) error {
-	now := t.now()
-	row, err := t.store.claimOrderRefund(ctx, id, now, now.Add(refundLease))
+	row, err := t.store.claimOrderRefund(ctx, id, t.now())
 	if err != nil {
 		return err
 	}
 	return t.attemptRefund(ctx, by, row)
 }
 
-// Look asks the gateway whether money came for an unpaid order, and settles all of it. errNoPayment: none.
-func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (kept settlement, err error) {
-	if _, err := t.gateway.paidPayment(ctx, id); err != nil {
-		return kept, err
+// refundToAccount tries a refund that is due once more, to the account that the gateway needs for it. The account is kept
+// until the money is back. It returns errNotFound when the order has no such payment, errNotDue when no refund of it is
+// due, errStale when another caller is at it, and errRefundPending when it failed and goes on by itself.
+func (t *settler) refundToAccount(ctx context.Context, by actor, id, impUID string, account refundAccount) error {
+	row, err := t.store.claimRefundTo(ctx, id, impUID, account, t.now())
+	if err != nil {
+		return err
+	}
+	return t.attemptRefund(ctx, by, row)
+}
+
+// checkUnpaid asks the gateway whether money came for an unpaid order, and settles all of it. It returns errNoPayment when
+// none came.
+func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (settlement, error) {
+	paid, err := t.gateway.listPayments(ctx, id, gatewayPaid)
+	if err != nil {
+		return settlement{}, err
+	}
+	if len(paid) == 0 {
+		return settlement{}, errNoPayment
 	}
 	t.testHook("money found", id)
-	return t.settleAll(ctx, by, id) // others may stand behind the one that was found
+	return t.settleAll(ctx, by, id) // others may stand beside the one that was found
 }
 
-// settleAll settles every payment that the gateway has for an order, whatever notice of it was lost. The settlement is
-// that of the payment which the order keeps; the zero one when it keeps none.
+// settleAll settles every payment that the gateway has for an order. The settlement is that of the payment which the order
+// keeps; the zero one when it keeps none. A payment that cannot be settled does not stand in the way of the others.
 func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept settlement, err error) {
 	payments, err := t.gateway.paymentsOf(ctx, id)
 	if err != nil {
@@ -238,7 +302,9 @@ func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept sett
 	for _, p := range payments {
 		t.testHook("looked up", p.impUID)
 		settled, problem := t.settle(ctx, by, p)
-		err = errors.Join(err, problem)
+		if !errors.Is(problem, errOtherOrder) {
+			err = errors.Join(err, problem)
+		}
 		if settled.state == stateKept {
 			kept = settled
 		}
@@ -247,7 +313,7 @@ func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept sett
 }
 
 // discardUnpaid ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
-// deleted. errStale: it is not unpaid any more.
+// ended, and errStale returned, as when the order is not unpaid any more.
 func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error {
 	settled, err := t.checkUnpaid(ctx, by, id)
 	if err == nil && settled.state == stateKept {
@@ -256,30 +322,29 @@ func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error 
 		return err
 	}
 	t.testHook("deleting", id)
-	now := t.now()
-	return t.store.endUnpaid(context.WithoutCancel(ctx), by, id, "deleted", now, now.Add(t.hold))
+	return t.store.endUnpaid(context.WithoutCancel(ctx), by, id, "deleted", t.now())
 }
 
-func (t *settler) testHook(step, id string) {
+func (t *settler) testHook(point, id string) {
 	if t.onTestHook != nil {
-		t.onTestHook(step, id)
+		t.onTestHook(point, id)
 	}
 }
 
-// logTransition writes the one line that every movement of money has: a payment known, or its state or what went back of it
-// changed. The end of a hold moves none.
-func (t *settler) logTransition(by actor, b orderLedger, p gatewayPayment, known *paymentRow, entry decision) {
+// logTransition writes the one line that every movement of money has: a payment became known, or its state or what went
+// back of it changed. The end of a hold moves none.
+func (t *settler) logTransition(by actor, orderID string, p gatewayPayment, known *paymentRow, decided decision) {
 	from := paymentState("unknown")
 	if known != nil {
 		from = known.state
 	}
-	t.log.Info("money", "order", b.orderID, "imp_uid", p.impUID, "amount", p.amount, "refunded", p.cancelled,
-		"from", from, "to", entry.state, "reason", entry.reason, "source", by.kind, "request", by.request)
+	t.log.Info("money", "order", orderID, "imp_uid", p.impUID, "amount", p.amount, "refunded", p.cancelled,
+		"from", from, "to", decided.state, "reason", decided.reason, "source", by.kind, "request", by.request)
 }
 
 // ---- PATCH /api/orders/pay and the gateway's notices
 
-// pay answers PATCH /api/orders/pay: the browser reports a payment. It proves nothing; the gateway is asked.
+// pay answers PATCH /api/orders/pay: the browser reports a payment. The report proves nothing; the gateway is asked.
 func (s *server) pay(r *request) (any, error) {
 	var body struct {
 		ImpUID string `json:"imp_uid"`
@@ -290,14 +355,13 @@ func (s *server) pay(r *request) (any, error) {
 	if !validImpUID(body.ImpUID) {
 		return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
 	}
-	settled, err := s.lookUpAndSettle(r, actor{kind: actorBuyer, request: r.id}, body.ImpUID)
+	settled, err := s.settler.settleReported(r.Context(), actor{kind: actorBuyer, request: r.id}, s.clientOf(r), body.ImpUID)
+	r.orderID = settled.orderID
 	switch {
-	case errors.Is(err, errNoPayment), errors.Is(err, errNotOurs):
-		return nil, statusError(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
 	case errors.Is(err, errTooMany):
 		return nil, tooManyError(http.StatusTooManyRequests, err)
 	case err != nil:
-		return nil, err
+		return nil, cmp.Or(whyNotSettled(err), err)
 	case settled.state == stateKept:
 		return message{"결제 성공"}, nil
 	default:
@@ -305,30 +369,34 @@ func (s *server) pay(r *request) (any, error) {
 	}
 }
 
-// lookUpAndSettle settles a payment that a stranger speaks of. errTooMany: he has spoken of too many that are none.
-func (s *server) lookUpAndSettle(r *request, by actor, impUID string) (settlement, error) {
-	who := client{buyer: r.caller.id}
-	if who.buyer == "" {
-		who.address = clientAddress(r.Request, s.config.proxies)
+// clientOf returns who is charged for what a request makes us ask the gateway.
+func (s *server) clientOf(r *request) client {
+	if r.caller.id != "" {
+		return client{buyer: r.caller.id}
 	}
-	p, err := s.limits.lookUp(r.Context(), who, by.kind, impUID, s.settler.gateway.payment)
-	if err != nil {
-		return settlement{}, err
-	}
-	settled, err := s.settler.settleReported(r.Context(), by, p)
-	if errors.Is(err, errNotOurs) || err == nil && settled.state == "" {
-		s.limits.penalize(who)
-	}
-	r.orderID = settled.orderID
-	return settled, err
+	return client{address: clientAddress(r.Request, s.config.proxies)}
 }
 
-// tooManyError is the refusal of who has asked about too many payments that are none.
+// tooManyError refuses a client that has spoken of too many payments that are none.
 func tooManyError(status int, cause error) *httpError {
 	return &httpError{status: status, body: message{messageTooMany}, retryAfter: clientLimit.refill, cause: cause}
 }
 
-// whyNotPaid is the refusal of a payment that pays nothing.
+// whyNotSettled returns what the client sees of an error that says what the payment is; nil for any other error.
+func whyNotSettled(err error) error {
+	switch {
+	case errors.Is(err, errNoPayment), errors.Is(err, errNotOurs):
+		return statusError(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
+	case errors.Is(err, errOtherOrder):
+		return statusError(http.StatusConflict, "imp_uid: 이미 다른 주문에 사용된 결제입니다")
+	case errors.Is(err, errDepositAwaited):
+		return statusError(http.StatusConflict, "가상계좌로는 결제할 수 없어 발급된 계좌를 해지했습니다. 다른 결제 수단을 이용해 주세요")
+	default:
+		return nil
+	}
+}
+
+// whyNotPaid refuses a payment that pays nothing.
 func whyNotPaid(settled settlement) error {
 	switch settled.reason {
 	case "":
@@ -347,25 +415,26 @@ func whyNotPaid(settled settlement) error {
 }
 
 // webhook answers POST /api/payments/webhook: a notice of the gateway's, unsigned, so that it is a hint to look and no
-// more. It is 200 once the payment is handled, whatever it is. A fault of ours, the gateway's silence and too many notices
-// of nothing are a 5xx: on that alone the gateway sends a notice again, so that it is not 429.
+// more. The answer is 200 once the payment is handled, whatever became of it. A fault of ours, a gateway that does not
+// respond and too many notices of nothing are a 5xx: only then does the gateway send a notice again, so that it is not 429.
 func (s *server) webhook(r *request) (any, error) {
 	impUID, err := noticeImpUID(r)
 	if err != nil {
 		return nil, err
 	}
-	_, err = s.lookUpAndSettle(r, actor{kind: actorGateway, request: r.id}, impUID)
+	settled, err := s.settler.settleReported(r.Context(), actor{kind: actorGateway, request: r.id}, s.clientOf(r), impUID)
+	r.orderID = settled.orderID
 	switch {
 	case errors.Is(err, errTooMany):
 		return nil, tooManyError(http.StatusServiceUnavailable, err)
-	case err != nil && !errors.Is(err, errNoPayment) && !errors.Is(err, errNotOurs):
+	case err != nil && whyNotSettled(err) == nil:
 		return nil, err
 	default:
 		return message{"확인했습니다"}, nil
 	}
 }
 
-// noticeImpUID is the imp_uid of a notice, which is JSON or a form as the gateway's console has it.
+// noticeImpUID returns the imp_uid of a notice, which is JSON or a form as the gateway's console has it.
 func noticeImpUID(r *request) (string, error) {
 	body, err := readBody(r)
 	if err != nil {

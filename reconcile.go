@@ -7,18 +7,25 @@ import (
 	"time"
 )
 
-// maxParallel is how many refunds, or looks, one replica has under way at once. They are leased together, so they
-// also run together.
+// maxParallel is how many refunds, or checks, one replica has under way at once. They are leased together, so they also run
+// together.
 const maxParallel = 8
 
-// lastCheck is how long after its last change the gateway is last asked about an order: a payment window may stay open
-// for long after the order is gone or paid.
-const lastCheck = 24 * time.Hour
+const (
+	// listOverlap is how far back each reading of the gateway's lists goes beyond the one before: how late a payment shows
+	// up there is not known, nor how far its clock is from ours.
+	listOverlap = time.Hour
+	// listWindow is how much of a list is read before the reading is saved.
+	listWindow = 7 * 24 * time.Hour
+	// listChunk is how many payments of a list are compared with the ledger at once.
+	listChunk = 500
+)
 
 var byReconciler = actor{kind: actorReconciler}
 
-// reconcile does what nobody waits for, each interval until ctx ends: it retries refunds, asks the gateway about orders
-// whose time has come, and lets the paintings of unpaid ones go. Every replica runs one; they never work on the same row.
+// reconcile does what no client waits for, each interval until ctx ends: it retries refunds, reads the gateway's lists of
+// what moved, asks the gateway about unpaid orders whose hold ends, and lets their paintings go. Every replica runs it; no
+// two work on the same row.
 func (t *settler) reconcile(ctx context.Context) {
 	t.lastRound.Store(t.now().UnixNano())
 	ticker := time.NewTicker(t.interval)
@@ -35,10 +42,11 @@ func (t *settler) reconcile(ctx context.Context) {
 	}
 }
 
-// reconcileRound does what is due now. It ends early when the database fails or the gateway does not answer, and leaves to the next
-// round what refunds or looks do not get to within an interval: a backlog must not look like a reconciler that is stuck.
+// reconcileRound does what is due now. It ends early when the database fails or the gateway does not respond, and leaves to
+// the next round what it does not get to within an interval: a backlog must not look like a reconciler that is stuck.
 func (t *settler) reconcileRound(ctx context.Context) error {
-	err := errors.Join(t.retryRefunds(ctx), t.checkOrders(ctx), t.store.compactStatusCounts(ctx))
+	err := errors.Join(t.retryRefunds(ctx), t.readList(ctx, gatewayPaid), t.readList(ctx, gatewayCancelled), t.checkOrders(ctx),
+		t.store.compactStatusCounts(ctx))
 	if err == nil {
 		t.lastRound.Store(t.now().UnixNano())
 	}
@@ -48,105 +56,194 @@ func (t *settler) reconcileRound(ctx context.Context) error {
 // retryRefunds tries every refund that is due.
 func (t *settler) retryRefunds(ctx context.Context) error {
 	for until := t.now().Add(t.interval); ctx.Err() == nil && t.now().Before(until); {
-		now := t.now()
-		due, err := t.store.claimDueRefunds(ctx, maxParallel, now, now.Add(refundLease))
+		due, err := t.store.claimDueRefunds(ctx, maxParallel, t.now())
 		if err != nil || len(due) == 0 {
 			return err
 		}
-		allAnswered := forEachParallel(due, func(row paymentRow) bool {
+		responded := forEachParallel(due, func(row paymentRow) bool {
 			return gatewayResponded(t.attemptRefund(ctx, byReconciler, row))
 		})
-		if !allAnswered {
+		if !responded {
 			return nil // each failure is noted with its payment and comes back after its pause
 		}
 	}
 	return nil
 }
 
+// ---- the gateway's lists
+
+// readList settles what is new in one of the gateway's lists: every payment that was paid, or every one that was given back,
+// since the list was last read whole. However old its order is, money whose notice was lost is found here, and so is a
+// refund in the gateway's console. What the lists say of other shops' payments costs a comparison.
+func (t *settler) readList(ctx context.Context, status gatewayStatus) error {
+	now := t.now()
+	from, err := t.store.claimList(ctx, status, now)
+	if errors.Is(err, errStale) {
+		return nil // another replica reads it
+	} else if err != nil {
+		return err
+	}
+	for from.Before(now) && err == nil {
+		to := now
+		if next := from.Add(listWindow); next.Before(now) {
+			to = next
+		}
+		if err = t.settleMoved(ctx, status, from.Add(-listOverlap), to); err == nil {
+			from, err = to, t.store.saveListRead(ctx, status, to, t.now(), refundLease)
+		}
+	}
+	err = errors.Join(err, t.store.saveListRead(context.WithoutCancel(ctx), status, from, t.now(), 0))
+	if !gatewayResponded(err) {
+		return nil // the next round goes on where this one ended
+	}
+	return err
+}
+
+// settleMoved settles what moved in a window of a list and is not in the ledger. A payment that cannot be read or settled is
+// logged and does not stand in the way of the others; the audit reports it.
+func (t *settler) settleMoved(ctx context.Context, status gatewayStatus, from, to time.Time) error {
+	var chunk []gatewayPayment
+	settle := func() error {
+		defer func() { chunk = chunk[:0] }()
+		return t.settleUnsettled(ctx, chunk)
+	}
+	err := t.gateway.movedBetween(ctx, status, from, to, func(p listedPayment) error {
+		if p.err != nil {
+			t.logUnreadable(p)
+		} else if validID(p.merchantUID) {
+			chunk = append(chunk, p.gatewayPayment)
+		}
+		if len(chunk) < listChunk {
+			return nil
+		}
+		return settle()
+	})
+	return errors.Join(err, settle())
+}
+
+// settleUnsettled settles those of payments that are ours and not in the ledger yet.
+func (t *settler) settleUnsettled(ctx context.Context, payments []gatewayPayment) error {
+	if len(payments) == 0 {
+		return nil
+	}
+	impUIDs, err := t.store.unsettledOf(ctx, payments)
+	if err != nil {
+		return err
+	}
+	unsettled := map[string]bool{}
+	for _, id := range impUIDs {
+		unsettled[id] = true
+	}
+	for _, p := range payments {
+		if !unsettled[p.impUID] {
+			continue
+		}
+		t.testHook("looked up", p.impUID)
+		if _, err := t.settle(ctx, byReconciler, p); unavailable(err) || !gatewayResponded(err) {
+			return err
+		} else if err != nil && !errors.Is(err, errDepositAwaited) {
+			t.log.Error("payment not settled", "order", p.merchantUID, "imp_uid", p.impUID, "cause", err)
+		}
+	}
+	return nil
+}
+
+// logUnreadable names a payment that cannot be read, once in a while: each round reads it again.
+func (t *settler) logUnreadable(p listedPayment) {
+	if _, named := t.unreadable.get(p.impUID); named {
+		return
+	}
+	t.unreadable.put(p.impUID, struct{}{}, t.now())
+	t.log.Error("payment not read", "order", p.merchantUID, "imp_uid", p.impUID, "cause", p.err)
+}
+
+// ---- unpaid orders
+
 // checkOrders asks the gateway about every order whose time has come.
 func (t *settler) checkOrders(ctx context.Context) error {
 	for until := t.now().Add(t.interval); ctx.Err() == nil && t.now().Before(until); {
-		now := t.now()
-		due, err := t.store.claimDueChecks(ctx, maxParallel, now, now.Add(refundLease))
+		due, err := t.store.claimDueChecks(ctx, maxParallel, t.now())
 		if err != nil || len(due) == 0 {
 			return err
 		}
 		var mu sync.Mutex
 		var failed error
-		allAnswered := forEachParallel(due, func(l paymentCheck) bool {
-			seen, err := t.checkOrder(ctx, l)
+		responded := forEachParallel(due, func(c paymentCheck) bool {
+			answer, err := t.checkOrder(ctx, c)
 			mu.Lock()
 			failed = errors.Join(failed, err)
 			mu.Unlock()
-			return gatewayResponded(seen)
+			return gatewayResponded(answer)
 		})
-		if failed != nil || !allAnswered {
+		if failed != nil || !responded {
 			return failed
 		}
 	}
 	return nil
 }
 
-// lookAt asks the gateway about one order and settles what it finds. An unpaid order whose hold is over ends then; one
-// that is paid or has ended is looked at twice more, since a notice may be lost, and late money is late. seen is the
-// gateway's error, err the database's. While the gateway does not answer, the hold stays, up to twice its length.
-func (t *settler) checkOrder(ctx context.Context, l paymentCheck) (seen, err error) {
-	unpaid := l.status == statusUnpaid && !l.ended
-	look := t.settleAll
-	if unpaid {
-		look = t.checkUnpaid
+// checkOrder asks the gateway about one order and settles what it finds. An unpaid order whose hold is over ends then; any
+// other is asked about once. While it cannot be found out whether money came, the hold goes on for up to its length. It
+// returns the gateway's error and the database's.
+func (t *settler) checkOrder(ctx context.Context, c paymentCheck) (answer, err error) {
+	check := t.settleAll
+	if c.unpaid {
+		check = t.checkUnpaid
 	}
-	t.testHook("leased", l.id)
-	settled, seen := look(ctx, byReconciler, l.id)
-	t.testHook("looked", l.id)
+	t.testHook("leased", c.id)
+	settled, answer := check(ctx, byReconciler, c.id)
+	t.testHook("looked", c.id)
 	now := t.now()
-	var gateway *gatewayError
+	known := answer == nil || errors.Is(answer, errNoPayment)
 	switch {
-	case errors.As(seen, &gateway) && unpaid && !now.Before(l.createdAt.Add(2*t.hold)):
-		return seen, t.expireHold(ctx, l, now, now.Add(t.interval))
-	case errors.As(seen, &gateway):
-		return seen, t.store.scheduleCheck(ctx, l, now.Add(t.interval))
-	case seen != nil && !errors.Is(seen, errNoPayment):
-		return nil, seen // the lease ends by itself
-	case unpaid && settled.state == stateKept:
-		return nil, nil // it is paid, and looked at once more when the lease ends
-	case unpaid && now.Before(l.heldUntil):
-		return nil, t.store.scheduleCheck(ctx, l, l.heldUntil)
-	case unpaid:
-		return nil, t.expireHold(ctx, l, now, now.Add(t.hold))
-	case now.Before(l.updatedAt.Add(t.hold)):
-		return nil, t.store.scheduleCheck(ctx, l, l.updatedAt.Add(t.hold))
-	case now.Before(l.updatedAt.Add(lastCheck)):
-		return nil, t.store.scheduleCheck(ctx, l, l.updatedAt.Add(lastCheck))
+	case gatewayResponded(answer) && unavailable(answer):
+		return nil, answer // the database failed; the lease ends by itself
+	case !known && c.unpaid && !now.Before(c.heldUntil.Add(t.hold)):
+		return answer, t.endHold(ctx, c, now)
+	case !known && gatewayResponded(answer):
+		t.log.Error("order not checked", "order", c.id, "cause", answer)
+		return nil, nil // it is asked about again when the lease ends
+	case !known:
+		return answer, t.scheduleCheck(ctx, c, now.Add(t.interval))
+	case c.unpaid && settled.state == stateKept:
+		return nil, nil // it is paid
+	case c.unpaid && now.Before(c.heldUntil):
+		return nil, t.scheduleCheck(ctx, c, c.heldUntil)
+	case c.unpaid:
+		return nil, t.endHold(ctx, c, now)
 	default:
-		return nil, t.store.scheduleCheck(ctx, l, time.Time{})
+		return nil, t.store.scheduleCheck(ctx, c, nil)
 	}
 }
 
-// expireHold lets an unpaid order's paintings go; that it was paid or deleted meanwhile is no error.
-func (t *settler) expireHold(ctx context.Context, l paymentCheck, now, nextLook time.Time) error {
-	err := t.store.endUnpaid(ctx, byReconciler, l.id, "expired", now, nextLook)
+func (t *settler) scheduleCheck(ctx context.Context, c paymentCheck, next time.Time) error {
+	return t.store.scheduleCheck(ctx, c, &next)
+}
+
+// endHold lets an unpaid order's paintings go. That it was paid, deleted or begun anew meanwhile is no error.
+func (t *settler) endHold(ctx context.Context, c paymentCheck, now time.Time) error {
+	err := t.store.expireHold(ctx, byReconciler, c.id, now)
 	if errors.Is(err, errStale) {
 		return nil
 	}
 	return err
 }
 
-// gatewayResponded reports whether err is anything but the gateway's silence.
+// gatewayResponded reports whether err is anything but a gateway that did not respond.
 func gatewayResponded(err error) bool {
-	var gateway *gatewayError
-	return !errors.As(err, &gateway)
+	_, silent := errors.AsType[*gatewayError](err)
+	return !silent
 }
 
-// forEachParallel runs do for all items at once and reports whether all answered.
+// forEachParallel runs do for all items at once and reports whether all returned true.
 func forEachParallel[T any](items []T, do func(T) bool) bool {
 	var wg sync.WaitGroup
-	all := make([]bool, len(items))
+	results := make([]bool, len(items))
 	for i, item := range items {
-		wg.Go(func() { all[i] = do(item) })
+		wg.Go(func() { results[i] = do(item) })
 	}
 	wg.Wait()
-	for _, ok := range all {
+	for _, ok := range results {
 		if !ok {
 			return false
 		}
@@ -154,8 +251,8 @@ func forEachParallel[T any](items []T, do func(T) bool) bool {
 	return true
 }
 
-// stalled reports whether the reconciler has not finished a round for ten intervals; before its first one it has from the
-// start of the program. However short they are, a refund may take its time.
+// stalled reports whether no round has finished for ten intervals, or for as long as a refund may take when that is longer.
+// The clock starts when reconcile does.
 func (t *settler) stalled() bool {
 	return t.now().Sub(time.Unix(0, t.lastRound.Load())) > max(10*t.interval, refundLease)
 }

@@ -401,7 +401,7 @@ ALTER TABLE payments
 	ADD COLUMN by_hand_amount bigint NOT NULL DEFAULT 0,     -- won of that, part of refunded
 	ADD CONSTRAINT payments_by_hand_are_refunded
 		CHECK (by_hand IS NULL AND by_hand_amount = 0
-			OR by_hand IS NOT NULL AND by_hand_amount BETWEEN 1 AND refunded AND state = 'refunded') NOT VALID;
+			OR by_hand IS NOT NULL AND by_hand_amount BETWEEN 0 AND refunded AND state = 'refunded') NOT VALID;
 
 -- Money that went back, or is on its way, is never kept again; what a payment is never changes. The account that a refund
 -- goes to is forgotten with the refund, whichever release books it.

@@ -394,15 +394,16 @@ func (s *server) routes() []route {
 		{"GET /api/products/total-price", authenticated, 200, s.totalPrice},
 		{"POST /api/orders", authenticated, 201, s.createOrder},
 		{"PATCH /api/orders/pay", public, 200, s.pay},
-		{"DELETE /api/orders/{id}", authenticated, 200, s.deleteOrder},
-		{"GET /api/orders/{id}", authenticated, 200, s.showOrder},
+		{"DELETE /api/orders/{id}", authenticated, 200, ofOrder(messageNoSuchOrder, s.deleteOrder)},
+		{"GET /api/orders/{id}", authenticated, 200, ofOrder(messageOrderUnknown, s.showOrder)},
 		{"GET /api/orders/latest", authenticated, 200, s.showLatest},
 		{"POST /api/payments/webhook", public, 200, s.webhook},
 
 		{"GET /api/orders/mine", authenticated, 200, s.listMine},
 		{"GET /api/orders", admin, 200, s.listOrders},
-		{"PATCH /api/orders/{id}", authenticated, 200, s.advanceOrder},
-		{"GET /api/orders/{id}/history", authenticated, 200, s.showHistory},
+		{"PATCH /api/orders/{id}", authenticated, 200, ofOrder(messageNoSuchOrder, s.advanceOrder)},
+		{"POST /api/orders/{id}/refund", admin, 200, ofOrder(messageNoSuchOrder, s.helpRefund)},
+		{"GET /api/orders/{id}/history", authenticated, 200, ofOrder(messageOrderUnknown, s.showHistory)},
 
 		{"GET /healthz", public, 200, s.healthz},
 		{"GET /readyz", public, 200, s.readyz},
@@ -417,7 +418,10 @@ func newServer(c config, store *store, toGateway http.RoundTripper, log *slog.Lo
 	}
 	gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox,
 		now: now, transport: toGateway, observe: s.observeGateway})
-	s.settler = &settler{store: store, gateway: gateway, now: now, log: log, interval: c.reconcile, hold: c.hold}
+	s.settler = &settler{
+		store: store, gateway: gateway, limits: s.limits, now: now, log: log, interval: c.reconcile, hold: c.hold,
+		unreadable: recent[string, struct{}]{keep: time.Hour, most: 1000},
+	}
 	for _, rt := range s.routes() {
 		s.add(rt)
 	}

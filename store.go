@@ -34,6 +34,8 @@ var (
 	errNotFound = errors.New("not found")
 	// errStale says that the guarded change found the row in another state than the one it was asked to change.
 	errStale = errors.New("the order is no longer in that state")
+	// errNotDue says that no refund of the payment is due.
+	errNotDue = errors.New("no refund is due")
 )
 
 // openStore connects to the database at url. It does not wait for it: a database that is away is an error of each
@@ -275,82 +277,108 @@ const (
 type newOrder struct {
 	id, userID, number   string
 	productIDs           []string // distinct
-	prices               []int64  // won, of ProductIDs
+	prices               []int64  // won, of productIDs
 	shippingPrice, total int64    // won
 	deliveryInfo         string   // JSON
-	deliveryDetails      *string  // JSON
+	deliveryDetails      string   // JSON
 	ordererInfo          string   // JSON
-	createdAt, heldUntil time.Time
+	createdAt            time.Time
+	hold                 time.Duration // how long it may stay unpaid
 }
 
-// Asked is what the database knew of a painting that an order asked for.
+// requestedItem is what the database knew of a painting that an order asked for.
 type requestedItem struct {
 	id, title string
-	known     bool  // there is such a painting
-	free      bool  // it could be held for this buyer
-	price     int64 // won
+	known     bool       // there is such a painting
+	free      bool       // it could be held for this buyer
+	price     int64      // won
+	until     *time.Time // until then it is left to others: this buyer has held it again and again without paying
 }
 
-// createResult is what became of a new order.
+// createResult is what became of a request for a new order. Without an orderID, items tell why there is none.
 type createResult struct {
-	orderID       string   // the order made, or the one that has this number already; empty: none, and Asked tells why
-	existing      bool     // OrderID has this number already
-	existingItems []string // its paintings
-	items         []requestedItem
+	orderID    string // the order made, or the same one that the buyer has already
+	numberUsed bool   // an order of this buyer's that was paid has the number
+	items      []requestedItem
 }
 
-// insertOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. It is one
-// round trip: under the buyer's lock, one statement locks the free ones of the paintings in id order, and makes the
-// order if that is all of them and every price is the catalogue's. A painting that is already taken is not locked,
-// so that losers neither wait nor write.
+// insertOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. The same request
+// again finds that order and begins its hold anew. A hold that takes a painting over from the replaced order ends at most
+// twice o.hold after the first of them began. Once such a hold has ended unpaid, the buyer has to leave the painting to
+// others for o.hold.
+//
+// It is one round trip: under the buyer's lock, one statement locks the free ones of the paintings in id order, and makes
+// the order if that is all of them and every price is the catalogue's. A painting that is already taken is not locked, so
+// that losers neither wait nor write.
 func (s *store) insertOrder(ctx context.Context, by actor, o newOrder) (created createResult, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyer, by.setting(), o.userID)
 	batch.Queue(`
-		WITH asked AS MATERIALIZED (
+		WITH requested AS MATERIALIZED (
 			SELECT a.n, a.id, a.price AS price_asked, p.price, p.title, p.image, p.artist_name AS artist,
 				p.size || '(' || p.canvas || '호)' AS size
 			FROM unnest((SELECT $1::text[]), (SELECT $2::bigint[])) WITH ORDINALITY AS a (id, price, n) LEFT JOIN products p ON p.id = a.id
+		), used AS (
+			SELECT id FROM orders WHERE number = $5::text AND user_id = $4::text AND ended IS NULL AND status >= 0
 		), unpaid AS MATERIALIZED (
-			SELECT id, product_ids FROM orders WHERE user_id = $4::text AND status = -1 AND ended IS NULL
+			SELECT id, product_ids, coalesce(held_again_since, created_at) AS held_since
+			FROM orders WHERE user_id = $4 AND status = -1 AND ended IS NULL
 		), locked AS MATERIALIZED (
 			SELECT p.id, p.for_sale FROM products p
 			WHERE p.id = ANY($1::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
 				AND ((p.order_id IS NULL AND p.for_sale) OR p.order_id = (SELECT id FROM unpaid))
 			ORDER BY p.id FOR NO KEY UPDATE
-		), twin AS (
-			SELECT id, product_ids FROM orders WHERE number = $5::text AND user_id = $4 AND ended IS NULL
-		), won AS (
-			SELECT sum(price) AS price FROM asked
-			HAVING NOT EXISTS (SELECT FROM twin) AND bool_and(price = price_asked AND id IN (SELECT id FROM locked WHERE for_sale))
+		), left_to_others AS MATERIALIZED (
+			SELECT i.id, max(o.updated_at) + $9::interval AS until
+			FROM orders o CROSS JOIN unnest(o.product_ids) AS i (id)
+			WHERE o.user_id = $4 AND o.ended IS NOT NULL AND o.updated_at > $8::timestamptz - $9
+				AND o.ended <> 'replaced' AND o.held_again_since IS NOT NULL
+				AND NOT EXISTS (SELECT FROM unpaid WHERE i.id = ANY(unpaid.product_ids))
+			GROUP BY i.id
+			UNION ALL
+			SELECT i.id, $8 + $9 FROM unpaid CROSS JOIN unnest(product_ids) AS i (id) WHERE held_since + 2 * $9 <= $8
+		), repeated AS (
+			UPDATE orders SET held_until = h.until, next_look_at = h.until, updated_at = $8
+			FROM (SELECT id, least($8 + $9, held_since + 2 * $9) AS until FROM unpaid) h
+			WHERE orders.id = h.id AND number = $5 AND status = -1 AND ended IS NULL
+				AND shipping_price = $6 AND total_price = $7 AND product_ids = $1
+				AND (SELECT array_agg((i ->> 'price')::bigint) FROM json_array_elements(items) AS i) = $2
+				AND delivery_info::text = $10 AND delivery_details::text = $11 AND orderer_info::text = $12
+			RETURNING orders.id
+		), accepted AS (
+			SELECT sum(price) AS price FROM requested
+			HAVING NOT EXISTS (SELECT FROM used) AND NOT EXISTS (SELECT FROM repeated)
+				AND bool_and(price = price_asked AND id IN (SELECT id FROM locked WHERE for_sale) AND id NOT IN (SELECT id FROM left_to_others))
 				AND sum(price) + $6::bigint = $7::bigint
 		), replaced AS (
-			UPDATE orders SET ended = 'replaced', updated_at = $8::timestamptz, next_look_at = $8
-			WHERE id = (SELECT id FROM unpaid) AND status = -1 AND ended IS NULL AND EXISTS (SELECT FROM won)
+			UPDATE orders SET ended = 'replaced', updated_at = $8, next_look_at = NULL
+			WHERE id = (SELECT id FROM unpaid) AND status = -1 AND ended IS NULL AND EXISTS (SELECT FROM accepted)
 			RETURNING id, product_ids
 		), made AS (
-			INSERT INTO orders (id, user_id, number, status, created_at, updated_at, held_until, next_look_at, shipping_price,
-				total_price, product_ids, items, delivery_info, delivery_details, orderer_info)
-			SELECT $3::text, $4, $5, -1, $8, $8, $9::timestamptz, $9, $6, $7, $1,
-				(SELECT array_to_json(array_agg(i)) FROM (SELECT image, title, artist, size, price, id AS product FROM asked ORDER BY n) i),
+			INSERT INTO orders (id, user_id, number, status, created_at, updated_at, held_until, next_look_at, held_again_since,
+				shipping_price, total_price, product_ids, items, delivery_info, delivery_details, orderer_info)
+			SELECT $3::text, $4, $5, -1, $8, $8, h.until, h.until, h.held_since, $6, $7, $1,
+				(SELECT array_to_json(array_agg(i)) FROM (SELECT image, title, artist, size, price, id AS product FROM requested ORDER BY n) i),
 				$10::text::json, $11::text::json, $12::text::json
-			FROM won, (SELECT count(*) FROM replaced) AS after_replaced
+			FROM accepted, (SELECT count(*) FROM replaced) AS after_replaced,
+				(SELECT least($8 + $9, min(held_since) + 2 * $9) AS until, min(held_since) AS held_since FROM unpaid WHERE product_ids && $1) AS h
 			RETURNING id
 		), moved AS (
 			UPDATE products SET order_id = CASE WHEN products.id = ANY($1) THEN made.id END FROM made
 			WHERE products.id = ANY($1::text[] || coalesce((SELECT product_ids FROM replaced), '{}'))
 		)
-		SELECT a.id, coalesce(a.title, ''), a.price IS NOT NULL, a.id IN (SELECT id FROM locked WHERE for_sale), coalesce(a.price, 0),
-			coalesce((SELECT id FROM made), ''), coalesce((SELECT id FROM twin), ''), (SELECT product_ids FROM twin)
-		FROM asked a ORDER BY a.n`,
-		o.productIDs, o.prices, o.id, o.userID, o.number, o.shippingPrice, o.total, o.createdAt, o.heldUntil,
+		SELECT r.id, coalesce(r.title, ''), r.price IS NOT NULL,
+			r.id IN (SELECT id FROM locked WHERE for_sale) AND r.id NOT IN (SELECT id FROM left_to_others), coalesce(r.price, 0),
+			(SELECT until FROM left_to_others l WHERE l.id = r.id),
+			coalesce((SELECT id FROM made), (SELECT id FROM repeated), ''), EXISTS (SELECT FROM used)
+		FROM requested r ORDER BY r.n`,
+		o.productIDs, o.prices, o.id, o.userID, o.number, o.shippingPrice, o.total, o.createdAt, o.hold,
 		o.deliveryInfo, o.deliveryDetails, o.ordererInfo,
 	).Query(func(rows pgx.Rows) error {
-		var a requestedItem
-		var made, twin string
-		_, err := pgx.ForEachRow(rows, []any{&a.id, &a.title, &a.known, &a.free, &a.price, &made, &twin, &created.existingItems}, func() error {
-			created.orderID, created.existing = made+twin, twin != ""
-			created.items = append(created.items, a)
+		var item requestedItem
+		_, err := pgx.ForEachRow(rows, []any{&item.id, &item.title, &item.known, &item.free, &item.price, &item.until,
+			&created.orderID, &created.numberUsed}, func() error {
+			created.items = append(created.items, item)
 			return nil
 		})
 		return err
@@ -361,35 +389,53 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder) (created 
 	return created, nil
 }
 
-// freePaintings is the end of a statement whose CTE o has ended orders (id, product_ids): it gives back what they
-// hold, locked in id order.
-const freePaintings = `, theirs AS (
-		SELECT p.id FROM products p JOIN o ON p.id = ANY(o.product_ids) AND p.order_id = o.id ORDER BY p.id FOR NO KEY UPDATE OF p
+// freeing is part of a statement whose CTE o has ended orders (id, product_ids, off_sale): it gives back what they hold,
+// locked in id order. Paintings of an order with off_sale are not for sale from then on.
+const freeing = `, theirs AS (
+		SELECT p.id, o.off_sale FROM products p JOIN o ON p.id = ANY(o.product_ids) AND p.order_id = o.id ORDER BY p.id FOR NO KEY UPDATE OF p
 	), freed AS (
-		UPDATE products SET order_id = NULL FROM theirs WHERE products.id = theirs.id
-	)
+		UPDATE products SET order_id = NULL, for_sale = for_sale AND NOT theirs.off_sale FROM theirs WHERE products.id = theirs.id
+	)`
+
+// freePaintings is freeing as the end of a statement.
+const freePaintings = freeing + `
 	SELECT id FROM o`
 
-// endUnpaid makes a tombstone of an unpaid order and frees its paintings; why is deleted or expired. The gateway is
-// asked about it again at nextLook. errStale: it is not unpaid any more.
-func (s *store) endUnpaid(ctx context.Context, by actor, id, why string, now, nextLook time.Time) error {
+// endUnpaid makes a tombstone of an unpaid order and frees its paintings; why is deleted, expired or withdrawn. It returns
+// errStale when the order is not unpaid any more.
+func (s *store) endUnpaid(ctx context.Context, by actor, id, why string, now time.Time) error {
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyerOf, by.setting(), id)
 	batch.Queue(`WITH o AS (
-		UPDATE orders SET ended = $2, updated_at = $3, next_look_at = $4 WHERE id = $1 AND status = -1 AND ended IS NULL
-		RETURNING id, product_ids)`+freePaintings, id, why, now, nextLook).QueryRow(exactlyOne)
+		UPDATE orders SET ended = $2, updated_at = $3, next_look_at = NULL WHERE id = $1 AND status = -1 AND ended IS NULL
+		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, why, now).QueryRow(exactlyOne)
 	return s.transact(ctx, batch)
 }
 
-// exactlyOne turns the absence of a guarded change's row into errStale.
-func exactlyOne(row pgx.Row) error {
-	var id string
-	if err := row.Scan(&id); errors.Is(err, pgx.ErrNoRows) {
-		return errStale
-	} else {
+// expireHold is endUnpaid for an order whose hold has ended. It returns errStale also when the hold has been begun anew.
+func (s *store) expireHold(ctx context.Context, by actor, id string, now time.Time) error {
+	batch := &pgx.Batch{}
+	batch.Queue(lockBuyerOf, by.setting(), id)
+	batch.Queue(`WITH o AS (
+		UPDATE orders SET ended = 'expired', updated_at = $2, next_look_at = NULL
+		WHERE id = $1 AND status = -1 AND ended IS NULL AND held_until <= $2
+		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, now).QueryRow(exactlyOne)
+	return s.transact(ctx, batch)
+}
+
+// oneRow reads the row of a guarded change, and returns errStale when there is none.
+func oneRow(to ...any) func(pgx.Row) error {
+	return func(row pgx.Row) error {
+		err := row.Scan(to...)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return errStale
+		}
 		return err
 	}
 }
+
+// exactlyOne is oneRow for a change that returns an id which the caller knows.
+func exactlyOne(row pgx.Row) error { return oneRow(new(string))(row) }
 
 // advance moves an order from one status to another, unless its money is on the way back. errStale: it is not in from,
 // or being cancelled.
@@ -401,20 +447,27 @@ func (s *store) advance(ctx context.Context, by actor, id string, from, to int, 
 	return s.transact(ctx, batch)
 }
 
-// orderState is where an order stands, for whoever wants to change it.
+// orderState is where an order stands, for a caller that wants to change it.
 type orderState struct {
 	id         string
 	status     int
 	cancelling bool
+	ended      bool // unpaid, by the service: a tombstone
+	cameFrom   int  // the status in which its return was asked for, when it is statusReturning
 }
 
-// orderState is the state of order id if caller may see it, else errNotFound.
+// findOrderState returns the state of order id if who may see it, else errNotFound. Of the orders that have ended only those
+// are found that the service has ended, not those that their buyer has deleted.
 func (s *store) findOrderState(ctx context.Context, id string, who caller) (orderState, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	state := orderState{id: id}
-	err := s.pool.QueryRow(ctx, `SELECT status, cancelling_since IS NOT NULL FROM orders
-		WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS NULL`, id, who.id, who.admin).Scan(&state.status, &state.cancelling)
+	err := s.pool.QueryRow(ctx, `
+		SELECT status, cancelling_since IS NOT NULL, ended IS NOT NULL, CASE WHEN status = 4 THEN coalesce((
+			SELECT from_status FROM history WHERE order_id = orders.id AND to_status = 4 AND from_status <> 4 ORDER BY history.id DESC LIMIT 1), 3)
+			ELSE 0 END
+		FROM orders WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS DISTINCT FROM 'deleted'`,
+		id, who.id, who.admin).Scan(&state.status, &state.cancelling, &state.ended, &state.cameFrom)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return state, errNotFound
 	}

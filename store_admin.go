@@ -2,20 +2,22 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 )
 
-// orderFilter narrows the desk's list.
+// orderFilter narrows the administrator's list.
 type orderFilter struct {
-	status *int   // nil: every order that was paid
-	number string // the order number; empty: any
+	status      *int   // nil: every order that was paid
+	number      string // the order number; empty: any
+	refundStuck bool   // only orders with a refund that needs a person, whatever their status
 }
 
-// listAllOrders is a page of all buyers' orders, newest first, and how many there are on all pages. Only the paid
-// ones, unless the filter asks for unpaid. A page past the end reads nothing; a far one walks the index up to it.
+// listAllOrders returns a page of all buyers' orders, newest first, and how many there are on all pages. Only those that were
+// paid, unless the filter asks for unpaid ones. A page past the end reads nothing; a far one walks the index up to it.
 func (s *store) listAllOrders(ctx context.Context, filter orderFilter, offset, limit int) (orders []order, count int, err error) {
 	where, counted, args := adminListQuery(filter)
 	args = append(args, offset, limit)
@@ -28,23 +30,39 @@ func (s *store) listAllOrders(ctx context.Context, filter orderFilter, offset, l
 		orders, err = pgx.CollectRows(rows, scanOrder)
 		return err
 	})
-	return orders, count, s.transact(ctx, batch)
+	err = s.transact(ctx, batch)
+	return orders, count, err
 }
 
-// adminListQuery is the condition of a filter and the statement that counts what meets it. The paid ones are counted by
-// their tally, the unpaid ones (as many as there are holds) and those of one number one by one.
+// adminListQuery returns the condition of a filter and the statement that counts the orders which meet it. Paid ones are
+// counted by order_tally; the unpaid ones, as many as there are holds, and those of one number one by one.
 func adminListQuery(filter orderFilter) (where, counted string, args []any) {
+	status := `status >= 0`
 	switch {
-	case filter.number != "" && filter.status != nil:
-		where, args = `number = $1 AND ended IS NULL AND status = $2`, []any{filter.number, *filter.status}
-	case filter.number != "":
-		where, args = `number = $1 AND ended IS NULL AND status >= 0`, []any{filter.number}
+	case filter.refundStuck:
+		status = fmt.Sprintf(`id IN (SELECT order_id FROM payments WHERE state = 'refunding' AND refusals >= %d)`, stuckAfter)
+		if filter.status != nil {
+			status, args = status+` AND status = $1`, []any{*filter.status}
+		}
 	case filter.status == nil:
-		return `status >= 0`, `SELECT sum(n) FROM order_tally`, nil
+		if filter.number == "" {
+			return status, `SELECT sum(n) FROM order_tally`, nil
+		}
 	case *filter.status == statusUnpaid:
-		where = `status = -1 AND ended IS NULL`
+		status = `status = -1 AND ended IS NULL`
 	default:
-		return `status = $1 AND status >= 0`, `SELECT sum(n) FROM order_tally WHERE status = $1`, []any{*filter.status}
+		status, args = `status = $1 AND status >= 0`, []any{*filter.status}
+		if filter.number == "" {
+			return status, `SELECT sum(n) FROM order_tally WHERE status = $1`, args
+		}
+	}
+	where = status
+	if filter.number != "" {
+		args = append(args, filter.number)
+		where += fmt.Sprintf(` AND number = $%d`, len(args))
+		if !filter.refundStuck {
+			where += ` AND ended IS NULL`
+		}
 	}
 	return where, `SELECT count(*) FROM orders WHERE ` + where, args
 }
@@ -59,34 +77,40 @@ func (s *store) compactStatusCounts(ctx context.Context) error {
 	return err
 }
 
-// Money is what stands open, for the figures.
+// openBalances is what stands open, for the metrics.
 type openBalances struct {
-	holds         int           // unpaid orders that hold paintings
-	refunds       int           // payments whose refund is booked and not done
-	oldestRefund  time.Duration // since the oldest of those was booked
-	oldestUnknown time.Duration // since the oldest hold ended of which the gateway has not said whether money came
-	orders        [6]int        // paid orders by status, from 0
+	holds          int           // unpaid orders that hold paintings
+	refunds        int           // payments whose refund is booked and not done, and goes on by itself
+	refundsStuck   int           // those that the gateway has refused so often that a person is needed
+	oldestRefund   time.Duration // since the oldest of refunds was booked
+	oldestUnknown  time.Duration // since the oldest hold ended of which the gateway has not said whether money came
+	oldestListRead time.Duration // since the gateway's lists were known to be read whole
+	orders         [6]int        // paid orders by status, from 0
 }
 
 // openBalancesQuery reads no more rows than there are holds, refunds that wait, and differences in order_tally.
 const openBalancesQuery = `
-	SELECT h.n, h.oldest, r.n, r.oldest, ARRAY(
-		SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
+	SELECT h.n, h.oldest, r.n, r.stuck, r.oldest,
+		(SELECT coalesce(extract(epoch FROM $1::timestamptz - min(read_until)), 0) FROM gateway_lists)::float8,
+		ARRAY(
+			SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
 	FROM (
 		SELECT count(*) AS n, coalesce(greatest(extract(epoch FROM $1::timestamptz - min(held_until)), 0), 0)::float8 AS oldest
 		FROM orders WHERE status = -1 AND ended IS NULL) h, (
-		SELECT count(*) AS n, coalesce(extract(epoch FROM $1::timestamptz - min(
-			CASE WHEN p.reason = ANY($2::text[]) THEN o.cancelling_since ELSE p.created_at END)), 0)::float8 AS oldest
+		SELECT count(*) FILTER (WHERE p.refusals < $3) AS n, count(*) FILTER (WHERE p.refusals >= $3) AS stuck,
+			coalesce(extract(epoch FROM $1::timestamptz - min(
+				CASE WHEN p.reason = ANY($2::text[]) THEN o.cancelling_since ELSE p.created_at END) FILTER (WHERE p.refusals < $3)), 0)::float8 AS oldest
 		FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`
 
-// readOpenBalances is what stands open at now.
-func (s *store) readOpenBalances(ctx context.Context, now time.Time) (m openBalances, err error) {
-	var refund, unknown float64 // seconds
+// readOpenBalances returns what stands open at now.
+func (s *store) readOpenBalances(ctx context.Context, now time.Time) (b openBalances, err error) {
+	var refund, unknown, lists float64 // seconds
 	var orders []int
-	err = s.pool.QueryRow(ctx, openBalancesQuery, now, cancelReasons).Scan(&m.holds, &unknown, &m.refunds, &refund, &orders)
-	m.oldestUnknown, m.oldestRefund = seconds(unknown), seconds(refund)
-	copy(m.orders[:], orders)
-	return m, err
+	err = s.pool.QueryRow(ctx, openBalancesQuery, now, cancelReasons, stuckAfter).Scan(
+		&b.holds, &unknown, &b.refunds, &b.refundsStuck, &refund, &lists, &orders)
+	b.oldestUnknown, b.oldestRefund, b.oldestListRead = seconds(unknown), seconds(refund), seconds(lists)
+	copy(b.orders[:], orders)
+	return b, err
 }
 
 func seconds(n float64) time.Duration { return time.Duration(n * float64(time.Second)) }
@@ -96,18 +120,20 @@ func seconds(n float64) time.Duration { return time.Duration(n * float64(time.Se
 // auditTimeout bounds the statements of the audit that read whole tables.
 const auditTimeout = 2 * time.Minute
 
-// ordersToAudit are the orders that were made or changed since then, their money too, and those that owe a refund.
-func (s *store) ordersToAudit(ctx context.Context, since time.Time) ([]string, error) {
+// ordersToAudit returns those of the orders listed that are ours, those that were made or changed since then, and those that
+// owe a refund.
+func (s *store) ordersToAudit(ctx context.Context, since time.Time, listed []string) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
 		SELECT id FROM orders WHERE updated_at >= $1
 		UNION SELECT order_id FROM payments WHERE updated_at >= $1 OR state = 'refunding'
-		ORDER BY 1`, since)
+		UNION SELECT id FROM orders WHERE id = ANY($2)
+		ORDER BY 1`, since, listed)
 	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
-// auditLedger is an order's money in the books.
+// auditLedger is an order's money in the ledger.
 type auditLedger struct {
 	orderID    string
 	status     int
@@ -119,26 +145,67 @@ type auditLedger struct {
 // auditPayment is a row of the ledger and how its refund goes.
 type auditPayment struct {
 	paymentRow
-	dueSince  time.Time
-	lastError string
+	dueSince     time.Time
+	lastError    string
+	byHand       bool  // the rest was paid back by other means
+	byHandAmount int64 // won of that
 }
 
-// readLedger reads the books of order id.
-func (s *store) readLedger(ctx context.Context, id string) (b auditLedger, err error) {
+// readLedger returns the money of order id in the ledger. It leaves out the accounts that refunds go to.
+func (s *store) readLedger(ctx context.Context, id string) (l auditLedger, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(`SELECT id, status, cancelling_since IS NOT NULL, total_price FROM orders WHERE id = $1`, id).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&b.orderID, &b.status, &b.cancelling, &b.total)
+		return row.Scan(&l.orderID, &l.status, &l.cancelling, &l.total)
 	})
 	batch.Queue(`
-		SELECT `+paymentColumns+`, greatest(created_at, (SELECT cancelling_since FROM orders WHERE id = order_id)), coalesce(last_error, '')
+		SELECT imp_uid, order_id, state, amount, refunded, attempts, refusals,
+			greatest(created_at, (SELECT cancelling_since FROM orders WHERE id = order_id)), coalesce(last_error, ''), by_hand IS NOT NULL, by_hand_amount
 		FROM payments WHERE order_id = $1 ORDER BY created_at, imp_uid`, id).Query(func(rows pgx.Rows) (err error) {
-		b.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p auditPayment, err error) {
-			err = row.Scan(&p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts, &p.dueSince, &p.lastError)
+		l.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p auditPayment, err error) {
+			err = row.Scan(&p.impUID, &p.orderID, &p.state, &p.amount, &p.refunded, &p.attempts, &p.refusals,
+				&p.dueSince, &p.lastError, &p.byHand, &p.byHandAmount)
 			return p, err
 		})
 		return err
 	})
-	return b, s.transact(ctx, batch)
+	err = s.transact(ctx, batch)
+	return l, err
+}
+
+// orderOfPayment returns the order that the ledger has payment impUID for; empty when it has none.
+func (s *store) orderOfPayment(ctx context.Context, impUID string) (order string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	err = s.pool.QueryRow(ctx, `SELECT order_id FROM payments WHERE imp_uid = $1`, impUID).Scan(&order)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = nil
+	}
+	return order, err
+}
+
+// strayOrder is an order that disagrees with its payments in the ledger.
+type strayOrder struct {
+	orderID string
+	total   int64 // won
+	kept    bool  // it is not live, and yet a payment is kept for it; else it is live without exactly one payment of its total
+}
+
+// strayOrders returns those among all orders.
+func (s *store) strayOrders(ctx context.Context) ([]strayOrder, error) {
+	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		SELECT o.id, o.total_price, false FROM orders o LEFT JOIN payments p ON p.order_id = o.id
+			AND (p.state = 'kept' OR p.state = 'refunding' AND o.cancelling_since IS NOT NULL AND p.reason = ANY($1))
+		WHERE o.status BETWEEN 0 AND 4
+		GROUP BY o.id HAVING count(p.imp_uid) <> 1 OR NOT bool_and(p.currency = 'KRW' AND p.amount = o.total_price)
+		UNION ALL
+		SELECT o.id, o.total_price, true FROM payments p JOIN orders o ON o.id = p.order_id
+		WHERE p.state = 'kept' AND o.status NOT BETWEEN 0 AND 4`, cancelReasons)
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (o strayOrder, err error) {
+		err = row.Scan(&o.orderID, &o.total, &o.kept)
+		return o, err
+	})
 }
 
 // strayPainting is a painting that is not where its order says.

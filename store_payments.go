@@ -22,17 +22,24 @@ const (
 type paymentRow struct {
 	impUID, orderID string
 	state           paymentState
-	reason          string // of the refund
-	isKRW           bool   // in won
-	amount          int64  // won; 0 when in another currency
-	refunded        int64  // won
-	attempts        int    // of the refund
+	reason          string         // of the refund
+	isKRW           bool           // in won
+	amount          int64          // won; 0 when in another currency
+	refunded        int64          // won
+	attempts        int            // of the refund
+	refusals        int            // of those, the ones that the gateway answered with a refusal
+	account         *refundAccount // where a virtual account's refund goes; nil: nobody has named one
 }
 
-const paymentColumns = `imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts`
+const paymentColumns = `imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts, refusals, refund_account`
+
+// scanTo returns where the columns of paymentColumns go.
+func (p *paymentRow) scanTo() []any {
+	return []any{&p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts, &p.refusals, &p.account}
+}
 
 func scanPayment(row pgx.CollectableRow) (p paymentRow, err error) {
-	err = row.Scan(&p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts)
+	err = row.Scan(p.scanTo()...)
 	return p, err
 }
 
@@ -43,48 +50,58 @@ type orderLedger struct {
 	ended     bool
 	total     int64 // won
 	payments  []paymentRow
-	revivable bool // a tombstone whose paintings are all free, or held only by the same buyer's unpaid order
+	revivable bool // a tombstone that late money may still pay: see lockRevivable
 }
 
-// payment is the ledger's row of impUID, nil when there is none.
-func (b orderLedger) payment(impUID string) *paymentRow {
-	if i := slices.IndexFunc(b.payments, func(p paymentRow) bool { return p.impUID == impUID }); i >= 0 {
-		return &b.payments[i]
+// payment returns the ledger's row of impUID, nil when there is none.
+func (l orderLedger) payment(impUID string) *paymentRow {
+	if i := slices.IndexFunc(l.payments, func(p paymentRow) bool { return p.impUID == impUID }); i >= 0 {
+		return &l.payments[i]
 	}
 	return nil
 }
 
 // decision is what settling writes: what becomes of a payment, and of its order with it.
 type decision struct {
-	state  paymentState // empty: nothing is written
-	reason string       // why the money goes back
-	pay    bool         // the order is paid with it
-	revive bool         // before that the order, a tombstone, takes its paintings again
-	cancel bool         // the order is cancelled with it and its paintings are free
+	state   paymentState // empty: nothing is written
+	reason  string       // why the money goes back
+	pay     bool         // the order is paid with it
+	revive  bool         // before that the order, a tombstone, takes its paintings again
+	cancel  bool         // the order is cancelled with it and its paintings are free
+	offSale bool         // they have left the shop: they are off sale until an administrator says that they are back
 }
 
-// lockRevivable says whether the paintings of the tombstone $1 are still to be had, and locks those and what its buyer's
-// unpaid order holds.
+// revivableFor is how long after its end late money may still pay for an order.
+const revivableFor = 24 * time.Hour
+
+// lockRevivable says whether late money may still pay for the tombstone $1: it ended after $2, its paintings are for sale
+// and free, or held by an unpaid order of the same buyer, today's prices add up to its total, and no paid order has taken
+// its number. It locks the paintings and what the buyer's unpaid order holds.
 const lockRevivable = `
-	WITH o AS (SELECT user_id, number, product_ids FROM orders WHERE id = $1 AND ended IS NOT NULL),
+	WITH o AS (SELECT user_id, number, product_ids, total_price - shipping_price AS price FROM orders WHERE id = $1 AND ended IS NOT NULL AND updated_at > $2),
 	unpaid AS (SELECT u.id, u.product_ids FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
 	locked AS (
-		SELECT p.id, p.for_sale AND (p.order_id IS NULL OR p.order_id IS NOT DISTINCT FROM (SELECT id FROM unpaid)) AS free
+		SELECT p.id, p.price, p.for_sale AND (p.order_id IS NULL OR p.order_id IS NOT DISTINCT FROM (SELECT id FROM unpaid)) AS free
 		FROM products p WHERE p.id = ANY((SELECT product_ids FROM o)::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
 		ORDER BY p.id FOR NO KEY UPDATE)
-	SELECT coalesce(bool_and(l.free), false) AND NOT EXISTS (
+	SELECT coalesce(bool_and(l.free) AND sum(l.price) = min(o.price), false) AND NOT EXISTS (
 			SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND x.status >= 0)
 	FROM o JOIN locked l ON l.id = ANY(o.product_ids)`
 
-// recordSettlement reads the books of payment p's order under the order's locks, has decide say what becomes of it, and writes
-// that: two round trips (three for a tombstone), one transaction, and nothing asked of anybody else in between. A refund
-// that is decided is leased to the caller until lease. errNotFound: the order is not ours.
-func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now, lease time.Time, decide func(orderLedger) decision) (books orderLedger, entry decision, err error) {
+// boundIdleness has the server end the transaction when its client is silent for 5 seconds between two statements: a
+// replica that vanishes must not keep an order locked until TCP notices.
+const boundIdleness = `SELECT set_config('idle_in_transaction_session_timeout', '5000', true)`
+
+// recordSettlement reads the ledger of payment p's order under the order's locks, has decide say what becomes of p, and
+// writes that. It takes two round trips (three for a tombstone) and one transaction, and asks nothing of anybody else in
+// between. A refund that is decided is leased to the caller for refundLease. It returns errNotFound when the order is not
+// ours, and errOtherOrder when the ledger has the payment for another order.
+func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
-		return books, entry, err
+		return ledger, decided, err
 	}
 	// A connection that is released inside a transaction is closed, which rolls it back.
 	defer conn.Release()
@@ -92,76 +109,81 @@ func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment
 	id := p.merchantUID
 	read := &pgx.Batch{}
 	read.Queue(`BEGIN`)
+	read.Queue(boundIdleness)
 	read.Queue(lockBuyerOf, by.setting(), id)
 	read.Queue(`SELECT id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $1 FOR NO KEY UPDATE`, id).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&books.orderID, &books.status, &books.ended, &books.total)
+		return row.Scan(&ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
 	})
-	read.Queue(`SELECT `+paymentColumns+` FROM payments WHERE order_id = $1`, id).Query(func(rows pgx.Rows) (err error) {
-		books.payments, err = pgx.CollectRows(rows, scanPayment)
+	read.Queue(`SELECT `+paymentColumns+` FROM payments WHERE order_id = $1
+		UNION ALL SELECT `+paymentColumns+` FROM payments WHERE imp_uid = $2 AND order_id <> $1`, id, p.impUID).Query(func(rows pgx.Rows) (err error) {
+		ledger.payments, err = pgx.CollectRows(rows, scanPayment)
 		return err
 	})
 	if err := conn.SendBatch(ctx, read).Close(); errors.Is(err, pgx.ErrNoRows) {
 		_, err = conn.Exec(ctx, `ROLLBACK`)
-		return books, entry, errors.Join(errNotFound, err)
+		return ledger, decided, errors.Join(errNotFound, err)
 	} else if err != nil {
-		return books, entry, err
+		return ledger, decided, err
 	}
-	if books.ended {
-		if err := conn.QueryRow(ctx, lockRevivable, id).Scan(&books.revivable); err != nil {
-			return books, entry, err
+	if known := ledger.payment(p.impUID); known != nil && known.orderID != id {
+		_, err = conn.Exec(ctx, `ROLLBACK`)
+		return ledger, decided, errors.Join(errOtherOrder, err)
+	}
+	if ledger.ended {
+		if err := conn.QueryRow(ctx, lockRevivable, id, now.Add(-revivableFor)).Scan(&ledger.revivable); err != nil {
+			return ledger, decided, err
 		}
 	}
 
-	entry = decide(books)
+	decided = decide(ledger)
 	write := &pgx.Batch{}
-	if entry.state != "" {
-		queueDecision(write, p, entry, books, now, lease)
+	if decided.state != "" {
+		queueDecision(write, p, decided, id, now)
 	}
 	write.Queue(`COMMIT`)
-	return books, entry, conn.SendBatch(ctx, write).Close()
+	return ledger, decided, conn.SendBatch(ctx, write).Close()
 }
 
-// queueDecision writes what was decided about payment p. Each statement names the state it changes from; under the locks
-// that the decision was made under, that is the state it finds.
-func queueDecision(batch *pgx.Batch, p gatewayPayment, entry decision, books orderLedger, now, lease time.Time) {
-	id := books.orderID
-	if entry.revive {
-		// What the buyer's unpaid order holds of it, the revived one takes; the rest is free with the unpaid one's end.
+// queueDecision writes what was decided about payment p of order id. Each statement names the state it changes from; under
+// the locks that the decision was made under, that is the state it finds.
+func queueDecision(batch *pgx.Batch, p gatewayPayment, decided decision, id string, now time.Time) {
+	if decided.revive {
+		// If the buyer's unpaid order has the number or a painting of the revived one, it ends: the revived order takes the
+		// shared paintings and the others are free.
 		batch.Queue(`WITH o AS (
-			UPDATE orders u SET ended = 'replaced', updated_at = $2, next_look_at = $2 FROM orders o
+			UPDATE orders u SET ended = 'replaced', updated_at = $2, next_look_at = NULL FROM orders o
 			WHERE o.id = $1 AND u.user_id = o.user_id AND u.status = -1 AND u.ended IS NULL
 				AND (u.number = o.number OR u.product_ids && o.product_ids)
-			RETURNING u.id, u.product_ids)`+freePaintings, id, now)
+			RETURNING u.id, u.product_ids, false AS off_sale)`+freePaintings, id, now)
 		batch.Queue(`UPDATE products p SET order_id = o.id FROM orders o WHERE o.id = $1 AND p.id = ANY(o.product_ids)`, id)
 	}
-	if entry.pay {
-		batch.Queue(`UPDATE orders SET status = 0, ended = NULL, paid_at = $2, updated_at = $2, next_look_at = coalesce(next_look_at, $3)
-			WHERE id = $1 AND status = -1`, id, now, lease)
+	if decided.pay {
+		batch.Queue(`UPDATE orders SET status = 0, ended = NULL, paid_at = $2, updated_at = $2, next_look_at = NULL
+			WHERE id = $1 AND status = -1`, id, now)
 	}
 	var paidAt *time.Time
 	if !p.paidAt.IsZero() {
 		paidAt = &p.paidAt
 	}
-	refunded := min(p.cancelled, p.amount)
 	batch.Queue(`
 		INSERT INTO payments (imp_uid, order_id, state, reason, currency, amount, refunded, paid_at, created_at, updated_at, attempts, next_attempt_at, leased_until)
-		VALUES ($1, $2, $3, nullif($4, ''), $5, $6, $7, $8, $9, $9, 1, $10, $10)
+		VALUES ($1, $2, $3, nullif($4, ''), $5, $6, CASE $3 WHEN 'refunded' THEN $6::bigint ELSE $7::bigint END, $8, $9, $9, 1, $10, $10)
 		ON CONFLICT (imp_uid) DO UPDATE SET state = excluded.state, reason = coalesce(payments.reason, excluded.reason),
 			refunded = CASE excluded.state WHEN 'refunded' THEN payments.amount ELSE greatest(payments.refunded, excluded.refunded) END,
 			updated_at = excluded.updated_at,
-			last_error = CASE WHEN excluded.state = 'refunded' THEN NULL ELSE payments.last_error END`,
-		p.impUID, id, entry.state, entry.reason, p.currency, p.amount, refunded, paidAt, now, lease)
-	if entry.cancel {
+			last_error = CASE WHEN excluded.state = 'refunded' THEN NULL ELSE payments.last_error END
+		WHERE payments.order_id = excluded.order_id`,
+		p.impUID, id, decided.state, decided.reason, p.currency, p.amount, min(p.cancelled, p.amount), paidAt, now, now.Add(refundLease))
+	if decided.cancel {
 		batch.Queue(`WITH o AS (
 			UPDATE orders SET status = 5, cancelling_since = NULL, updated_at = $2 WHERE id = $1 AND status BETWEEN 0 AND 4
-			RETURNING id, product_ids)`+freePaintings, id, now)
+			RETURNING id, product_ids, $3::boolean AS off_sale)`+freePaintings, id, now, decided.offSale)
 	}
 }
 
-// bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller until
-// lease. errStale: the order is not in from, or is being cancelled already.
-func (s *store) bookRefund(ctx context.Context, by actor, id string, from int, reason string, now, lease time.Time) (paymentRow, error) {
-	var payment paymentRow
+// bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller for
+// refundLease. It returns errStale when the order is not in status from, or is being cancelled already.
+func (s *store) bookRefund(ctx context.Context, by actor, id string, from int, reason string, now time.Time) (payment paymentRow, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
 	batch.Queue(`
@@ -171,35 +193,76 @@ func (s *store) bookRefund(ctx context.Context, by actor, id string, from int, r
 			RETURNING orders.id)
 		UPDATE payments SET state = 'refunding', reason = $4, updated_at = $3, attempts = 1, next_attempt_at = $5, leased_until = $5
 		FROM o WHERE payments.order_id = o.id AND payments.state = 'kept'
-		RETURNING `+paymentColumns, id, from, now, reason, lease).Query(func(rows pgx.Rows) (err error) {
-		payment, err = pgx.CollectExactlyOneRow(rows, scanPayment)
-		return err
-	})
-	if err := s.transact(ctx, batch); errors.Is(err, pgx.ErrNoRows) {
-		return payment, errStale
-	} else {
-		return payment, err
-	}
-}
-
-// claimOrderRefund takes the refund of an order that is being cancelled, for a caller who asks once more. errStale:
-// somebody is at it, or it is done.
-func (s *store) claimOrderRefund(ctx context.Context, id string, now, lease time.Time) (paymentRow, error) {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	rows, _ := s.pool.Query(ctx, `
-		UPDATE payments SET attempts = attempts + 1, next_attempt_at = $3, leased_until = $3
-		WHERE order_id = $1 AND state = 'refunding' AND reason = ANY($4) AND leased_until <= $2
-		RETURNING `+paymentColumns, id, now, lease, cancelReasons)
-	payment, err := pgx.CollectExactlyOneRow(rows, scanPayment)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return payment, errStale
-	}
+		RETURNING `+paymentColumns, id, from, now, reason, now.Add(refundLease)).QueryRow(oneRow(payment.scanTo()...))
+	err = s.transact(ctx, batch)
 	return payment, err
 }
 
-// claimDueRefunds takes up to most refunds that are due and nobody is at, for the caller alone until lease.
-func (s *store) claimDueRefunds(ctx context.Context, most int, now, lease time.Time) ([]paymentRow, error) {
+// claimOrderRefund takes the refund of an order that is being cancelled, for a caller who asks once more. It returns
+// errStale when another caller is at it, or when it is done.
+func (s *store) claimOrderRefund(ctx context.Context, id string, now time.Time) (payment paymentRow, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	row := s.pool.QueryRow(ctx, `
+		UPDATE payments SET attempts = attempts + 1, next_attempt_at = $3, leased_until = $3
+		WHERE order_id = $1 AND state = 'refunding' AND reason = ANY($4) AND leased_until <= $2
+		RETURNING `+paymentColumns, id, now, now.Add(refundLease), cancelReasons)
+	err = oneRow(payment.scanTo()...)(row)
+	return payment, err
+}
+
+// claimRefundTo takes a refund that is due and notes the account that it goes to. Besides refundDue's errors it returns
+// errStale when another caller is at it.
+func (s *store) claimRefundTo(ctx context.Context, id, impUID string, account refundAccount, now time.Time) (payment paymentRow, err error) {
+	batch := &pgx.Batch{}
+	batch.Queue(paymentIsDue, id, impUID).QueryRow(refundDue)
+	batch.Queue(`
+		UPDATE payments SET refund_account = $5, attempts = attempts + 1, next_attempt_at = $4, leased_until = $4
+		WHERE imp_uid = $2 AND order_id = $1 AND state = 'refunding' AND leased_until <= $3
+		RETURNING `+paymentColumns, id, impUID, now, now.Add(refundLease), account).QueryRow(oneRow(payment.scanTo()...))
+	err = s.transact(ctx, batch)
+	return payment, err
+}
+
+// refundByHand books what is left of a payment as paid back by other means; how says by which. With the refund that
+// cancels an order, the order is cancelled. Besides refundDue's errors it returns errStale when a caller is at the refund.
+func (s *store) refundByHand(ctx context.Context, by actor, id, impUID, how string, now time.Time) error {
+	batch := &pgx.Batch{}
+	batch.Queue(lockBuyerOf, by.setting(), id)
+	batch.Queue(`SELECT FROM orders WHERE id = $1 FOR NO KEY UPDATE`, id)
+	batch.Queue(paymentIsDue, id, impUID).QueryRow(refundDue)
+	batch.Queue(`
+		WITH p AS (
+			UPDATE payments SET state = 'refunded', refunded = amount, by_hand = $3, by_hand_amount = amount - refunded, last_error = NULL, updated_at = $4
+			WHERE imp_uid = $2 AND order_id = $1 AND state = 'refunding' AND leased_until <= $4
+			RETURNING order_id, reason
+		), o AS (
+			UPDATE orders SET status = 5, cancelling_since = NULL, updated_at = $4 FROM p
+			WHERE orders.id = p.order_id AND p.reason = ANY($5) AND status BETWEEN 0 AND 4
+			RETURNING orders.id, product_ids, false AS off_sale
+		)`+freeing+`
+		SELECT order_id FROM p`, id, impUID, how, now, cancelReasons).QueryRow(exactlyOne)
+	return s.transact(ctx, batch)
+}
+
+// paymentIsDue is the statement whose row refundDue reads.
+const paymentIsDue = `SELECT state = 'refunding' FROM payments WHERE order_id = $1 AND imp_uid = $2`
+
+// refundDue returns errNotFound when the order has no such payment, and errNotDue when no refund of it is due.
+func refundDue(row pgx.Row) error {
+	var due bool
+	switch err := row.Scan(&due); {
+	case errors.Is(err, pgx.ErrNoRows):
+		return errNotFound
+	case err == nil && !due:
+		return errNotDue
+	default:
+		return err
+	}
+}
+
+// claimDueRefunds takes up to most refunds that are due and that no caller is at, leased for refundLease.
+func (s *store) claimDueRefunds(ctx context.Context, most int, now time.Time) ([]paymentRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
@@ -207,53 +270,57 @@ func (s *store) claimDueRefunds(ctx context.Context, most int, now, lease time.T
 		WHERE imp_uid = ANY(ARRAY(
 			SELECT imp_uid FROM payments WHERE state = 'refunding' AND next_attempt_at <= $2 AND leased_until <= $2
 			ORDER BY next_attempt_at LIMIT $1 FOR UPDATE SKIP LOCKED))
-		RETURNING `+paymentColumns, most, now, lease)
+		RETURNING `+paymentColumns, most, now, now.Add(refundLease))
 	return pgx.CollectRows(rows, scanPayment)
 }
 
-// recordRefundFailure notes why a refund did not succeed and when the reconciler tries it again.
-func (s *store) recordRefundFailure(ctx context.Context, impUID, why string, now, again time.Time) error {
+// recordRefundFailure notes why a refund did not succeed, and that the reconciler tries it again after pause.
+func (s *store) recordRefundFailure(ctx context.Context, impUID string, cause error, now time.Time, pause time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	_, err := s.pool.Exec(ctx, `UPDATE payments SET last_error = $2, updated_at = $3, next_attempt_at = $4, leased_until = $3
-		WHERE imp_uid = $1 AND state = 'refunding'`, impUID, why, now, again)
+	_, err := s.pool.Exec(ctx, `
+		UPDATE payments SET last_error = $2, refusals = refusals + $5, updated_at = $3, next_attempt_at = $4, leased_until = $3
+		WHERE imp_uid = $1 AND state = 'refunding'`, impUID, cause.Error(), now, now.Add(pause), oneIf(refused(cause)))
 	return err
 }
 
-// paymentCheck is an order about which the gateway is to be asked.
-type paymentCheck struct {
-	id                              string
-	status                          int
-	ended                           bool
-	createdAt, updatedAt, heldUntil time.Time
+func oneIf(yes bool) int {
+	if yes {
+		return 1
+	}
+	return 0
 }
 
-// claimDueChecks takes up to most orders whose time has come to ask the gateway about them, for the caller alone until
-// lease.
-func (s *store) claimDueChecks(ctx context.Context, most int, now, lease time.Time) ([]paymentCheck, error) {
+// ---- what the reconciler asks the gateway about
+
+// paymentCheck is an order about which the gateway is to be asked.
+type paymentCheck struct {
+	id                   string
+	unpaid               bool // and live: its hold is to end
+	updatedAt, heldUntil time.Time
+}
+
+// claimDueChecks takes up to most orders whose time has come to ask the gateway about them, leased for refundLease.
+func (s *store) claimDueChecks(ctx context.Context, most int, now time.Time) ([]paymentCheck, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
 		UPDATE orders SET next_look_at = $3
 		WHERE id = ANY(ARRAY(
 			SELECT id FROM orders WHERE next_look_at <= $2 ORDER BY next_look_at LIMIT $1 FOR UPDATE SKIP LOCKED))
-		RETURNING id, status, ended IS NOT NULL, created_at, updated_at, held_until`, most, now, lease)
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (l paymentCheck, err error) {
-		err = row.Scan(&l.id, &l.status, &l.ended, &l.createdAt, &l.updatedAt, &l.heldUntil)
-		return l, err
+		RETURNING id, status = -1 AND ended IS NULL, updated_at, held_until`, most, now, now.Add(refundLease))
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (c paymentCheck, err error) {
+		err = row.Scan(&c.id, &c.unpaid, &c.updatedAt, &c.heldUntil)
+		return c, err
 	})
 }
 
-// scheduleCheck says when the gateway is to be asked about an order next; a zero time is never. An order that has changed
-// since the look was claimed keeps the time of its lease.
-func (s *store) scheduleCheck(ctx context.Context, l paymentCheck, next time.Time) error {
+// scheduleCheck says when the gateway is to be asked about an order next; nil is never. An order that has changed since
+// the check was claimed keeps the time that it has.
+func (s *store) scheduleCheck(ctx context.Context, c paymentCheck, next *time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	var at *time.Time
-	if !next.IsZero() {
-		at = &next
-	}
-	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $3 WHERE id = $1 AND updated_at = $2`, l.id, l.updatedAt, at)
+	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $3 WHERE id = $1 AND updated_at = $2`, c.id, c.updatedAt, next)
 	return err
 }
 
@@ -263,4 +330,48 @@ func (s *store) checkSoon(ctx context.Context, id string, now time.Time) error {
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND (next_look_at IS NULL OR next_look_at > $2)`, id, now)
 	return err
+}
+
+// claimList takes the reading of a list of the gateway's, leased for refundLease, and returns until when all that moved is
+// known. It returns errStale while another replica reads the list. The first reading begins with the oldest open order.
+func (s *store) claimList(ctx context.Context, status gatewayStatus, now time.Time) (readUntil time.Time, err error) {
+	batch := &pgx.Batch{}
+	batch.Queue(`
+		INSERT INTO gateway_lists (status, read_until, leased_until)
+		SELECT $1::text, least($2::timestamptz - $3::interval, (SELECT min(created_at) FROM orders WHERE status = -1 AND ended IS NULL),
+			(SELECT min(created_at) FROM orders WHERE status = 0), (SELECT min(created_at) FROM orders WHERE status = 1),
+			(SELECT min(created_at) FROM orders WHERE status = 2), (SELECT min(created_at) FROM orders WHERE status = 4)), $2
+		WHERE NOT EXISTS (SELECT FROM gateway_lists WHERE status = $1::text)
+		ON CONFLICT DO NOTHING`, status, now, revivableFor)
+	batch.Queue(`UPDATE gateway_lists SET leased_until = $3 WHERE status = $1 AND leased_until <= $2 RETURNING read_until`,
+		status, now, now.Add(refundLease)).QueryRow(oneRow(&readUntil))
+	err = s.transact(ctx, batch)
+	return readUntil, err
+}
+
+// saveListRead notes that all that moved until then is known, and keeps the list leased for lease; 0 gives it back.
+func (s *store) saveListRead(ctx context.Context, status gatewayStatus, until, now time.Time, lease time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	_, err := s.pool.Exec(ctx, `UPDATE gateway_lists SET read_until = greatest(read_until, $2), leased_until = $3 WHERE status = $1`,
+		status, until, now.Add(lease))
+	return err
+}
+
+// unsettledOf returns the imp_uids of those payments that are for orders of ours and not in the ledger as the gateway tells
+// of them. A payment that the ledger has for another order is none of them.
+func (s *store) unsettledOf(ctx context.Context, payments []gatewayPayment) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	impUIDs, orders := make([]string, len(payments)), make([]string, len(payments))
+	cancelled, back := make([]int64, len(payments)), make([]bool, len(payments))
+	for i, p := range payments {
+		impUIDs[i], orders[i], cancelled[i], back[i] = p.impUID, p.merchantUID, p.cancelled, p.fullyRefunded
+	}
+	rows, _ := s.pool.Query(ctx, `
+		SELECT l.imp_uid FROM unnest($1::text[], $2::text[], $3::bigint[], $4::boolean[]) AS l (imp_uid, order_id, cancelled, back)
+		JOIN orders o ON o.id = l.order_id LEFT JOIN payments p ON p.imp_uid = l.imp_uid
+		WHERE p.imp_uid IS NULL OR p.order_id = l.order_id AND p.state <> 'refunded' AND (l.back OR l.cancelled > p.refunded)`,
+		impUIDs, orders, cancelled, back)
+	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
