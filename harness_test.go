@@ -35,7 +35,7 @@ type shop struct {
 	*server
 	t      testing.TB
 	clock  *testClock
-	fake   *fakeGateway
+	fake   *testGateway
 	logged *bytes.Buffer // what it logged; read it when nothing runs
 	traced *tracer
 	url    string // empty: without a network
@@ -55,7 +55,7 @@ const (
 func newShop(t testing.TB, change ...func(*config)) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
-	s.fake = newFakeGateway(s.clock.Now)
+	s.fake = newTestGateway(s.clock.Now)
 	gateway := httptest.NewServer(s.fake)
 	t.Cleanup(gateway.Close)
 	s.open(gateway.URL, nil, change...)
@@ -70,7 +70,7 @@ func newShop(t testing.TB, change ...func(*config)) *shop {
 func newDirectShop(t testing.TB) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
-	s.fake = newFakeGateway(s.clock.Now)
+	s.fake = newTestGateway(s.clock.Now)
 	s.open("http://gateway.invalid", s.fake)
 	return s
 }

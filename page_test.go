@@ -15,7 +15,7 @@ import (
 // TestPage walks all of the page's ways, partly with the keyboard alone, on a phone and on a wide screen.
 func TestPage(t *testing.T) {
 	s := newShop(t, func(c *config) { c.local = true })
-	house := &devEnv{gateway: s.fake}
+	house := &devEnv{gateway: s.fake.fakeGateway}
 	check(t, house.setUp(t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))
 	const odd = `<img src="/odd" onerror="alert(1)"> & "따옴표"`
 	check(t, s.store.importPaintings(t.Context(), []painting{{id: newTestID(), artistID: newTestID(), artistName: "<b>화가</b>", title: odd,

@@ -21,7 +21,7 @@ import (
 // gatewayTest is a client before a double, on one clock.
 type gatewayTest struct {
 	*iamportClient
-	fake     *fakeGateway
+	fake     *testGateway
 	clock    *testClock
 	outcomes chan string // "call outcome" of every call that ended
 }
@@ -39,7 +39,7 @@ func newGatewayTest(t *testing.T, sandbox bool) *gatewayTest {
 // newGatewayTestInMemory uses no network, so that time can be that of a synctest.
 func newGatewayTestInMemory(sandbox bool) *gatewayTest {
 	clock := newTestClock()
-	double := newFakeGateway(clock.Now)
+	double := newTestGateway(clock.Now)
 	outcomes := make(chan string, 1000)
 	gateway := newIamportClient(iamportConfig{
 		key: double.key, secret: double.secret, sandbox: sandbox, now: clock.Now, transport: double,
@@ -1002,7 +1002,7 @@ func TestFakeGatewayWindowAndNotices(t *testing.T) {
 
 func TestFakeGatewayPersists(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "payments.json")
-	first := newFakeGateway(nil)
+	first := newTestGateway(nil)
 	if err := first.persist(path); err != nil {
 		t.Fatal(err)
 	}
@@ -1011,7 +1011,7 @@ func TestFakeGatewayPersists(t *testing.T) {
 	if err := first.refundInConsole(id, 900); err != nil {
 		t.Fatal(err)
 	}
-	second := newFakeGateway(nil)
+	second := newTestGateway(nil)
 	if err := second.persist(path); err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -340,6 +341,20 @@ func TestPostgresRecovers(t *testing.T) {
 	if err := server.start(t.Context()); err == nil {
 		t.Error("a running server was started")
 	}
+}
+
+// crash ends the server at once, without writing anything back (PostgreSQL's "immediate" mode): what was committed
+// comes back from its log at the next start.
+func (p *postgresServer) crash() error { return p.end(syscall.SIGQUIT) }
+
+// kill ends the server with SIGKILL, as a power cut would. Its sessions notice by themselves and end.
+func (p *postgresServer) kill() error {
+	err := p.end(syscall.SIGKILL)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
+		return nil
+	}
+	return err
 }
 
 func check(t testing.TB, err error) {
