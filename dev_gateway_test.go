@@ -4,13 +4,18 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"testing"
 	"time"
 )
 
@@ -254,5 +259,185 @@ func inTurn(hooks ...faultHook) faultHook {
 			}
 		}
 		return false
+	}
+}
+
+func TestFakeGatewayFind(t *testing.T) {
+	g := newGatewayTest(t, false)
+	ids := map[string]string{}
+	for i, status := range []string{"paid", "ready", "paid", "failed"} {
+		ids[g.fake.pay(fakePayment{MerchantUID: "a/b", Status: status, Amount: 100})] = fmt.Sprint(i)
+		g.clock.advance(time.Second)
+	}
+	find := func(path string) string {
+		t.Helper()
+		response, err := g.lookUp(t.Context(), "find", path)
+		if err != nil {
+			return err.Error()
+		}
+		var answer struct {
+			ImpUID string `json:"imp_uid"`
+			Total  int
+			List   []struct {
+				ImpUID string `json:"imp_uid"`
+			}
+			Previous, Next int
+		}
+		if err := json.Unmarshal(response, &answer); err != nil {
+			t.Fatal(err)
+		}
+		if answer.List == nil {
+			return ids[answer.ImpUID]
+		}
+		text := fmt.Sprintf("%d of %d", answer.Previous, answer.Total)
+		for _, one := range answer.List {
+			text += " " + ids[one.ImpUID]
+		}
+		return fmt.Sprintf("%s, %d", text, answer.Next)
+	}
+	for path, want := range map[string]string{
+		"/payments/find/a%2Fb":                             "3",
+		"/payments/find/a%2Fb/paid":                        "2",
+		"/payments/find/a%2Fb/paid?sorting=started":        "0",
+		"/payments/find/a%2Fb?sorting=updated":             "0",
+		"/payments/find/a%2Fb/cancelled":                   errNoPayment.Error(),
+		"/payments/find/none":                              errNoPayment.Error(),
+		"/payments/find/a%2Fb/wrong":                       "gateway find: HTTP status 400",
+		"/payments/find/a%2Fb?sorting=wrong":               "gateway find: HTTP status 400",
+		"/payments/findAll/a%2Fb":                          "0 of 4 3 2 1 0, 0",
+		"/payments/findAll/a%2Fb?limit=3":                  "0 of 4 3 2 1, 2",
+		"/payments/findAll/a%2Fb?limit=3&page=2":           "1 of 4 0, 0",
+		"/payments/findAll/a%2Fb?limit=3&page=3":           "gateway find: HTTP status 400",
+		"/payments/findAll/a%2Fb/paid?sorting=-paid":       "0 of 2 2 0, 0",
+		"/payments/findAll/a%2Fb/all?limit=2&page=2":       "1 of 4 1 0, 0",
+		"/payments/findAll/a%2Fb/paid?limit=1&page=1&x[]=": "0 of 2 2, 2",
+		"/payments/nothing/here":                           "gateway find: the answer is not the JSON it should be",
+	} {
+		if got := find(path); got != want {
+			t.Errorf("%s: %s, want %s", path, got, want)
+		}
+	}
+}
+
+func TestFakeGatewayCancel(t *testing.T) {
+	for name, c := range map[string]struct {
+		body      string
+		want      string // "" or what the error says
+		cancelled int64
+	}{
+		"all":                {`{"imp_uid":"imp_1"}`, "", 5900},
+		"amount 0":           {`{"imp_uid":"imp_1","amount":0,"checksum":null}`, "", 5900},
+		"part":               {`{"imp_uid":"imp_1","amount":900,"checksum":5900}`, "", 900},
+		"by merchant_uid":    {`{"merchant_uid":"order"}`, "", 5900},
+		"imp_uid goes first": {`{"imp_uid":"imp_2","merchant_uid":"order"}`, fakeNoTarget, 0},
+		"wrong checksum":     {`{"imp_uid":"imp_1","checksum":5000}`, fakeChecksum, 0},
+		"too much":           {`{"imp_uid":"imp_1","amount":5901}`, fakeTooMuch, 0},
+		"negative":           {`{"imp_uid":"imp_1","amount":-1}`, fakeTooMuch, 0},
+		"not paid":           {`{"imp_uid":"imp_ready"}`, fakeNoTarget, 0},
+		"nobody's":           {`{}`, "HTTP status 400", 0},
+		"broken":             {`{`, "HTTP status 400", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newGatewayTestInMemory(false)
+			g.fake.pay(fakePayment{ImpUID: "imp_1", MerchantUID: "order", Amount: 5900})
+			g.fake.pay(fakePayment{ImpUID: "imp_ready", MerchantUID: "other", Amount: 5900, Status: "ready"})
+			token, err := g.freshToken(t.Context(), "", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request := httptest.NewRequest("POST", "/payments/cancel", strings.NewReader(c.body))
+			request.Header.Set("Authorization", "Bearer "+token.value)
+			w := httptest.NewRecorder()
+			g.fake.ServeHTTP(w, request)
+			_, err = openEnvelope("cancel", w.Code, w.Body.Bytes())
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("err = %v, want %q", err, c.want)
+			}
+			if p, _ := g.fake.get("imp_1"); p.Cancelled != c.cancelled {
+				t.Errorf("%d won given back, want %d", p.Cancelled, c.cancelled)
+			}
+		})
+	}
+}
+
+func TestFakeGatewayKnowsItsToken(t *testing.T) {
+	g := newGatewayTestInMemory(false)
+	if _, err := g.freshToken(t.Context(), "", nil); err != nil {
+		t.Fatal(err)
+	}
+	g.token.value = "another"
+	if _, err := g.payment(t.Context(), "imp_none"); !errors.Is(err, errNoPayment) {
+		t.Error(err)
+	}
+	if n := g.fake.calls("token"); n != 2 {
+		t.Errorf("%d token calls, want 2", n)
+	}
+}
+
+func TestFakeGatewayWindowAndNotices(t *testing.T) {
+	g := newFakeGateway(nil)
+	notices := make(chan [3]string, 1)
+	g.notify = func(impUID, merchantUID, status string) { notices <- [3]string{impUID, merchantUID, status} }
+	post := func(body string) *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		g.window(w, httptest.NewRequest("POST", "/", strings.NewReader(body)))
+		return w
+	}
+	for _, body := range []string{"", "x", "[]", `{"merchant_uid":"a"}`, `{"merchant_uid":"a","amount":-1}`,
+		`{"merchant_uid":"a","amount":1.5}`, `{"amount":1}`, `{"merchant_uid":"a","amount":1,"status":"cancelled"}`} {
+		if w := post(body); w.Code != 400 || !strings.Contains(w.Body.String(), `{"message":"`) {
+			t.Errorf("window(%s) = %d %s", body, w.Code, w.Body)
+		}
+	}
+	w := post(`{"merchant_uid":"order","amount":5900,"notify":true}`)
+	var answer map[string]string
+	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || answer["merchant_uid"] != "order" {
+		t.Fatalf("window = %d %s", w.Code, w.Body)
+	}
+	impUID := answer["imp_uid"]
+	if got := <-notices; got != [3]string{impUID, "order", "paid"} {
+		t.Errorf("notice %q", got)
+	}
+	if err := g.refundInConsole(impUID, 0); err != nil {
+		t.Error(err)
+	}
+	if got := <-notices; got != [3]string{impUID, "order", "cancelled"} {
+		t.Errorf("notice %q", got)
+	}
+	if err := g.refundInConsole(impUID, 0); err == nil || err.Error() != fakeCancelled {
+		t.Errorf("second refund: %v", err)
+	}
+}
+
+func TestFakeGatewayPersists(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "payments.json")
+	first := newTestGateway(nil)
+	if err := first.persist(path); err != nil {
+		t.Fatal(err)
+	}
+	id := first.pay(fakePayment{MerchantUID: "order", Amount: 5900})
+	first.set(id, func(p *fakePayment) { p.Sandbox = true })
+	if err := first.refundInConsole(id, 900); err != nil {
+		t.Fatal(err)
+	}
+	second := newTestGateway(nil)
+	if err := second.persist(path); err != nil {
+		t.Fatal(err)
+	}
+	if all := second.all(); len(all) != 1 || !all[0].Sandbox || all[0].Cancelled != 900 || len(all[0].Refunds) != 1 {
+		t.Errorf("kept: %+v", all)
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	if left, _ := filepath.Glob(path + ".*"); len(left) != 0 {
+		t.Errorf("drafts left: %v", left)
+	}
+	if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := newFakeGateway(nil).persist(path); err == nil {
+		t.Error("a broken file was read")
 	}
 }
