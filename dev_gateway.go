@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -38,12 +37,7 @@ type fakeGateway struct {
 	byImpUID     map[string]*fakePayment
 	token        string
 	tokenExpires time.Time
-	counts       map[string]int
 	file         string // "": not kept
-
-	faultMu sync.Mutex // apart from mu, so that a fault function may use the other methods
-	fault   func(call, id string) fault
-	once    map[string][]fault
 }
 
 // fakePayment is a payment as the gateway knows it. Amounts are in the currency's major unit.
@@ -69,7 +63,7 @@ func newFakeGateway(now func() time.Time) *fakeGateway {
 	}
 	g := &fakeGateway{
 		key: "fake-key-" + rand.Text(), secret: "fake-secret-" + rand.Text(), now: now,
-		byImpUID: map[string]*fakePayment{}, counts: map[string]int{}, once: map[string][]fault{},
+		byImpUID: map[string]*fakePayment{},
 	}
 	for pattern, handler := range map[string]http.HandlerFunc{
 		"POST /users/getToken":                        g.handler("token", g.answerToken),
@@ -87,52 +81,6 @@ func newFakeGateway(now func() time.Time) *fakeGateway {
 
 // ServeHTTP serves the REST API.
 func (g *fakeGateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.mux.ServeHTTP(w, r) }
-
-// RoundTrip makes it the Transport of a client in the same process: no port that others could call. As at the
-// true gateway, work goes on when the caller goes away.
-func (g *fakeGateway) RoundTrip(r *http.Request) (*http.Response, error) {
-	answer := &fakeResponse{header: http.Header{}}
-	dropped := make(chan bool, 1)
-	go func() {
-		defer func() {
-			switch problem := recover(); problem {
-			case nil, http.ErrAbortHandler:
-				dropped <- problem != nil
-			default:
-				panic(problem)
-			}
-		}()
-		g.ServeHTTP(answer, r.Clone(r.Context()))
-	}()
-	select {
-	case <-r.Context().Done():
-		return nil, r.Context().Err()
-	case dropped := <-dropped:
-		if dropped {
-			return nil, io.EOF
-		}
-	}
-	return &http.Response{
-		StatusCode: answer.status, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Request: r,
-		Header: answer.header, Body: io.NopCloser(&answer.body), ContentLength: int64(answer.body.Len()),
-	}, nil
-}
-
-// fakeResponse keeps an answer for RoundTrip.
-type fakeResponse struct {
-	header http.Header
-	status int
-	body   bytes.Buffer
-}
-
-func (r *fakeResponse) Header() http.Header { return r.header }
-
-func (r *fakeResponse) WriteHeader(status int) { r.status = status }
-
-func (r *fakeResponse) Write(data []byte) (int, error) {
-	r.status = cmp.Or(r.status, http.StatusOK)
-	return r.body.Write(data)
-}
 
 // pay is a payment window that was opened and came to an end. Zero fields get defaults: a new imp_uid, status
 // "paid", currency "KRW", the times that belong to the status.
@@ -171,48 +119,6 @@ func (g *fakeGateway) newImpUID() string {
 func (g *fakeGateway) add(p fakePayment) {
 	g.payments = append(g.payments, &p)
 	g.byImpUID[p.ImpUID] = &p
-}
-
-// set changes a payment behind everybody's back and reports whether there is one. The change must not call g.
-func (g *fakeGateway) set(impUID string, change func(*fakePayment)) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	p := g.byImpUID[impUID]
-	if p == nil {
-		return false
-	}
-	change(p)
-	p.LastChanged = g.now()
-	g.save()
-	return true
-}
-
-// get answers a copy of one payment.
-func (g *fakeGateway) get(impUID string) (fakePayment, bool) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	p := g.byImpUID[impUID]
-	if p == nil {
-		return fakePayment{}, false
-	}
-	return p.clone(), true
-}
-
-// all answers copies of all payments, in the order their windows were opened.
-func (g *fakeGateway) all() []fakePayment {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	all := make([]fakePayment, 0, len(g.payments))
-	for _, p := range g.payments {
-		all = append(all, p.clone())
-	}
-	return all
-}
-
-func (p *fakePayment) clone() fakePayment {
-	c := *p
-	c.Refunds = slices.Clone(p.Refunds)
-	return c
 }
 
 // refundInConsole is a refund by hand in the gateway's console, of all that is left when amount is 0. It gives
@@ -375,7 +281,7 @@ func fakeSuccess(response any) fakeAnswer {
 	return fakeAnswer{http.StatusOK, 0, nil, response}
 }
 
-// handler runs one call and its fault. Only the work itself holds the lock.
+// handler runs one call. Only the work itself holds the lock.
 func (g *fakeGateway) handler(name string, work func(fakeCall) fakeAnswer) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		call, err := readFakeCall(w, r, name)
@@ -383,16 +289,9 @@ func (g *fakeGateway) handler(name string, work func(fakeCall) fakeAnswer) http.
 			fakeRefusal(http.StatusBadRequest, -1, "잘못된 요청입니다.").write(w)
 			return
 		}
-		f := g.arrived(name, call.id)
-		if f.before != nil && f.before(w, r) {
-			return
-		}
 		g.mu.Lock()
 		answer := work(call)
 		g.mu.Unlock()
-		if f.after != nil && f.after(w, r) {
-			return
-		}
 		answer.write(w)
 	}
 }
@@ -585,117 +484,4 @@ func writeFakeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
 	w.Write(body.Bytes())
-}
-
-// fault is how a call goes wrong. The zero fault is none.
-type fault struct {
-	before faultHook // in place of the work when it answers; else the work follows
-	after  faultHook // when the work is done; in place of its answer when it answers
-}
-
-// faultHook runs without any lock, may block, and reports whether it has answered. It never returns when it
-// drops the connection. (net/http quietly repeats a GET whose used connection was dropped, but never a POST.)
-type faultHook func(w http.ResponseWriter, r *http.Request) (answered bool)
-
-// setFaults has f asked about every call that arrives, one at a time; nil: no faults. Id is the imp_uid or
-// merchant_uid the call is about, "" for a token. F must not block, but its fault's hooks may.
-func (g *fakeGateway) setFaults(f func(call, id string) fault) {
-	g.faultMu.Lock()
-	defer g.faultMu.Unlock()
-	g.fault = f
-}
-
-// faultOnce gives f to the next such call that has none yet, before the function of setFaults is asked.
-func (g *fakeGateway) faultOnce(call string, f fault) {
-	g.faultMu.Lock()
-	defer g.faultMu.Unlock()
-	g.once[call] = append(g.once[call], f)
-}
-
-// calls answers how many calls have arrived, whatever became of them: "token", "payment", "find", "findAll",
-// "cancel".
-func (g *fakeGateway) calls(call string) int {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.counts[call]
-}
-
-func (g *fakeGateway) arrived(call, id string) fault {
-	g.mu.Lock()
-	g.counts[call]++
-	g.mu.Unlock()
-
-	g.faultMu.Lock()
-	defer g.faultMu.Unlock()
-	if waiting := g.once[call]; len(waiting) > 0 {
-		g.once[call] = waiting[1:]
-		return waiting[0]
-	}
-	if g.fault != nil {
-		return g.fault(call, id)
-	}
-	return fault{}
-}
-
-// dropConnection closes the connection in place of an answer.
-func dropConnection(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }
-
-// hangUntilGone keeps the caller waiting until it gives up.
-func hangUntilGone(_ http.ResponseWriter, r *http.Request) bool {
-	<-r.Context().Done()
-	panic(http.ErrAbortHandler)
-}
-
-// answer500 is what a proxy says of a gateway that is down.
-func answer500(w http.ResponseWriter, _ *http.Request) bool {
-	w.Header().Set("Content-Type", "text/html")
-	w.WriteHeader(http.StatusInternalServerError)
-	io.WriteString(w, "<html><body><h1>Internal Server Error</h1></body></html>")
-	return true
-}
-
-// answer401 turns a good token down.
-func answer401(w http.ResponseWriter, _ *http.Request) bool {
-	fakeRefusal(http.StatusUnauthorized, -1, "Unauthorized").write(w)
-	return true
-}
-
-// answerRefusal is HTTP 200 with a code that is not 0.
-func answerRefusal(code int, message string) faultHook {
-	return func(w http.ResponseWriter, _ *http.Request) bool {
-		fakeRefusal(http.StatusOK, code, message).write(w)
-		return true
-	}
-}
-
-// waitFor runs wait and goes on; the context is the call's own.
-func waitFor(wait func(context.Context)) faultHook {
-	return func(_ http.ResponseWriter, r *http.Request) bool {
-		wait(r.Context())
-		return false
-	}
-}
-
-// stopUntil goes on when released is closed, or hangs up when the caller gave up before.
-func stopUntil(released <-chan struct{}) faultHook {
-	return func(w http.ResponseWriter, r *http.Request) bool {
-		select {
-		case <-released:
-			return false
-		case <-r.Context().Done():
-			panic(http.ErrAbortHandler)
-		}
-	}
-}
-
-// inTurn runs hooks until one has answered.
-func inTurn(hooks ...faultHook) faultHook {
-	return func(w http.ResponseWriter, r *http.Request) bool {
-		for _, hook := range hooks {
-			if hook(w, r) {
-				return true
-			}
-		}
-		return false
-	}
 }

@@ -475,20 +475,6 @@ func (p *postgresServer) connect(ctx context.Context) (*pgx.Conn, error) {
 // stop shuts the server down in order (PostgreSQL's "fast" mode) and waits for it. Stopping a stopped one is no error.
 func (p *postgresServer) stop() error { return p.end(syscall.SIGINT) }
 
-// crash ends the server at once, without writing anything back (PostgreSQL's "immediate" mode): what was committed
-// comes back from its log at the next start.
-func (p *postgresServer) crash() error { return p.end(syscall.SIGQUIT) }
-
-// kill ends the server with SIGKILL, as a power cut would. Its sessions notice by themselves and end.
-func (p *postgresServer) kill() error {
-	err := p.end(syscall.SIGKILL)
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
-		return nil
-	}
-	return err
-}
-
 // end sends the server a signal and waits until it is gone.
 func (p *postgresServer) end(signal syscall.Signal) error {
 	if p.process == nil {

@@ -1,8 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"maps"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -15,9 +23,6 @@ func (s *shop) ready() answer {
 	s.t.Helper()
 	return s.call("", "GET", "/readyz", nil)
 }
-
-// newImpUID is one that the gateway does not know, nor any test.
-func newImpUID() string { return fmt.Sprintf("imp_%012d", ids.Add(1)) }
 
 const gatewayDown = `"gateway":"not answering"`
 
@@ -85,23 +90,6 @@ func TestNotReadyWithAStuckReconciler(t *testing.T) {
 	s.want(s.ready(), 200, "")
 }
 
-// A backlog is worked off round by round.
-func TestRoundEnds(t *testing.T) {
-	s := newShop(t)
-	const orders = 3 * maxParallel
-	for range orders {
-		s.order(newTestID(), s.painting(99000))
-	}
-	s.clock.advance(s.config.hold)
-	s.fake.setFaults(func(string, string) fault { s.clock.advance(s.config.reconcile); return fault{} })
-	for round := 1; round <= 3; round++ {
-		check(t, s.settler.reconcileRound(t.Context()))
-		if n := s.fake.calls("find"); n != round*maxParallel {
-			t.Errorf("after round %d the gateway was asked about %d orders", round, n)
-		}
-	}
-}
-
 func TestGatewayTroubleIsLoggedOnce(t *testing.T) {
 	s := newShop(t)
 	// ask has the gateway answer a report, or not, a second after the one before.
@@ -129,5 +117,248 @@ func TestGatewayTroubleIsLoggedOnce(t *testing.T) {
 	}
 	if begun, ended := lines(); begun > 3 || ended > 3 {
 		t.Errorf("%d begun, %d ended", begun, ended)
+	}
+}
+
+// scrape is the figures as Prometheus gets them, checked by a strict parser and, where it is installed, by promtool.
+func (s *shop) scrape() parsedMetrics {
+	s.t.Helper()
+	recorder := httptest.NewRecorder()
+	s.metricsHandler().ServeHTTP(recorder, httptest.NewRequest("GET", "/metrics", nil))
+	if recorder.Code != 200 || recorder.Header().Get("Content-Type") != "text/plain; version=0.0.4; charset=utf-8" {
+		s.t.Fatalf("answered %d %v", recorder.Code, recorder.Header())
+	}
+	text := recorder.Body.String()
+	if promtool, err := exec.LookPath("promtool"); err == nil {
+		check := exec.CommandContext(s.t.Context(), promtool, "check", "metrics")
+		check.Stdin = strings.NewReader(text)
+		if problems, err := check.CombinedOutput(); err != nil || len(bytes.TrimSpace(problems)) > 0 {
+			s.t.Errorf("promtool: %v\n%s", err, problems)
+		}
+	}
+	f, err := parseMetrics(text)
+	if err != nil {
+		s.t.Fatalf("%v\n%s", err, text)
+	}
+	return f
+}
+
+// parsedMetrics are the samples of an exposition by series, as they are written: name{label="value"}.
+type parsedMetrics map[string]float64
+
+// want compares some of the figures.
+func (f parsedMetrics) want(t *testing.T, want parsedMetrics) {
+	t.Helper()
+	for _, series := range slices.Sorted(maps.Keys(want)) {
+		if got, ok := f[series]; !ok || got != want[series] {
+			t.Errorf("%s is %v (%v), want %v", series, got, ok, want[series])
+		}
+	}
+}
+
+var (
+	commentLine = regexp.MustCompile(`^# (HELP|TYPE) ([a-z_]+) (.+)$`)
+	sampleLine  = regexp.MustCompile(`^([a-z_]+)(\{([a-z]+="(?:[^"\\\n]|\\["\\n])*",?)+\})? ([-+0-9.e]+)$`)
+	bucketEnd   = regexp.MustCompile(`,le="([^"]+)"\}$`)
+)
+
+// parseMetrics reads the text format and refuses whatever its specification does not allow, and what is not customary.
+func parseMetrics(text string) (parsedMetrics, error) {
+	f := parsedMetrics{}
+	var family, kind string
+	seen := map[string]bool{}
+	if !strings.HasSuffix(text, "\n") {
+		return nil, fmt.Errorf("the last line has no end")
+	}
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if c := commentLine.FindStringSubmatch(line); c != nil {
+			switch {
+			case c[1] == "HELP" && seen[c[2]]:
+				return nil, fmt.Errorf("the family %s comes twice", c[2])
+			case c[1] == "HELP":
+				family, kind, seen[c[2]] = c[2], "", true
+			case c[2] != family || kind != "":
+				return nil, fmt.Errorf("TYPE without its HELP: %s", line)
+			case !slices.Contains([]string{"counter", "gauge", "histogram"}, c[3]) || (c[3] == "counter") != strings.HasSuffix(family, "_total"):
+				return nil, fmt.Errorf("wrong type: %s", line)
+			default:
+				kind = c[3]
+			}
+			continue
+		}
+		s := sampleLine.FindStringSubmatch(line)
+		if s == nil {
+			return nil, fmt.Errorf("malformed: %s", line)
+		}
+		name := s[1]
+		if kind == "histogram" {
+			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+				name = strings.TrimSuffix(name, suffix)
+			}
+		}
+		value, err := strconv.ParseFloat(s[4], 64)
+		series := strings.TrimSuffix(line, " "+s[4])
+		_, again := f[series]
+		switch {
+		case err != nil || again || kind == "" || name != family:
+			return nil, fmt.Errorf("misplaced or repeated: %s", line)
+		case kind != "gauge" && value < 0:
+			return nil, fmt.Errorf("less than nothing was counted: %s", line)
+		}
+		f[series] = value
+	}
+	return f, f.checkHistograms()
+}
+
+// checkHistograms checks that buckets grow up to the count.
+func (f parsedMetrics) checkHistograms() error {
+	type bucket struct{ end, n float64 }
+	histograms := map[string][]bucket{} // by the series of the count
+	for series, n := range f {
+		if le := bucketEnd.FindStringSubmatch(series); le != nil {
+			end, err := strconv.ParseFloat(le[1], 64)
+			if err != nil {
+				return fmt.Errorf("%s: %w", series, err)
+			}
+			of := strings.Replace(strings.TrimSuffix(series, le[0])+"}", "_bucket{", "_count{", 1)
+			histograms[of] = append(histograms[of], bucket{end, n})
+		}
+	}
+	for of, buckets := range histograms {
+		slices.SortFunc(buckets, func(a, b bucket) int { return int(1e6 * (min(a.end, 1e6) - min(b.end, 1e6))) })
+		for i := range buckets[1:] {
+			if buckets[i].n > buckets[i+1].n {
+				return fmt.Errorf("%s: the buckets do not grow: %v", of, buckets)
+			}
+		}
+		if last := buckets[len(buckets)-1]; last.end < 1e300 || last.n != f[of] {
+			return fmt.Errorf("%s: %v counted, the last bucket is %v", of, f[of], last)
+		}
+	}
+	return nil
+}
+
+func TestStrictParser(t *testing.T) {
+	const head = "# HELP x y\n# TYPE x gauge\n"
+	for _, text := range []string{
+		"", "x 1\n", head + "x 1", head + "x 1\nx 1\n", head + "y 1\n", head + "x one\n", head + "x{A=\"b\"} 1\n", head + "x{a=\"\\q\"} 1\n",
+		head + "x{a=b} 1\n", head + head, "# HELP x y\n# TYPE x counter\nx 1\n", "# HELP x_total y\n# TYPE x_total counter\nx_total -1\n",
+		"# TYPE x gauge\nx 1\n", "# HELP x y\n# TYPE x histogram\nx_bucket{a=\"b\",le=\"1\"} 2\nx_bucket{a=\"b\",le=\"+Inf\"} 1\nx_count{a=\"b\"} 1\n",
+	} {
+		if f, err := parseMetrics(text); err == nil {
+			t.Errorf("%q is %v", text, f)
+		}
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	s := newShop(t)
+	s.scrape() // nothing has happened yet
+	s.paid(buyerA)
+	_, refused, _ := s.paid(buyerA)
+	s.orderAt(statusShipping)
+	s.order(buyerB, s.painting(99000))
+	s.report("imp_unknown")
+	s.call("", "GET", "/api/nothing", nil)
+
+	// A refund that the gateway refuses, and an unpaid order of which it says nothing.
+	s.fake.setFaults(func(call, id string) fault {
+		if call == "cancel" {
+			return fault{before: answerRefusal(-1, "거절")}
+		}
+		return fault{}
+	})
+	s.clock.advance(20 * time.Minute)
+	s.call(buyerA, "DELETE", "/api/orders/"+queryText(t, s.config.databaseURL, `SELECT order_id FROM payments WHERE imp_uid = '`+refused+`'`), nil)
+	s.clock.advance(10*time.Minute + 42*time.Second)
+
+	s.scrape().want(t, parsedMetrics{
+		`lumiere_http_requests_total{route="POST /api/orders",status="201"}`:                      4,
+		`lumiere_http_requests_total{route="PATCH /api/orders/pay",status="200"}`:                 3,
+		`lumiere_http_requests_total{route="PATCH /api/orders/pay",status="404"}`:                 1,
+		`lumiere_http_requests_total{route="DELETE /api/orders/{id}",status="502"}`:               1,
+		`lumiere_http_requests_total{route="none",status="404"}`:                                  1,
+		`lumiere_http_request_duration_seconds_count{route="PATCH /api/orders/pay"}`:              4,
+		`lumiere_http_request_duration_seconds_bucket{route="PATCH /api/orders/pay",le="0.0005"}`: 4, // by a clock that stands
+		`lumiere_gateway_calls_total{call="payment",outcome="ok"}`:                                4,
+		`lumiere_gateway_calls_total{call="payment",outcome="none"}`:                              1,
+		`lumiere_gateway_calls_total{call="cancel",outcome="refused"}`:                            1,
+		`lumiere_gateway_call_duration_seconds_count{call="cancel"}`:                              1,
+		`lumiere_database_up`:                                      1,
+		`lumiere_database_connections_most`:                        16,
+		`lumiere_gateway_silent`:                                   0,
+		`lumiere_reconciler_round_age_seconds`:                     1842,
+		`lumiere_holds`:                                            1,
+		`lumiere_refunds_waiting`:                                  1,
+		`lumiere_oldest_unsettled_payment_seconds{kind="refund"}`:  642,
+		`lumiere_oldest_unsettled_payment_seconds{kind="unknown"}`: 42,
+		`lumiere_orders{status="paid"}`:                            2,
+		`lumiere_orders{status="shipping"}`:                        1,
+		`lumiere_orders{status="cancelled"}`:                       0,
+	})
+	s.fake.setFaults(nil)
+	check(t, s.settler.reconcileRound(t.Context()))
+	s.scrape().want(t, parsedMetrics{
+		`lumiere_reconciler_round_age_seconds`: 0, `lumiere_holds`: 0, `lumiere_refunds_waiting`: 0,
+		`lumiere_oldest_unsettled_payment_seconds{kind="refund"}`: 0, `lumiere_oldest_unsettled_payment_seconds{kind="unknown"}`: 0,
+		`lumiere_orders{status="paid"}`: 1, `lumiere_orders{status="cancelled"}`: 1,
+	})
+}
+
+// What README.md has alarms for is there.
+func TestAlarmsAreOfFigures(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	check(t, err)
+	s := newShop(t)
+	there := map[string]bool{}
+	for series := range s.scrape() {
+		name, _, _ := strings.Cut(series, "{")
+		there[name] = true
+	}
+	there["lumiere_http_requests_total"] = true // once there was one
+	alarms := regexp.MustCompile(`lumiere_[a-z_]+`).FindAllString(string(readme), -1)
+	for _, name := range alarms {
+		if !there[name] {
+			t.Errorf("README.md speaks of %s", name)
+		}
+	}
+	if len(alarms) < 5 {
+		t.Errorf("README.md speaks of %v alone", alarms)
+	}
+}
+
+func TestMetricsWithoutADatabase(t *testing.T) {
+	s := newShop(t)
+	s.call("", "GET", "/healthz", nil)
+	s.store.close()
+	f := s.scrape()
+	f.want(t, parsedMetrics{`lumiere_database_up`: 0, `lumiere_http_requests_total{route="GET /healthz",status="200"}`: 1})
+	if _, ok := f["lumiere_holds"]; ok {
+		t.Error("holds are said without being known")
+	}
+}
+
+// Every way in which a call can end has its place.
+func TestTrafficBuckets(t *testing.T) {
+	m := newMetrics()
+	for _, call := range gatewayCalls {
+		for _, outcome := range gatewayOutcomes {
+			m.gatewayCall(call, outcome, time.Millisecond)
+		}
+	}
+	for took, bucket := range map[time.Duration]int{0: 0, time.Millisecond: 1, time.Millisecond + 1: 2, time.Minute: len(bucketBounds) - 1, time.Hour: len(bucketBounds)} {
+		one := newRequestStats(1)
+		one.count(0, took)
+		if one.buckets[bucket].Load() != 1 || one.nanoseconds.Load() != int64(took) {
+			t.Errorf("%v is not in bucket %d", took, bucket)
+		}
+	}
+}
+
+func TestCountingAllocatesNothing(t *testing.T) {
+	one := newRequestStats(600)
+	if n := testing.AllocsPerRun(100, func() { one.count(200, time.Second) }); n != 0 {
+		t.Errorf("%v allocations", n)
 	}
 }

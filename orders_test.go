@@ -1,17 +1,13 @@
 package main
 
 import (
-	"crypto/sha256"
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"slices"
-	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
-
-	"github.com/golang-jwt/jwt/v5"
 )
 
 func TestWholeWay(t *testing.T) {
@@ -24,224 +20,6 @@ func TestWholeWay(t *testing.T) {
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "해당 주문의 결제 취소가 완료되었습니다")
 	if s.statusOf(order) != 5 || !s.inStock(buyerB, painting) {
 		t.Fatal("not cancelled")
-	}
-}
-
-// rowOf is the shop s with its failures going to a row's own t.
-func rowOf(t *testing.T, s *shop) *shop {
-	row := *s
-	row.t = t
-	return &row
-}
-
-// wantNaming is want for a refusal whose message has to contain text.
-func (s *shop) wantNaming(a answer, status int, text string) {
-	s.t.Helper()
-	if a.status != status || a.message() == "" || !strings.Contains(a.message(), text) {
-		s.t.Fatalf("answered %d %s\nwant %d with a message containing %q", a.status, a.body, status, text)
-	}
-}
-
-// wantBody is want for the exact body.
-func (s *shop) wantBody(a answer, status int, body string) {
-	s.t.Helper()
-	if a.status != status || a.body != body {
-		s.t.Fatalf("answered %d %s\nwant     %d %s", a.status, a.body, status, body)
-	}
-}
-
-// wantMoney fails unless the gateway has given back this much of a payment.
-func (s *shop) wantMoney(impUID string, back int64) {
-	s.t.Helper()
-	if p, ok := s.fake.get(impUID); !ok || p.Cancelled != back {
-		s.t.Fatalf("the gateway gave back %d of %d, want %d", p.Cancelled, p.Amount, back)
-	}
-}
-
-// wantUntouched fails unless the order is unpaid still, its paintings held for its buyer and no money given back.
-func (s *shop) wantUntouched(order, painting string) {
-	s.t.Helper()
-	if status := s.statusOf(order); status != statusUnpaid {
-		s.t.Fatalf("the order has status %d", status)
-	}
-	if !s.inStock(buyerA, painting) || s.inStock(buyerB, painting) {
-		s.t.Fatal("the painting is not held for its buyer any more")
-	}
-	if n := s.fake.calls("cancel"); n != 0 {
-		s.t.Fatalf("%d refunds were asked for", n)
-	}
-}
-
-// pagePaintings puts the paintings that the page prints into the catalogue.
-func (s *shop) pagePaintings() {
-	s.t.Helper()
-	check(s.t, s.store.importPaintings(s.t.Context(), []painting{
-		{id: "61a4debe4f5f6aa036bfec5f", artistID: "61a4debe4f5f6aa036bfec5d", artistName: "로키산맥", title: "파멸",
-			image: "/images/owner/1.jpg", size: "163x131cm", canvas: 100, price: 469000, forSale: true},
-		{id: "61a58ed5eebb463c14eca0f9", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "날갯짓",
-			image: "/images/bye/2.jpg", size: "146x112cm", canvas: 80, price: 310000, forSale: true},
-		{id: "61a4c895f59ea1b7a727a658", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "잠식",
-			image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true},
-	}))
-}
-
-const pageCartItems = `[{"info":{"size":"163x131cm","canvas":100},"_id":"61a4debe4f5f6aa036bfec5f",` +
-	`"artist":{"_id":"61a4debe4f5f6aa036bfec5d","name":"로키산맥"},"title":"파멸","image":"/images/owner/1.jpg","price":469000,"inStock":true},` +
-	`{"info":{"size":"146x112cm","canvas":80},"_id":"61a58ed5eebb463c14eca0f9",` +
-	`"artist":{"_id":"61a4c82a2c1eaad2e0d0084c","name":"안영희"},"title":"날갯짓","image":"/images/bye/2.jpg","price":310000,"inStock":true}]`
-
-func TestCartItemsQuery(t *testing.T) {
-	const a, b, c, unknown = "61a4debe4f5f6aa036bfec5f", "61a58ed5eebb463c14eca0f9", "61a4c895f59ea1b7a727a658", "ffffffffffffffffffffffff"
-	shared := newShop(t)
-	shared.pagePaintings()
-	for _, row := range []struct {
-		name, query string
-		status      int
-		ids         string
-	}{
-		{"no query", "", 200, ""},
-		{"other keys only", "?page=1&productIds=" + a, 200, ""},
-		{"one", "?productId=" + a, 200, a},
-		{"order asked", "?productId=" + c + "&productId=" + a + "&productId=" + b, 200, c + " " + a + " " + b},
-		{"repeats once", "?productId=" + b + "&productId=" + a + "&productId=" + b, 200, b + " " + a},
-		{"repeats in two cases", "?productId=" + b + "&productId=" + strings.ToUpper(b), 200, b},
-		{"unknown left out", "?productId=" + unknown + "&productId=" + a, 200, a},
-		{"only unknown", "?productId=" + unknown, 200, ""},
-		{"upper case", "?productId=" + strings.ToUpper(a), 200, a},
-		{"axios", "?productId[]=" + b + "&productId[]=" + a, 200, b + " " + a},
-		{"axios encoded", "?productId%5B%5D=" + b + "&productId%5b%5d=" + a, 200, b + " " + a},
-		{"qs", "?productId[0]=" + b + "&productId[1]=" + a, 200, b + " " + a},
-		{"qs encoded", "?productId%5B0%5D=" + b + "&productId%5B1%5D=" + a, 200, b + " " + a},
-		{"id encoded", "?productId=%36" + a[1:], 200, a},
-		{"empty id", "?productId=", 400, ""},
-		{"23 digits", "?productId=" + a[1:], 400, ""},
-		{"25 digits", "?productId=" + a + "0", 400, ""},
-		{"not hex", "?productId=" + "g" + a[1:], 400, ""},
-		{"24 bytes of Korean", "?productId=" + strings.Repeat("%EA%B0%80", 8), 400, ""},
-		{"malformed beside a good one", "?productId=" + a + "&productId=undefined", 400, ""},
-		{"malformed in an array", "?productId[]=undefined", 400, ""},
-		{"broken encoding", "?productId=%zz", 400, ""},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := rowOf(t, shared)
-			got := s.call("", "GET", "/api/products/cart-items"+row.query, nil)
-			if row.status != 200 {
-				s.wantNaming(got, row.status, "productId")
-				return
-			}
-			s.want(got, 200, "")
-			var items []cartItem
-			check(t, json.Unmarshal([]byte(got.body), &items))
-			var ids []string
-			for _, item := range items {
-				ids = append(ids, item.ID)
-			}
-			if strings.Join(ids, " ") != row.ids || (row.ids == "" && got.body != "[]") {
-				t.Fatalf("answered %s\nwant %q", got.body, row.ids)
-			}
-		})
-	}
-	shared.wantBody(shared.call("", "GET", "/api/products/cart-items?productId[]="+a+"&productId[]="+b, nil), 200, pageCartItems)
-}
-
-func TestCartItemsStock(t *testing.T) {
-	s := newShop(t)
-	_, _, sold := s.paid(buyerA)
-	held, free := s.painting(99000), s.painting(99000)
-	s.order(buyerA, held)
-	expired, err := s.tokens.issue(caller{id: buyerA}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
-	check(t, err)
-	for _, row := range []struct {
-		name, authorization string
-		sold, held, free    bool
-	}{
-		{"nobody", "", false, false, true},
-		{"the holder", s.as(buyerA), false, true, true},
-		{"the holder, scheme in lower case", "bearer " + s.token(buyerA, false), false, true, true},
-		{"another buyer", s.as(buyerB), false, false, true},
-		{"an administrator", s.as(adminID), false, false, true},
-		{"an expired token is ignored", "Bearer " + expired, false, false, true},
-		{"garbage is ignored", "Bearer garbage", false, false, true},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := rowOf(t, s)
-			got := s.want(s.callWith(row.authorization, "GET", "/api/products/cart-items?productId="+sold+"&productId="+held+"&productId="+free, nil), 200, "")
-			var items []cartItem
-			check(t, json.Unmarshal([]byte(got.body), &items))
-			if len(items) != 3 || items[0].InStock != row.sold || items[1].InStock != row.held || items[2].InStock != row.free {
-				t.Fatalf("answered %s\nwant sold, held and free painting in stock: %v %v %v", got.body, row.sold, row.held, row.free)
-			}
-		})
-	}
-}
-
-func TestTotalPrice(t *testing.T) {
-	shared := newShop(t)
-	_, _, sold := shared.paid(buyerA)
-	a, b := shared.painting(310000), shared.painting(469000)
-	for _, row := range []struct {
-		name, query string
-		status      int
-		total       int
-		message     string
-	}{
-		{"one", "productId=" + a, 200, 320000, ""},
-		{"two", "productId=" + a + "&productId=" + b, 200, 789000, ""},
-		{"axios", "productId[]=" + a + "&productId[]=" + b, 200, 789000, ""},
-		{"axios encoded", "productId%5B%5D=" + a + "&productId%5B%5D=" + b, 200, 789000, ""},
-		{"qs", "productId[0]=" + a + "&productId[1]=" + b, 200, 789000, ""},
-		{"repeats count once", "productId=" + a + "&productId=" + strings.ToUpper(a), 200, 320000, ""},
-		{"sold counts", "productId=" + a + "&productId=" + sold, 200, 419000, ""},
-		{"none", "", 400, 0, "productId"},
-		{"empty", "productId=", 400, 0, "productId"},
-		{"malformed", "productId=" + a + "&productId=1", 400, 0, "productId"},
-		{"unknown", "productId=" + a + "&productId=ffffffffffffffffffffffff", 404, 0, "productId"},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := rowOf(t, shared)
-			got := s.call(buyerB, "GET", "/api/products/total-price?"+row.query, nil)
-			if row.status != 200 {
-				s.wantNaming(got, row.status, row.message)
-				return
-			}
-			s.wantBody(got, 200, fmt.Sprintf(`{"_id":"결제 예정 총 금액","totalPrice":%d}`, row.total))
-		})
-	}
-	dear := newShop(t, func(c *config) { c.shipping = 25000 })
-	p := dear.painting(99000)
-	dear.wantBody(dear.call(buyerA, "GET", "/api/products/total-price?productId="+p, nil), 200, `{"_id":"결제 예정 총 금액","totalPrice":124000}`)
-}
-
-// absent, put into a body, leaves the field out.
-var absent = new(struct{})
-
-// put sets the field at path (deliveryInfo.address, orderItems[0].price) of a body.
-func put(body map[string]any, path string, value any) {
-	keys := strings.Split(strings.NewReplacer("[", ".", "]", "").Replace(path), ".")
-	var at any = body
-	for i, key := range keys {
-		last := i == len(keys)-1
-		switch object := at.(type) {
-		case map[string]any:
-			switch {
-			case last && value == absent:
-				delete(object, key)
-			case last:
-				object[key] = value
-			}
-			at = object[key]
-		case []any:
-			n, err := strconv.Atoi(key)
-			if err != nil {
-				panic(err)
-			}
-			if last {
-				object[n] = value
-			}
-			at = object[n]
-		default:
-			panic("no such field: " + path)
-		}
 	}
 }
 
@@ -478,174 +256,203 @@ func TestOrderNumberAndReplacement(t *testing.T) {
 	}
 }
 
-func TestPayRefusals(t *testing.T) {
-	const forged = "금액 불일치, 위조된 결제 시도"
+func TestTwoHundredBuyersOnePainting(t *testing.T) {
+	s := newShop(t)
+	painting := s.painting(99000)
+	buyers := make([]string, 200)
+	for i := range buyers {
+		buyers[i] = newTestID()
+	}
+	count := concurrently(len(buyers), func(i int) answer {
+		return s.call(buyers[i], "POST", "/api/orders", orderBody(newNumber(), painting))
+	})
+	if count[201] != 1 || count[409] != 199 {
+		t.Fatalf("answers by status: %v", count)
+	}
+	s.wantOneOwner()
+}
+
+func TestOverlappingCartsAtOnce(t *testing.T) {
+	s := newShop(t)
+	a, b, c := s.painting(99000), s.painting(99000), s.painting(99000)
+	carts := [][]string{{a, b, c}, {c, b, a}, {b, a}, {c, a}, {b, c}}
+	count := concurrently(100, func(i int) answer {
+		return s.call(newTestID(), "POST", "/api/orders", orderBody(newNumber(), carts[i%len(carts)]...))
+	})
+	if count[201] != 1 || count[201]+count[409] != 100 { // any two carts overlap
+		t.Fatalf("answers by status: %v", count)
+	}
+	s.wantOneOwner()
+}
+
+func TestOneBuyerManyOrdersAtOnce(t *testing.T) {
+	s := newShop(t)
+	a, b, c := s.painting(99000), s.painting(99000), s.painting(99000)
+	carts := [][]string{{a, b}, {c, b}, {a}, {c, a}}
+	count := concurrently(60, func(i int) answer {
+		return s.call(buyerA, "POST", "/api/orders", orderBody(newNumber(), carts[i%len(carts)]...))
+	})
+	if count[201] != 60 {
+		t.Fatalf("answers by status: %v", count)
+	}
+	if n := queryText(t, s.config.databaseURL, `SELECT count(*) FROM orders WHERE ended IS NULL`); n != "1" {
+		t.Fatalf("%s unpaid orders of one buyer", n)
+	}
+	s.wantOneOwner()
+}
+
+func TestSameOrderSentManyTimesAtOnce(t *testing.T) {
+	s := newShop(t)
+	body := orderBody(newNumber(), s.painting(99000), s.painting(99000))
+	var mu sync.Mutex
+	bodies := map[string]int{}
+	count := concurrently(30, func(int) answer {
+		a := s.call(buyerA, "POST", "/api/orders", body)
+		mu.Lock()
+		bodies[a.body]++
+		mu.Unlock()
+		return a
+	})
+	if count[201] != 30 || len(bodies) != 1 {
+		t.Fatalf("answers by status: %v, bodies: %v", count, bodies)
+	}
+	s.wantOneOwner()
+}
+
+func TestShowOrder(t *testing.T) {
+	s := newShop(t)
+	s.pagePaintings()
+	const buyer = "61a4e52b4f5f6aa036bfec61"
+	const delivery = `"deliveryInfo":{"address":"[12990] 경기 하남시 감북로 18 (감일동)","detailedAddress":"강남으로 가자 8282","receiver":"김로또","contactNum":"010-7777-7777"},`
+	const details = `"deliveryDetails":{"receiveAt":"문 앞","requestedTerms":"도착 시 꼭 문자주세요!!"},`
+	const orderer = `"ordererInfo":{"name":"남대문","phoneNum":"010-4444-4444","email":"a@test.com","refundTerms":"품절 시 결제수단으로 환불"},`
+	const items = `"orderItems":[{"image":"/images/bye/1.jpg","title":"잠식","artist":"안영희","size":"73x61cm(20호)","price":99000,"product":"61a4c895f59ea1b7a727a658"},` +
+		`{"image":"/images/owner/1.jpg","title":"파멸","artist":"로키산맥","size":"163x131cm(100호)","price":469000,"product":"61a4debe4f5f6aa036bfec5f"}],` +
+		`"shippingPrice":10000,"totalPrice":578000`
+	var made orderCreated
+	got := s.want(s.call(buyer, "POST", "/api/orders", `{"result":{"id":"20211130111111"},`+delivery+details+orderer+items+`}`), 201, "")
+	check(t, json.Unmarshal([]byte(got.body), &made))
+	page := func(result string) string {
+		return `{"result":{` + result + `},` + delivery + details + orderer + `"_id":"` + made.OrderID + `","user":"` + buyer + `",` + items + `}`
+	}
+	path := "/api/orders/" + made.OrderID
+	s.wantBody(s.call(buyer, "GET", path, nil), 200, page(`"id":"20211130111111","status":-1,"updatedAt":"2026-03-02T01:00:00.000Z"`))
+	s.clock.advance(time.Minute + 146*time.Millisecond)
+	s.want(s.report(s.charge(made.OrderID, 578000)), 200, "")
+	paid := page(`"id":"20211130111111","paidAt":"2026-03-02T01:01:00.146Z","status":0,"updatedAt":"2026-03-02T01:01:00.146Z"`)
 	for _, row := range []struct {
-		name    string
-		payment fakePayment // for the order unless MerchantUID is set
-		sandbox bool
-		status  int
-		message string
-		back    int64
+		name, user, path string
+		status           int
 	}{
-		{"too little", fakePayment{Amount: 108999}, false, 400, forged, 108999},
-		{"one won", fakePayment{Amount: 1}, false, 400, forged, 1},
-		{"too much", fakePayment{Amount: 109001}, false, 400, forged, 109001},
-		{"dollars", fakePayment{Amount: 109000, Currency: "USD"}, false, 400, forged, 109000},
-		{"dollars, partly back", fakePayment{Amount: 80, Currency: "USD", Status: "cancelled", Cancelled: 1}, false, 400, forged, 80},
-		{"won, partly back", fakePayment{Amount: 109000, Status: "cancelled", Cancelled: 1}, false, 400, forged, 109000},
-		{"ready", fakePayment{Amount: 109000, Status: "ready"}, false, 400, "", 0},
-		{"failed", fakePayment{Amount: 109000, Status: "failed"}, false, 400, "", 0},
-		{"failed, other amount", fakePayment{Amount: 1, Status: "failed"}, false, 400, "", 0},
-		{"cancelled", fakePayment{Amount: 109000, Status: "cancelled", Cancelled: 109000}, false, 400, "", 109000},
-		{"another shop's", fakePayment{Amount: 109000, MerchantUID: "other-shop-1"}, false, 404, "", 0},
-		{"an order that never was", fakePayment{Amount: 109000, MerchantUID: "ffffffffffffffffffffffff"}, false, 404, "", 0},
-		{"sandbox", fakePayment{Amount: 109000, Sandbox: true}, false, 404, "", 0},
-		{"sandbox configured, forged", fakePayment{Amount: 1, Sandbox: true}, true, 400, forged, 1},
+		{"its buyer", buyer, path, 200},
+		{"upper case", buyer, "/api/orders/" + strings.ToUpper(made.OrderID), 200},
+		{"an administrator", adminID, path, 200},
+		{"a stranger", buyerB, path, 404},
+		{"unknown", buyer, "/api/orders/ffffffffffffffffffffffff", 404},
+		{"malformed", buyer, "/api/orders/1", 404},
+		{"not hex", buyer, "/api/orders/" + strings.Repeat("g", 24), 404},
+		{"its number", buyer, "/api/orders/20211130111111", 404},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			s := newShop(t, func(c *config) { c.sandbox = row.sandbox })
-			painting := s.painting(99000)
-			order := s.order(buyerA, painting)
-			if row.payment.MerchantUID == "" {
-				row.payment.MerchantUID = order
+			want := paid
+			if row.status == 404 {
+				want = `{"message":"해당 주문 내역이 없습니다"}`
 			}
-			impUID := s.fake.pay(row.payment)
-			for range 2 { // told again it says the same, and moves no more money
-				s.want(s.report(impUID), row.status, row.message)
-				s.wantMoney(impUID, row.back)
-			}
-			if status := s.statusOf(order); status != statusUnpaid || s.inStock(buyerB, painting) {
-				t.Fatalf("the order has status %d, or holds nothing", status)
-			}
-			if refunds := s.fake.calls("cancel"); refunds > 1 || (row.message == "" && refunds != 0) {
-				t.Fatalf("%d refunds were asked for", refunds)
-			}
-			s.want(s.report(s.charge(order, 109000)), 200, "결제 성공") // the order can still be paid
-			if s.statusOf(order) != statusPaid {
-				t.Fatal("not paid")
-			}
+			rowOf(t, s).wantBody(s.call(row.user, "GET", row.path, nil), row.status, want)
 		})
+	}
+
+	// The snapshot is of that day.
+	check(t, s.store.importPaintings(t.Context(), []painting{{id: "61a4c895f59ea1b7a727a658", artistID: newTestID(), artistName: "다른 이",
+		title: "다른 제목", image: "/other.jpg", size: "1x1cm", canvas: 1, price: 1, forSale: true}}))
+	s.wantBody(s.call(buyer, "GET", path, nil), 200, paid)
+	s.wantBody(s.call(buyer, "GET", "/api/orders/latest", nil), 200, "{"+delivery+details+orderer+`"_id":"`+made.OrderID+`"}`)
+}
+
+func TestLatestOrder(t *testing.T) {
+	s := newShop(t)
+	latest := func(user string) answer { return s.call(user, "GET", "/api/orders/latest", nil) }
+	id := func() string {
+		t.Helper()
+		var order struct {
+			ID string `json:"_id"`
+		}
+		check(t, json.Unmarshal([]byte(s.want(latest(buyerA), 200, "").body), &order))
+		return order.ID
+	}
+	s.wantBody(latest(buyerA), 404, `{"message":"최근 주문 내역이 없습니다"}`)
+	first, _, _ := s.paid(buyerA)
+	if id() != first {
+		t.Fatal("not the only one")
+	}
+	s.clock.advance(time.Second)
+	body := orderBody(newNumber(), s.painting(99000))
+	put(body, "deliveryDetails", absent)
+	var second orderCreated
+	check(t, json.Unmarshal([]byte(s.want(s.call(buyerA, "POST", "/api/orders", body), 201, "").body), &second))
+	s.wantBody(latest(buyerA), 200, `{"deliveryInfo":{"address":"[00000] 어느시 어느로 1","detailedAddress":"101호","receiver":"홍길동","contactNum":"010-0000-0000"},`+
+		`"ordererInfo":{"name":"홍길동","phoneNum":"010-0000-0000","email":"buyer@example.com","refundTerms":"품절 시 결제수단으로 환불"},"_id":"`+second.OrderID+`"}`)
+	s.want(latest(buyerB), 404, "최근 주문 내역이 없습니다")
+	s.want(latest(adminID), 404, "최근 주문 내역이 없습니다") // an administrator's own are none
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+second.OrderID, nil), 200, "")
+	if id() != first {
+		t.Fatal("a deleted order is the latest")
 	}
 }
 
-func TestPay(t *testing.T) {
-	s := newShop(t, func(c *config) { c.sandbox = true })
-	expired, err := s.tokens.issue(caller{id: buyerB}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
-	check(t, err)
-	for _, row := range []struct {
-		name, authorization string
-		sandbox             bool
-	}{
-		{"nobody", "", false},
-		{"the buyer", s.as(buyerA), false},
-		{"somebody else", s.as(buyerB), false},
-		{"garbage", "Bearer garbage", false},
-		{"expired", "Bearer " + expired, false},
-		{"a sandbox payment where configured", "", true},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := rowOf(t, s)
-			painting := s.painting(99000)
-			order := s.order(buyerA, painting)
-			impUID := s.fake.pay(fakePayment{MerchantUID: order, Amount: 109000, Sandbox: row.sandbox})
-			for range 2 {
-				s.wantBody(s.callWith(row.authorization, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}), 200, `{"message":"결제 성공"}`)
-			}
-			s.wantMoney(impUID, 0)
-			if s.statusOf(order) != statusPaid || s.inStock(buyerA, painting) {
-				t.Fatal("not paid")
-			}
-			second := s.charge(order, 109000) // an order is paid once
-			s.want(s.report(second), 409, "")
-			s.wantMoney(second, 109000)
-			s.wantMoney(impUID, 0)
-		})
-	}
-}
-
-func TestPayBodies(t *testing.T) {
-	shared := newShop(t)
-	for _, row := range []struct {
-		name, body string
-		status     int
-		message    string
-	}{
-		{"none", "", 400, ""}, {"null", "null", 400, ""}, {"array", "[]", 400, ""}, {"not JSON", "imp_uid=imp_1", 400, ""},
-		{"missing", `{}`, 400, "imp_uid"}, {"null imp_uid", `{"imp_uid":null}`, 400, "imp_uid"},
-		{"empty", `{"imp_uid":""}`, 400, "imp_uid"}, {"number", `{"imp_uid":1}`, 400, "imp_uid"},
-		{"object", `{"imp_uid":{}}`, 400, "imp_uid"}, {"list", `{"imp_uid":["imp_1"]}`, 400, "imp_uid"},
-		{"a path", `{"imp_uid":"../users/getToken"}`, 400, "imp_uid"}, {"a query", `{"imp_uid":"imp_1?a=b"}`, 400, "imp_uid"},
-		{"NUL", `{"imp_uid":"imp_\u0000"}`, 400, "imp_uid"}, {"too long", `{"imp_uid":"` + strings.Repeat("1", 500) + `"}`, 400, "imp_uid"},
-		{"broken UTF-8", "{\"imp_uid\":\"\xff\"}", 400, "UTF-8"},
-		{"over 1 MB", `{"imp_uid":"imp_1"}` + strings.Repeat(" ", maxBody), 413, ""},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := rowOf(t, shared)
-			s.wantNaming(s.call("", "PATCH", "/api/orders/pay", row.body), row.status, row.message)
-			if n := s.fake.calls("payment"); n != 0 {
-				t.Fatalf("the gateway was asked %d times", n)
-			}
-		})
-	}
-	shared.wantNaming(shared.report("imp_999999999999"), 404, "imp_uid")
-}
-
-func TestPayGatewayFaults(t *testing.T) {
-	for _, row := range []struct {
-		name, call string
-		hook       faultHook
-		statuses   []int
-	}{
-		{"500", "payment", answer500, []int{502, 503, 504}},
-		{"dropped", "payment", dropConnection, []int{502, 503, 504}},
-		{"hung", "payment", hangUntilGone, []int{502, 503, 504}},
-		{"no token: 500", "token", answer500, []int{502, 503, 504}},
-		{"no token: dropped", "token", dropConnection, []int{502, 503, 504}},
-		{"no token: hung", "token", hangUntilGone, []int{502, 503, 504}},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := newShop(t)
-			painting := s.painting(99000)
-			order := s.order(buyerA, painting)
-			impUID := s.charge(order, 109000)
-			limit := s.settler.gateway.lookUpLimit
-			s.settler.gateway.lookUpLimit = 200 * time.Millisecond // any answer of these rows is right, however early it comes
-			s.fake.setFaults(func(call, _ string) fault {
-				if call == row.call {
-					return fault{before: row.hook}
+func TestReadYourOwnOrder(t *testing.T) {
+	s := newDirectShop(t)
+	var wg sync.WaitGroup
+	for range 8 {
+		buyer, other, painting := newTestID(), newTestID(), s.painting(99000)
+		wg.Go(func() {
+			for range 5 {
+				order := s.order(buyer, painting)
+				if s.inStock(other, painting) || s.statusOf(order) != statusUnpaid {
+					t.Error("an order just made is not seen")
 				}
-				return fault{}
-			})
-			got := s.report(impUID)
-			if !slices.Contains(row.statuses, got.status) || got.message() == "" {
-				t.Fatalf("answered %d %s\nwant one of %d and a message", got.status, got.body, row.statuses)
+				s.want(s.call(buyer, "DELETE", "/api/orders/"+order, nil), 200, "")
+				if !s.inStock(other, painting) {
+					t.Error("a painting just freed is not seen")
+				}
+				s.want(s.call(buyer, "GET", "/api/orders/latest", nil), 404, "")
 			}
-			if s.fake.calls(row.call) == 0 {
-				t.Fatal("the fault did not happen")
-			}
-			s.wantUntouched(order, painting)
-			s.fake.setFaults(nil)
-			s.settler.gateway.lookUpLimit = limit
-			s.want(s.report(impUID), 200, "결제 성공")
 		})
 	}
+	wg.Wait()
 }
 
-// orderIn is an order of buyerA's in any status; impUID is empty when it is unpaid.
-func (s *shop) orderIn(status int) (order, impUID, painting string) {
-	s.t.Helper()
-	switch status {
-	case statusUnpaid:
-		painting = s.painting(99000)
-		return s.order(buyerA, painting), "", painting
-	case statusCancelled:
-		order, impUID, painting = s.paid(buyerA)
-		s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "")
-		return order, impUID, painting
-	default:
-		return s.orderAt(status)
+func TestMyOrders(t *testing.T) {
+	s := newShop(t)
+	if a := s.call(buyerA, "GET", "/api/orders/mine", nil); a.body != `{"orders":[],"status":{"paid":0,"ready":0,"coming":0,"done":0},"page":1,"pages":0}` {
+		t.Errorf("no orders: %s", a.body)
 	}
+	var newest []string
+	for _, status := range []int{0, 1, 1, 2, 3, 4, 0} {
+		s.clock.advance(time.Millisecond)
+		order, _, _ := s.orderAt(status)
+		newest = append([]string{order}, newest...)
+	}
+	s.paid(buyerB)
+	for _, row := range []struct {
+		query string
+		page  int
+		want  []string
+	}{
+		{"", 1, newest[:3]}, {"?pageNumber=1", 1, newest[:3]}, {"?pageNumber=3", 3, newest[6:]}, {"?pageNumber=4", 4, nil}, {"?pageNumber=999999999", 999999999, nil},
+		{"?pageNumber=0", 1, newest[:3]}, {"?pageNumber=-2", 1, newest[:3]}, {"?pageNumber=x", 1, newest[:3]}, {"?pageNumber=99999999999999999999", 1, newest[:3]},
+	} {
+		l := s.list(buyerA, "/api/orders/mine"+row.query)
+		var got []string
+		for _, o := range l.Orders {
+			got = append(got, o.ID)
+		}
+		if strings.Join(got, " ") != strings.Join(row.want, " ") || l.Page != row.page || l.Pages != 3 ||
+			fmt.Sprint(l.Status) != "map[coming:1 done:1 paid:2 ready:2]" {
+			t.Errorf("%q: %+v", row.query, l)
+		}
+	}
+	s.want(s.call("", "GET", "/api/orders/mine", nil), 401, messageSignIn)
 }
 
 func TestDeleteTable(t *testing.T) {
@@ -744,200 +551,131 @@ func TestDeleteTable(t *testing.T) {
 	s.wantMoney(impUID, 109000)
 }
 
-func TestShowOrder(t *testing.T) {
+func TestOrderThatNeverStandsStill(t *testing.T) {
 	s := newShop(t)
-	s.pagePaintings()
-	const buyer = "61a4e52b4f5f6aa036bfec61"
-	const delivery = `"deliveryInfo":{"address":"[12990] 경기 하남시 감북로 18 (감일동)","detailedAddress":"강남으로 가자 8282","receiver":"김로또","contactNum":"010-7777-7777"},`
-	const details = `"deliveryDetails":{"receiveAt":"문 앞","requestedTerms":"도착 시 꼭 문자주세요!!"},`
-	const orderer = `"ordererInfo":{"name":"남대문","phoneNum":"010-4444-4444","email":"a@test.com","refundTerms":"품절 시 결제수단으로 환불"},`
-	const items = `"orderItems":[{"image":"/images/bye/1.jpg","title":"잠식","artist":"안영희","size":"73x61cm(20호)","price":99000,"product":"61a4c895f59ea1b7a727a658"},` +
-		`{"image":"/images/owner/1.jpg","title":"파멸","artist":"로키산맥","size":"163x131cm(100호)","price":469000,"product":"61a4debe4f5f6aa036bfec5f"}],` +
-		`"shippingPrice":10000,"totalPrice":578000`
-	var made orderCreated
-	got := s.want(s.call(buyer, "POST", "/api/orders", `{"result":{"id":"20211130111111"},`+delivery+details+orderer+items+`}`), 201, "")
-	check(t, json.Unmarshal([]byte(got.body), &made))
-	page := func(result string) string {
-		return `{"result":{` + result + `},` + delivery + details + orderer + `"_id":"` + made.OrderID + `","user":"` + buyer + `",` + items + `}`
-	}
-	path := "/api/orders/" + made.OrderID
-	s.wantBody(s.call(buyer, "GET", path, nil), 200, page(`"id":"20211130111111","status":-1,"updatedAt":"2026-03-02T01:00:00.000Z"`))
-	s.clock.advance(time.Minute + 146*time.Millisecond)
-	s.want(s.report(s.charge(made.OrderID, 578000)), 200, "")
-	paid := page(`"id":"20211130111111","paidAt":"2026-03-02T01:01:00.146Z","status":0,"updatedAt":"2026-03-02T01:01:00.146Z"`)
-	for _, row := range []struct {
-		name, user, path string
-		status           int
-	}{
-		{"its buyer", buyer, path, 200},
-		{"upper case", buyer, "/api/orders/" + strings.ToUpper(made.OrderID), 200},
-		{"an administrator", adminID, path, 200},
-		{"a stranger", buyerB, path, 404},
-		{"unknown", buyer, "/api/orders/ffffffffffffffffffffffff", 404},
-		{"malformed", buyer, "/api/orders/1", 404},
-		{"not hex", buyer, "/api/orders/" + strings.Repeat("g", 24), 404},
-		{"its number", buyer, "/api/orders/20211130111111", 404},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			want := paid
-			if row.status == 404 {
-				want = `{"message":"해당 주문 내역이 없습니다"}`
-			}
-			rowOf(t, s).wantBody(s.call(row.user, "GET", row.path, nil), row.status, want)
-		})
-	}
-
-	// The snapshot is of that day.
-	check(t, s.store.importPaintings(t.Context(), []painting{{id: "61a4c895f59ea1b7a727a658", artistID: newTestID(), artistName: "다른 이",
-		title: "다른 제목", image: "/other.jpg", size: "1x1cm", canvas: 1, price: 1, forSale: true}}))
-	s.wantBody(s.call(buyer, "GET", path, nil), 200, paid)
-	s.wantBody(s.call(buyer, "GET", "/api/orders/latest", nil), 200, "{"+delivery+details+orderer+`"_id":"`+made.OrderID+`"}`)
-}
-
-func TestLatestOrder(t *testing.T) {
-	s := newShop(t)
-	latest := func(user string) answer { return s.call(user, "GET", "/api/orders/latest", nil) }
-	id := func() string {
-		t.Helper()
-		var order struct {
-			ID string `json:"_id"`
-		}
-		check(t, json.Unmarshal([]byte(s.want(latest(buyerA), 200, "").body), &order))
-		return order.ID
-	}
-	s.wantBody(latest(buyerA), 404, `{"message":"최근 주문 내역이 없습니다"}`)
-	first, _, _ := s.paid(buyerA)
-	if id() != first {
-		t.Fatal("not the only one")
-	}
-	s.clock.advance(time.Second)
-	body := orderBody(newNumber(), s.painting(99000))
-	put(body, "deliveryDetails", absent)
-	var second orderCreated
-	check(t, json.Unmarshal([]byte(s.want(s.call(buyerA, "POST", "/api/orders", body), 201, "").body), &second))
-	s.wantBody(latest(buyerA), 200, `{"deliveryInfo":{"address":"[00000] 어느시 어느로 1","detailedAddress":"101호","receiver":"홍길동","contactNum":"010-0000-0000"},`+
-		`"ordererInfo":{"name":"홍길동","phoneNum":"010-0000-0000","email":"buyer@example.com","refundTerms":"품절 시 결제수단으로 환불"},"_id":"`+second.OrderID+`"}`)
-	s.want(latest(buyerB), 404, "최근 주문 내역이 없습니다")
-	s.want(latest(adminID), 404, "최근 주문 내역이 없습니다") // an administrator's own are none
-	s.want(s.call(buyerA, "DELETE", "/api/orders/"+second.OrderID, nil), 200, "")
-	if id() != first {
-		t.Fatal("a deleted order is the latest")
+	order, _, _ := s.paid(buyerA)
+	execSQL(t, s.config.databaseURL, `CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`)
+	execSQL(t, s.config.databaseURL, `CREATE TRIGGER lose BEFORE UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION lose()`)
+	for _, body := range []any{nil, `{"status":4}`} {
+		s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, body), 409, "주문이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
 	}
 }
 
-func TestTokens(t *testing.T) {
+func TestCancelledManyTimesAtOnce(t *testing.T) {
 	s := newShop(t)
 	order, impUID, painting := s.paid(buyerA)
-	free := s.painting(99000)
-	now := s.clock.Now()
-	sign := func(method jwt.SigningMethod, secret any, change func(jwt.MapClaims)) string {
-		c := jwt.MapClaims{"id": buyerA, "isAdmin": false, "iat": now.Unix(), "exp": now.Add(time.Hour).Unix()}
-		change(c)
-		token, err := jwt.NewWithClaims(method, c).SignedString(secret)
-		check(t, err)
-		return "Bearer " + token
+	count := concurrently(20, func(int) answer { return s.call(buyerA, "DELETE", "/api/orders/"+order, nil) })
+	if count[200] != 1 || count[409] != 19 {
+		t.Fatalf("answers by status: %v", count)
 	}
-	with := func(key string, value any) string {
-		return sign(jwt.SigningMethodHS256, []byte(testSecret), func(c jwt.MapClaims) { c[key] = value })
+	if p, _ := s.fake.get(impUID); p.Cancelled != 109000 || s.fake.calls("cancel") != 1 {
+		t.Fatalf("%d won given back in %d calls", p.Cancelled, s.fake.calls("cancel"))
 	}
-	without := func(key string) string {
-		return sign(jwt.SigningMethodHS256, []byte(testSecret), func(c jwt.MapClaims) { delete(c, key) })
+	if !s.inStock(buyerB, painting) {
+		t.Fatal("the painting is not free")
 	}
-	as := func(jwt.MapClaims) {}
-	good := with("isAdmin", false)
-	body := orderBody(newNumber(), free)
-	routes := []struct {
-		method, path string
-		body         any
-	}{
-		{"GET", "/api/products/total-price?productId=" + painting, nil},
-		{"POST", "/api/orders", body},
-		{"DELETE", "/api/orders/" + order, nil},
-		{"GET", "/api/orders/" + order, nil},
-		{"GET", "/api/orders/latest", nil},
+	s.wantOneOwner()
+}
+
+func TestDeletionAgainstPayment(t *testing.T) {
+	s := newShop(t)
+	order := s.order(buyerA, s.painting(99000))
+	s.fake.faultOnce("find", fault{before: answer500})
+	if a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil); a.status < 500 {
+		t.Fatalf("a silent gateway: %d %s", a.status, a.body)
 	}
-	parts := strings.Split(good, ".")
-	for _, row := range []struct{ name, authorization string }{
-		{"none", ""},
-		{"empty scheme", "Bearer"},
-		{"empty token", "Bearer "},
-		{"garbage", "Bearer garbage"},
-		{"dots", "Bearer a.b.c"},
-		{"no scheme", strings.TrimPrefix(good, "Bearer ")},
-		{"another scheme", strings.Replace(good, "Bearer", "Basic", 1)},
-		{"expired", with("exp", now.Add(-time.Hour).Unix())},
-		{"expiring now", with("exp", now.Unix())},
-		{"alg none", sign(jwt.SigningMethodNone, jwt.UnsafeAllowNoneSignatureType, as)},
-		{"HS384", sign(jwt.SigningMethodHS384, []byte(testSecret), as)},
-		{"HS512", sign(jwt.SigningMethodHS512, []byte(testSecret), as)},
-		{"another secret", sign(jwt.SigningMethodHS256, []byte(testSecret+"x"), as)},
-		{"no signature", parts[0] + "." + parts[1] + "."},
-		{"another's claims", parts[0] + "." + strings.Split(s.as(adminID), ".")[1] + "." + parts[2]},
-		{"no exp", without("exp")},
-		{"exp no number", with("exp", "tomorrow")},
-		{"exp null", with("exp", nil)},
-		{"no id", without("id")},
-		{"id null", with("id", nil)},
-		{"id empty", with("id", "")},
-		{"id not hex", with("id", strings.Repeat("z", 24))},
-		{"id too short", with("id", buyerA[1:])},
-		{"id a number", with("id", 1)},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := rowOf(t, s)
-			for _, route := range routes {
-				got := s.callWith(row.authorization, route.method, route.path, route.body)
-				s.want(got, http.StatusUnauthorized, messageSignIn)
+	impUID := s.charge(order, 109000)
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 409, "")
+	if s.statusOf(order) != statusPaid || s.row(impUID) != "kept" {
+		t.Fatalf("status %d, %s", s.statusOf(order), s.row(impUID))
+	}
+}
+
+func TestHistory(t *testing.T) {
+	s := newShop(t)
+	order, impUID, _ := s.orderAt(statusReturning)
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "")
+	lines := func(user string) (lines []string) {
+		var h struct{ History []historyLine }
+		check(t, json.Unmarshal([]byte(s.want(s.call(user, "GET", "/api/orders/"+order+"/history", nil), 200, "").body), &h))
+		for _, e := range h.History {
+			if e.At == "" || e.RequestID == "" {
+				t.Errorf("incomplete: %+v", e)
 			}
-		})
+			lines = append(lines, strings.TrimSpace(fmt.Sprintf("%s %s %s %s %d", e.Who, e.WhoID, e.Why, e.ImpUID, e.Amount)))
+		}
+		return lines
 	}
-	if s.statusOf(order) != statusPaid || !s.inStock("", free) {
-		t.Fatal("a call without a good token changed something")
+	want := []string{"buyer  created  0", "buyer  paid  0", "buyer  payment kept " + impUID + " 109000",
+		"administrator " + adminID + " preparing  0", "administrator " + adminID + " shipping  0", "administrator " + adminID + " delivered  0",
+		"buyer  return requested  0", "administrator " + adminID + " cancel requested  0",
+		"administrator " + adminID + " refunding: " + reasonShopCancel + " " + impUID + " 109000",
+		"administrator " + adminID + " refunded: " + reasonShopCancel + " " + impUID + " 109000", "administrator " + adminID + " cancelled  0"}
+	sorted := func(lines []string) string { return strings.Join(lines, "\n") }
+	if got := lines(adminID); sorted(got) != sorted(want) {
+		t.Errorf("the desk sees\n%s\nwant\n%s", sorted(got), sorted(want))
 	}
+	if got := sorted(lines(buyerA)); got != strings.ReplaceAll(sorted(want), adminID, "") {
+		t.Errorf("the buyer sees\n%s", got)
+	}
+	s.want(s.call(buyerB, "GET", "/api/orders/"+order+"/history", nil), 404, messageOrderUnknown)
+	s.want(s.call("", "GET", "/api/orders/"+order+"/history", nil), 401, messageSignIn)
+}
 
-	// Good tokens that look odd.
-	for _, row := range []struct{ name, authorization string }{
-		{"scheme in lower case", strings.Replace(good, "Bearer", "bearer", 1)},
-		{"scheme in upper case", strings.Replace(good, "Bearer", "BEARER", 1)},
-		{"id in upper case", with("id", strings.ToUpper(buyerA))},
-		{"isAdmin left out", without("isAdmin")},
-		{"isAdmin a text", with("isAdmin", "true")},
-	} {
-		t.Run(row.name, func(t *testing.T) {
-			s := rowOf(t, s)
-			s.want(s.callWith(row.authorization, "GET", "/api/orders/"+order, nil), 200, "")
-		})
-	}
+// historyLine is a history entry as a client reads it.
+type historyLine struct {
+	At, Who, WhoID, Why, RequestID string
+	ImpUID                         string `json:"imp_uid"`
+	Amount                         int64
+}
 
-	// To others than its buyer and administrators the order does not exist, and it is never a 401.
-	stranger := func(isAdmin any) string {
-		return sign(jwt.SigningMethodHS256, []byte(testSecret), func(c jwt.MapClaims) { c["id"], c["isAdmin"] = buyerB, isAdmin })
+func TestHistoryByTheProgramAndByHand(t *testing.T) {
+	s := newShop(t)
+	noticed, found, moved := s.order(buyerA, s.painting(99000)), s.order(buyerB, s.painting(99000)), ""
+	s.want(s.notice(s.charge(noticed, 109000)), 200, "")
+	s.charge(found, 109000)
+	s.later(s.config.hold)
+	moved, _, _ = s.paid(buyerA)
+	execSQL(t, s.config.databaseURL, `UPDATE orders SET status = 1 WHERE id = '`+moved+`'`)
+	for order, who := range map[string]string{noticed: "gateway", found: "reconciler", moved: "database"} {
+		if a := s.call(adminID, "GET", "/api/orders/"+order+"/history", nil); !strings.Contains(a.body, `"who":"`+who+`"`) {
+			t.Errorf("no %s in %s", who, a.body)
+		}
 	}
-	for _, isAdmin := range []any{false, nil, "true", "True", 1, 1.5, []any{true}, map[string]any{"a": true}} {
-		t.Run(fmt.Sprintf("stranger, isAdmin %v", isAdmin), func(t *testing.T) {
-			s := rowOf(t, s)
-			s.want(s.callWith(stranger(isAdmin), "GET", "/api/orders/"+order, nil), 404, messageOrderUnknown)
-			s.want(s.callWith(stranger(isAdmin), "DELETE", "/api/orders/"+order, nil), 404, messageNoSuchOrder)
-			s.want(s.callWith(stranger(isAdmin), "GET", "/api/orders/latest", nil), 404, "최근 주문 내역이 없습니다")
-			s.want(s.callWith(stranger(isAdmin), "GET", "/api/products/total-price?productId="+painting, nil), 200, "")
-			s.wantMoney(impUID, 0)
-		})
-	}
-	s.want(s.callWith(stranger(true), "GET", "/api/orders/"+order, nil), 200, "")
-	s.want(s.callWith(stranger(true), "DELETE", "/api/orders/"+order, nil), 200, "")
-	s.wantMoney(impUID, 109000)
+}
 
-	// Good tokens are remembered, each with its own end, and not too many.
-	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), 200, "")
-	s.clock.advance(time.Hour - time.Millisecond)
-	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), 200, "")
-	s.clock.advance(time.Millisecond)
-	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), http.StatusUnauthorized, messageSignIn)
-	for i := len(s.tokens.good); i < goodTokens; i++ {
-		s.tokens.good[sha256.Sum256([]byte{byte(i), byte(i >> 8)})] = goodToken{}
+func FuzzParseOrder(f *testing.F) {
+	good, err := json.Marshal(orderBody("20260302000001", "61a4debe4f5f6aa036bfec5f", "61a58ed5eebb463c14eca0f9"))
+	check(f, err)
+	f.Add(good)
+	for _, change := range [][2]string{{"99000", "1e400"}, {"99000", "99000.5"}, {"홍길동", `\ud800`}, {"홍길동", `\u0000`}, {"홍길동", "\xff"},
+		{`"result":{`, `"result":[{`}, {"10000", "null"}, {"buyer@example.com", " "}, {`"orderItems":[`, `"orderItems":[null,`}, {"}", ""}} {
+		f.Add([]byte(strings.ReplaceAll(string(good), change[0], change[1])))
 	}
-	s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 200, "")
-	if n := len(s.tokens.good); n != 1 {
-		t.Errorf("%d tokens are remembered", n)
-	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		o, err := parseOrder(body, 10000)
+		if err != nil {
+			wantBadRequest(t, err)
+			return
+		}
+		if n := len(o.productIDs); n < 1 || n > maxItems || n != len(o.prices) || o.shippingPrice != 10000 {
+			t.Fatalf("%s gives %+v", body, o)
+		}
+		for i, id := range o.productIDs {
+			if !validID(id) || slices.Contains(o.productIDs[:i], id) {
+				t.Fatalf("%s gives the paintings %q", body, o.productIDs)
+			}
+		}
+		for _, text := range []string{o.deliveryInfo, o.deliveryDetails, o.ordererInfo} {
+			var fields map[string]string
+			if err := json.Unmarshal([]byte(text), &fields); err != nil {
+				t.Fatalf("%s gives the document %s", body, text)
+			}
+			for name, value := range fields {
+				if value == "" || value != strings.TrimSpace(value) || invalidString(value) {
+					t.Fatalf("%s gives %s %q", body, name, value)
+				}
+			}
+		}
+	})
 }

@@ -1,1064 +1,416 @@
 package main
 
 import (
-	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"net/http"
-	"net/http/httptest"
-	"os"
-	"path/filepath"
-	"reflect"
+	"maps"
+	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
-// gatewayTest is a client before a double, on one clock.
-type gatewayTest struct {
-	*iamportClient
-	fake     *fakeGateway
-	clock    *testClock
-	outcomes chan string // "call outcome" of every call that ended
+func TestPay(t *testing.T) {
+	s := newShop(t, func(c *config) { c.sandbox = true })
+	expired, err := s.tokens.issue(caller{id: buyerB}, s.clock.Now().Add(-4*time.Hour), 3*time.Hour)
+	check(t, err)
+	for _, row := range []struct {
+		name, authorization string
+		sandbox             bool
+	}{
+		{"nobody", "", false},
+		{"the buyer", s.as(buyerA), false},
+		{"somebody else", s.as(buyerB), false},
+		{"garbage", "Bearer garbage", false},
+		{"expired", "Bearer " + expired, false},
+		{"a sandbox payment where configured", "", true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			s := rowOf(t, s)
+			painting := s.painting(99000)
+			order := s.order(buyerA, painting)
+			impUID := s.fake.pay(fakePayment{MerchantUID: order, Amount: 109000, Sandbox: row.sandbox})
+			for range 2 {
+				s.wantBody(s.callWith(row.authorization, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}), 200, `{"message":"결제 성공"}`)
+			}
+			s.wantMoney(impUID, 0)
+			if s.statusOf(order) != statusPaid || s.inStock(buyerA, painting) {
+				t.Fatal("not paid")
+			}
+			second := s.charge(order, 109000) // an order is paid once
+			s.want(s.report(second), 409, "")
+			s.wantMoney(second, 109000)
+			s.wantMoney(impUID, 0)
+		})
+	}
 }
 
-func newGatewayTest(t *testing.T, sandbox bool) *gatewayTest {
-	t.Helper()
-	g := newGatewayTestInMemory(sandbox)
-	server := httptest.NewServer(g.fake)
-	g.url, g.client.Transport = server.URL, newGatewayTransport()
-	t.Cleanup(server.Close)
-	t.Cleanup(g.client.CloseIdleConnections)
-	return g
+func TestPayRefusals(t *testing.T) {
+	const forged = "금액 불일치, 위조된 결제 시도"
+	for _, row := range []struct {
+		name    string
+		payment fakePayment // for the order unless MerchantUID is set
+		sandbox bool
+		status  int
+		message string
+		back    int64
+	}{
+		{"too little", fakePayment{Amount: 108999}, false, 400, forged, 108999},
+		{"one won", fakePayment{Amount: 1}, false, 400, forged, 1},
+		{"too much", fakePayment{Amount: 109001}, false, 400, forged, 109001},
+		{"dollars", fakePayment{Amount: 109000, Currency: "USD"}, false, 400, forged, 109000},
+		{"dollars, partly back", fakePayment{Amount: 80, Currency: "USD", Status: "cancelled", Cancelled: 1}, false, 400, forged, 80},
+		{"won, partly back", fakePayment{Amount: 109000, Status: "cancelled", Cancelled: 1}, false, 400, forged, 109000},
+		{"ready", fakePayment{Amount: 109000, Status: "ready"}, false, 400, "", 0},
+		{"failed", fakePayment{Amount: 109000, Status: "failed"}, false, 400, "", 0},
+		{"failed, other amount", fakePayment{Amount: 1, Status: "failed"}, false, 400, "", 0},
+		{"cancelled", fakePayment{Amount: 109000, Status: "cancelled", Cancelled: 109000}, false, 400, "", 109000},
+		{"another shop's", fakePayment{Amount: 109000, MerchantUID: "other-shop-1"}, false, 404, "", 0},
+		{"an order that never was", fakePayment{Amount: 109000, MerchantUID: "ffffffffffffffffffffffff"}, false, 404, "", 0},
+		{"sandbox", fakePayment{Amount: 109000, Sandbox: true}, false, 404, "", 0},
+		{"sandbox configured, forged", fakePayment{Amount: 1, Sandbox: true}, true, 400, forged, 1},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			s := newShop(t, func(c *config) { c.sandbox = row.sandbox })
+			painting := s.painting(99000)
+			order := s.order(buyerA, painting)
+			if row.payment.MerchantUID == "" {
+				row.payment.MerchantUID = order
+			}
+			impUID := s.fake.pay(row.payment)
+			for range 2 { // told again it says the same, and moves no more money
+				s.want(s.report(impUID), row.status, row.message)
+				s.wantMoney(impUID, row.back)
+			}
+			if status := s.statusOf(order); status != statusUnpaid || s.inStock(buyerB, painting) {
+				t.Fatalf("the order has status %d, or holds nothing", status)
+			}
+			if refunds := s.fake.calls("cancel"); refunds > 1 || (row.message == "" && refunds != 0) {
+				t.Fatalf("%d refunds were asked for", refunds)
+			}
+			s.want(s.report(s.charge(order, 109000)), 200, "결제 성공") // the order can still be paid
+			if s.statusOf(order) != statusPaid {
+				t.Fatal("not paid")
+			}
+		})
+	}
 }
 
-// newGatewayTestInMemory uses no network, so that time can be that of a synctest.
-func newGatewayTestInMemory(sandbox bool) *gatewayTest {
-	clock := newTestClock()
-	double := newFakeGateway(clock.Now)
-	outcomes := make(chan string, 1000)
-	gateway := newIamportClient(iamportConfig{
-		key: double.key, secret: double.secret, sandbox: sandbox, now: clock.Now, transport: double,
-		observe: func(call, outcome string, _ error, _ time.Duration) { outcomes <- call + " " + outcome },
-	})
-	return &gatewayTest{gateway, double, clock, outcomes}
+func TestPayBodies(t *testing.T) {
+	shared := newShop(t)
+	for _, row := range []struct {
+		name, body string
+		status     int
+		message    string
+	}{
+		{"none", "", 400, ""}, {"null", "null", 400, ""}, {"array", "[]", 400, ""}, {"not JSON", "imp_uid=imp_1", 400, ""},
+		{"missing", `{}`, 400, "imp_uid"}, {"null imp_uid", `{"imp_uid":null}`, 400, "imp_uid"},
+		{"empty", `{"imp_uid":""}`, 400, "imp_uid"}, {"number", `{"imp_uid":1}`, 400, "imp_uid"},
+		{"object", `{"imp_uid":{}}`, 400, "imp_uid"}, {"list", `{"imp_uid":["imp_1"]}`, 400, "imp_uid"},
+		{"a path", `{"imp_uid":"../users/getToken"}`, 400, "imp_uid"}, {"a query", `{"imp_uid":"imp_1?a=b"}`, 400, "imp_uid"},
+		{"NUL", `{"imp_uid":"imp_\u0000"}`, 400, "imp_uid"}, {"too long", `{"imp_uid":"` + strings.Repeat("1", 500) + `"}`, 400, "imp_uid"},
+		{"broken UTF-8", "{\"imp_uid\":\"\xff\"}", 400, "UTF-8"},
+		{"over 1 MB", `{"imp_uid":"imp_1"}` + strings.Repeat(" ", maxBody), 413, ""},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			s := rowOf(t, shared)
+			s.wantNaming(s.call("", "PATCH", "/api/orders/pay", row.body), row.status, row.message)
+			if n := s.fake.calls("payment"); n != 0 {
+				t.Fatalf("the gateway was asked %d times", n)
+			}
+		})
+	}
+	shared.wantNaming(shared.report("imp_999999999999"), 404, "imp_uid")
 }
 
-func (g *gatewayTest) nextOutcomes(n int) (all []string) {
-	for range n {
-		all = append(all, <-g.outcomes)
+func TestPayGatewayFaults(t *testing.T) {
+	for _, row := range []struct {
+		name, call string
+		hook       faultHook
+		statuses   []int
+	}{
+		{"500", "payment", answer500, []int{502, 503, 504}},
+		{"dropped", "payment", dropConnection, []int{502, 503, 504}},
+		{"hung", "payment", hangUntilGone, []int{502, 503, 504}},
+		{"no token: 500", "token", answer500, []int{502, 503, 504}},
+		{"no token: dropped", "token", dropConnection, []int{502, 503, 504}},
+		{"no token: hung", "token", hangUntilGone, []int{502, 503, 504}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			s := newShop(t)
+			painting := s.painting(99000)
+			order := s.order(buyerA, painting)
+			impUID := s.charge(order, 109000)
+			limit := s.settler.gateway.lookUpLimit
+			s.settler.gateway.lookUpLimit = 200 * time.Millisecond // any answer of these rows is right, however early it comes
+			s.fake.setFaults(func(call, _ string) fault {
+				if call == row.call {
+					return fault{before: row.hook}
+				}
+				return fault{}
+			})
+			got := s.report(impUID)
+			if !slices.Contains(row.statuses, got.status) || got.message() == "" {
+				t.Fatalf("answered %d %s\nwant one of %d and a message", got.status, got.body, row.statuses)
+			}
+			if s.fake.calls(row.call) == 0 {
+				t.Fatal("the fault did not happen")
+			}
+			s.wantUntouched(order, painting)
+			s.fake.setFaults(nil)
+			s.settler.gateway.lookUpLimit = limit
+			s.want(s.report(impUID), 200, "결제 성공")
+		})
+	}
+}
+
+func TestWebhook(t *testing.T) {
+	s := newShop(t)
+	order := s.order(buyerA, s.painting(99000))
+	impUID := s.charge(order, 109000)
+	ready := s.fake.pay(fakePayment{MerchantUID: order, Amount: 109000, Status: "ready"})
+	foreign := s.charge("another-shop-1", 109000)
+	for _, row := range []struct {
+		body   string
+		status int
+	}{
+		{`{"imp_uid":"imp_unknown"}`, 200}, {`{"imp_uid":"` + ready + `"}`, 200}, {`{"imp_uid":"` + foreign + `"}`, 200},
+		{``, 400}, {`{}`, 400}, {`{"imp_uid":5}`, 400}, {`{"imp_uid":"../token"}`, 400}, {`[]`, 400}, {`imp_uid=%zz`, 400},
+		{"imp_uid=" + impUID + "&merchant_uid=x&status=paid", 200}, {`{"imp_uid":"` + impUID + `","status":"paid"}`, 200},
+	} {
+		s.want(s.call("", "POST", "/api/payments/webhook", row.body), row.status, "")
+	}
+	if s.statusOf(order) != statusPaid || s.row(impUID) != "kept" || s.row(ready) != "none" || s.row(foreign) != "none" || s.back(foreign) != 0 {
+		t.Fatalf("status %d, %s, %s, %s", s.statusOf(order), s.row(impUID), s.row(ready), s.row(foreign))
+	}
+	s.fake.faultOnce("payment", fault{before: answer500})
+	if a := s.notice(impUID); a.status < 500 {
+		t.Fatalf("a silent gateway: %d", a.status)
+	}
+}
+
+func TestPaymentReportedManyTimesAtOnce(t *testing.T) {
+	s := newShop(t)
+	order := s.order(buyerA, s.painting(99000))
+	first, second := s.charge(order, 109000), s.charge(order, 109000)
+	count := concurrently(40, func(i int) answer { return s.report([]string{first, second}[i%2]) })
+	if count[200] != 20 || count[409] != 20 {
+		t.Fatalf("answers by status: %v", count)
+	}
+	var kept, back int64
+	for _, impUID := range []string{first, second} {
+		p, _ := s.fake.get(impUID)
+		kept, back = kept+p.Amount-p.Cancelled, back+p.Cancelled
+	}
+	if kept != 109000 || back != 109000 || s.statusOf(order) != statusPaid {
+		t.Fatalf("%d won kept, %d given back, status %d", kept, back, s.statusOf(order))
+	}
+}
+
+func TestConsoleRefund(t *testing.T) {
+	s := newShop(t)
+	order, impUID, painting := s.orderAt(statusShipping)
+	check(t, s.fake.refundInConsole(impUID, 9000))
+	s.want(s.notice(impUID), 200, "")
+	if s.statusOf(order) != statusShipping || s.row(impUID) != "kept" || queryText(t, s.config.databaseURL, `SELECT refunded FROM payments`) != "9000" {
+		t.Fatalf("part refund: status %d, %s", s.statusOf(order), s.row(impUID))
+	}
+	check(t, s.fake.refundInConsole(impUID, 0))
+	s.want(s.notice(impUID), 200, "")
+	s.want(s.notice(impUID), 200, "")
+	if s.statusOf(order) != statusCancelled || s.row(impUID) != "refunded: "+reasonAtTheGateway || !s.inStock("", painting) {
+		t.Fatalf("whole refund: status %d, %s", s.statusOf(order), s.row(impUID))
+	}
+}
+
+func TestCancelThroughTrouble(t *testing.T) {
+	for name, row := range map[string]struct {
+		cancel fault // of the first cancel
+		lookUp fault // of the look-up after it
+		status int   // of the first DELETE
+		calls  int   // cancels in all
+	}{
+		"answered":                        {fault{}, fault{}, 200, 1},
+		"answer lost":                     {fault{after: dropConnection}, fault{}, 200, 1},
+		"500 after the work":              {fault{after: answer500}, fault{}, 200, 1},
+		"answer lost, and the look-up's":  {fault{after: dropConnection}, fault{before: answer500}, 503, 1},
+		"refused":                         {fault{before: answerRefusal(-1, "결제취소에 실패하였습니다")}, fault{}, 502, 2},
+		"dropped before the work":         {fault{before: dropConnection}, fault{}, 503, 2},
+		"500 before the work":             {fault{before: answer500}, fault{}, 503, 2},
+		"dropped before, and the look-up": {fault{before: dropConnection}, fault{before: answer500}, 503, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newShop(t)
+			order, impUID, painting := s.paid(buyerA)
+			s.fake.faultOnce("cancel", row.cancel)
+			s.fake.faultOnce("payment", row.lookUp)
+			a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
+			if a.status != row.status && (row.status < 500 || a.status < 500) {
+				t.Fatalf("answered %d %s", a.status, a.body)
+			}
+			if a.status != 200 {
+				if s.statusOf(order) != statusPaid || s.inStock("", painting) || s.row(impUID) != "refunding: "+reasonBuyerCancel {
+					t.Fatalf("status %d, %s", s.statusOf(order), s.row(impUID))
+				}
+				s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`), 400, "") // its money is on the way back
+				s.later(time.Minute)
+			}
+			if s.statusOf(order) != statusCancelled || !s.inStock("", painting) || s.back(impUID) != 109000 || s.fake.calls("cancel") != row.calls {
+				t.Fatalf("status %d, %s, %d won back in %d calls", s.statusOf(order), s.row(impUID), s.back(impUID), s.fake.calls("cancel"))
+			}
+		})
+	}
+}
+
+func TestLateMoney(t *testing.T) {
+	for name, row := range map[string]struct {
+		end    func(s *shop, order, painting string) // how the order ends before its money is reported
+		status int
+		kept   bool
+	}{
+		"deleted, free":    {func(s *shop, o, _ string) { s.want(s.call(buyerA, "DELETE", "/api/orders/"+o, nil), 200, "") }, 200, true},
+		"expired, free":    {func(s *shop, _, _ string) { s.later(time.Hour) }, 200, true},
+		"replaced, own":    {func(s *shop, _, p string) { s.order(buyerA, p) }, 200, true},
+		"expired, held":    {func(s *shop, _, p string) { s.later(time.Hour); s.order(buyerB, p) }, 409, false},
+		"sold elsewhere":   {func(s *shop, _, p string) { s.later(time.Hour); s.sell(p) }, 409, false},
+		"replaced and own": {func(s *shop, _, p string) { s.order(buyerA, s.painting(99000)) }, 200, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newShop(t)
+			painting := s.painting(99000)
+			order := s.order(buyerA, painting, s.painting(99000)) // the other one stays free
+			row.end(s, order, painting)
+			s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 404, "")
+			impUID := s.charge(order, 208000)
+			s.want(s.report(impUID), row.status, "")
+			s.want(s.report(impUID), row.status, "")
+			if row.kept && (s.statusOf(order) != statusPaid || s.row(impUID) != "kept" || s.back(impUID) != 0) {
+				t.Errorf("not revived: %s", s.row(impUID))
+			}
+			if !row.kept && (s.row(impUID) != "refunded: "+reasonSold || s.back(impUID) != 208000) {
+				t.Errorf("not given back: %s", s.row(impUID))
+			}
+			s.wantOneOwner()
+		})
+	}
+}
+
+func TestMoneyForACancelledOrder(t *testing.T) {
+	s := newShop(t)
+	order, _, _ := s.orderIn(statusCancelled)
+	impUID := s.charge(order, 109000)
+	s.want(s.report(impUID), 409, "이미 취소된 주문이므로 결제 금액을 환불합니다")
+	s.wantMoney(impUID, 109000)
+}
+
+// sell takes a painting out of the catalogue's stock, as the shop does that sells it elsewhere.
+func (s *shop) sell(painting string) {
+	execSQL(s.t, s.config.databaseURL, `UPDATE products SET for_sale = false WHERE id = '`+painting+`'`)
+}
+
+// movements are the log's lines about money: of which payment, how much of it had gone back, from which state to which,
+// and by which road.
+func (s *shop) movements() (all []string) {
+	for _, l := range s.lines("money") {
+		all = append(all, fmt.Sprintf("%s %v/%v %s>%s %s", l["imp_uid"], l["refunded"], l["amount"], l["from"], l["to"], l["source"]))
 	}
 	return all
 }
 
-// wantFailure checks for a gatewayError and that it tells no secret.
-func (g *gatewayTest) wantFailure(t *testing.T, err error, status int, call string) {
-	t.Helper()
-	var failure *gatewayError
-	if !errors.As(err, &failure) || failure.status != status || failure.call != call {
-		t.Fatalf("err = %v, want a GatewayError %d of %s", err, status, call)
+func TestEachMovementOfMoneyIsLoggedOnce(t *testing.T) {
+	s := newShop(t)
+	order, paid, _ := s.paid(buyerA)
+	s.report(paid)
+	s.notice(paid)
+	forged := s.charge(s.order(buyerB, s.painting(99000)), 1000)
+	s.report(forged)
+	s.report(forged)
+	duplicate := s.charge(order, 109000)
+	s.notice(duplicate)
+	check(t, s.fake.refundInConsole(paid, 9000))
+	s.notice(paid)
+	s.notice(paid)
+	s.fake.faultOnce("cancel", fault{before: answerRefusal(-1, "거절")})
+	s.call(buyerA, "DELETE", "/api/orders/"+order, nil)
+	s.later(time.Minute)
+	s.later(time.Minute)
+	console, gone, _ := s.paid(buyerA)
+	check(t, s.fake.refundInConsole(gone, 0))
+	s.notice(gone)
+	s.order(buyerB, s.painting(99000))
+	s.later(s.config.hold) // ends without money
+
+	want := []string{
+		paid + " 0/109000 unknown>kept buyer",
+		forged + " 0/1000 unknown>refunding buyer", forged + " 1000/1000 refunding>refunded buyer",
+		duplicate + " 0/109000 unknown>refunding gateway", duplicate + " 109000/109000 refunding>refunded gateway",
+		paid + " 9000/109000 kept>kept gateway",
+		paid + " 9000/109000 kept>refunding buyer", paid + " 109000/109000 refunding>refunded reconciler",
+		gone + " 0/109000 unknown>kept buyer", gone + " 109000/109000 kept>refunded gateway",
 	}
-	g.fake.mu.Lock()
-	token := g.fake.token
-	g.fake.mu.Unlock()
-	for _, secret := range []string{g.key, g.secret, token} {
-		if secret != "" && strings.Contains(err.Error(), secret) {
-			t.Errorf("error tells a secret: %v", err)
+	if got := s.movements(); !slices.Equal(got, want) {
+		t.Errorf("logged\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	for _, l := range s.lines("money") {
+		if l["level"] != "INFO" || l["order"] == "" || (l["source"] != "reconciler") != (l["request"] != "") {
+			t.Error(l)
 		}
+	}
+	if s.lines("money")[9]["order"] != console {
+		t.Errorf("of order %v, not %s", s.lines("money")[9]["order"], console)
+	}
+	if n := len(s.lines("refund failed")); n != 1 {
+		t.Errorf("%d lines about the refusal of one refund", n)
 	}
 }
 
-func TestGatewayLooksUpAndCancels(t *testing.T) {
-	g := newGatewayTest(t, false)
-	first := g.fake.pay(fakePayment{MerchantUID: "order-1", Amount: 5900})
-	g.fake.pay(fakePayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
-	g.fake.pay(fakePayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
-	want := gatewayPayment{
-		impUID: first, merchantUID: "order-1", status: "paid", currency: "KRW", amount: 5900, paidAt: g.clock.Now(),
+// Whoever comes first, the log has as many lines as the history has entries about money.
+func TestMovementsAtOnceAreLoggedOnce(t *testing.T) {
+	s := newShop(t)
+	order := s.order(buyerA, s.painting(99000))
+	for range 3 {
+		s.charge(order, 109000)
 	}
-
-	if p, err := g.payment(t.Context(), first); p != want || err != nil {
-		t.Errorf("Payment = %+v, %v, want %+v", p, err, want)
-	}
-	if p, err := g.paidPayment(t.Context(), "order-1"); p != want || err != nil {
-		t.Errorf("PaidFor = %+v, %v, want %+v", p, err, want)
-	}
-	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
-		t.Errorf("PaymentsFor = %+v, %v, want %+v alone", all, err, want)
-	}
-	for _, impUID := range []string{"imp_none", "", "a/../b", strings.Repeat("x", 65), "imp_1?x=y"} {
-		if p, err := g.payment(t.Context(), impUID); !errors.Is(err, errNoPayment) {
-			t.Errorf("Payment(%q) = %+v, %v, want ErrNoPayment", impUID, p, err)
+	all := s.fake.all()
+	concurrently(24, func(i int) answer {
+		if i%2 == 0 {
+			return s.notice(all[i%3].ImpUID)
 		}
-	}
-	if p, err := g.paidPayment(t.Context(), "order-2"); !errors.Is(err, errNoPayment) {
-		t.Errorf("PaidFor = %+v, %v, want ErrNoPayment", p, err)
-	}
-	if all, err := g.paymentsOf(t.Context(), "order-2"); len(all) != 0 || err != nil {
-		t.Errorf("PaymentsFor = %+v, %v, want none", all, err)
-	}
-
-	want.status, want.cancelled, want.fullyRefunded = "cancelled", 5900, true
-	request := cancelRequest{impUID: first, remaining: 5900, isKRW: true, reason: `위조 "결제" <&>`}
-	if p, err := g.cancelPayment(t.Context(), request); p != want || err != nil {
-		t.Errorf("Cancel = %+v, %v, want %+v", p, err, want)
-	}
-	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
-		t.Errorf("PaymentsFor = %+v, %v, want %+v", all, err, want)
-	}
-	if p, _ := g.fake.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.reason {
-		t.Errorf("refunds at the gateway: %+v", p.Refunds)
-	}
-	if n := g.fake.calls("payment"); n != 2 {
-		t.Errorf("%d payment calls, want 2: what is no imp_uid is not asked for", n)
-	}
-	wantOutcomes := []string{
-		"token ok", "payment ok", "find ok", "findAll ok", "payment none", "find none", "findAll ok", "cancel ok",
-	}
-	if outcomes := g.nextOutcomes(len(wantOutcomes)); !reflect.DeepEqual(outcomes, wantOutcomes) {
-		t.Errorf("observed %q, want %q", outcomes, wantOutcomes)
-	}
-}
-
-func TestGatewayCancelRefused(t *testing.T) {
-	g := newGatewayTest(t, false)
-	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	if err := g.fake.refundInConsole(impUID, 900); err != nil {
-		t.Fatal(err)
-	}
-	for name, c := range map[string]struct {
-		request cancelRequest
-		message string
-	}{
-		"unknown":  {cancelRequest{"imp_none", 5900, true, ""}, fakeNoTarget},
-		"checksum": {cancelRequest{impUID, 5900, true, ""}, fakeChecksum},
-	} {
-		t.Run(name, func(t *testing.T) {
-			_, err := g.cancelPayment(t.Context(), c.request)
-			var refusal *gatewayRefusal
-			if !errors.As(err, &refusal) || refusal.code != 1 || refusal.message != c.message {
-				t.Errorf("err = %v, want a refusal", err)
-			}
-		})
-	}
-	before := g.fake.calls("cancel")
-	for _, request := range []cancelRequest{
-		{impUID, 0, true, ""}, {impUID, -1, true, ""}, {"a b", 1, true, ""}, {"", 1, false, ""},
-	} {
-		if p, err := g.cancelPayment(t.Context(), request); err == nil {
-			t.Errorf("Cancel(%+v) = %+v, want an error", request, p)
-		}
-	}
-	if g.fake.calls("cancel") != before {
-		t.Error("a request that cannot be right was sent")
-	}
-	if p, _ := g.fake.get(impUID); p.Cancelled != 900 {
-		t.Errorf("%d won given back, want the 900 of before", p.Cancelled)
-	}
-
-	if p, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5000, true, "나머지"}); p.cancelled != 5900 || err != nil {
-		t.Errorf("Cancel of the rest = %+v, %v", p, err)
-	}
-	var refusal *gatewayRefusal
-	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); !errors.As(err, &refusal) ||
-		refusal.message != fakeCancelled {
-		t.Errorf("second cancel: %v", err)
-	}
-}
-
-func TestGatewayCancelsForeignPaymentWithoutChecksum(t *testing.T) {
-	g := newGatewayTest(t, false)
-	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 50, Currency: "USD"})
-	check(t, g.fake.refundInConsole(impUID, 20))
-	if p, err := g.payment(t.Context(), impUID); err != nil || p.status != "cancelled" || p.fullyRefunded {
-		t.Errorf("with a remainder: %+v, %v", p, err)
-	}
-	p, err := g.cancelPayment(t.Context(), cancelRequest{impUID: impUID})
-	if err != nil || !p.fullyRefunded || p.isKRW() || p.amount != 0 || p.cancelled != 0 {
-		t.Errorf("Cancel = %+v, %v", p, err)
-	}
-}
-
-func TestRefusalIsSafeToLog(t *testing.T) {
-	r := &gatewayRefusal{-1, "[2015] 취소 실패\n홍 010-1234-5678 1234567890123456 a@b.kr 5,900원 " + strings.Repeat("가", 1000)}
-	text := r.Error()
-	for _, private := range []string{"1234", "5678", "@", "\n"} {
-		if strings.Contains(text, private) {
-			t.Errorf("%q is in %s", private, text)
-		}
-	}
-	if !strings.Contains(text, "[2015] 취소 실패") || !strings.Contains(text, "5,900원") || len(text) > 1000 {
-		t.Errorf("text = %s", text)
-	}
-}
-
-func TestGatewaySandbox(t *testing.T) {
-	for _, sandbox := range []bool{false, true} {
-		t.Run(fmt.Sprint(sandbox), func(t *testing.T) {
-			g := newGatewayTest(t, sandbox)
-			test := g.fake.pay(fakePayment{MerchantUID: "test", Amount: 1, Sandbox: true})
-			real := g.fake.pay(fakePayment{MerchantUID: "mixed", Amount: 1})
-			g.clock.advance(time.Minute)
-			later := g.fake.pay(fakePayment{MerchantUID: "mixed", Amount: 1, Sandbox: true})
-
-			p, err := g.payment(t.Context(), test)
-			if sandbox && !p.sandbox || !sandbox && !errors.Is(err, errNoPayment) {
-				t.Errorf("Payment = %+v, %v", p, err)
-			}
-			p, err = g.paidPayment(t.Context(), "test")
-			if sandbox && !p.sandbox || !sandbox && !errors.Is(err, errNoPayment) {
-				t.Errorf("PaidFor = %+v, %v", p, err)
-			}
-			all, err := g.paymentsOf(t.Context(), "test")
-			if err != nil || sandbox != (len(all) == 1) {
-				t.Errorf("PaymentsFor = %+v, %v", all, err)
-			}
-			want, wantAll := real, 1
-			if sandbox {
-				want, wantAll = later, 2
-			}
-			if p, err = g.paidPayment(t.Context(), "mixed"); p.impUID != want || err != nil {
-				t.Errorf("PaidFor(mixed) = %+v, %v, want %s", p, err, want)
-			}
-			if all, err = g.paymentsOf(t.Context(), "mixed"); len(all) != wantAll || err != nil {
-				t.Errorf("PaymentsFor(mixed) = %+v, %v, want %d", all, err, wantAll)
-			}
-		})
-	}
-}
-
-func TestGatewayReadsAllPages(t *testing.T) {
-	g := newGatewayTest(t, false)
-	for i := range 100 * maxPages {
-		g.fake.pay(fakePayment{MerchantUID: "order", Amount: int64(i)})
-	}
-	all, err := g.paymentsOf(t.Context(), "order")
-	if err != nil || len(all) != 100*maxPages {
-		t.Fatalf("%d payments, %v, want all", len(all), err)
-	}
-	for i, p := range all {
-		if p.amount != int64(i) {
-			t.Fatalf("payment %d is number %d", i, p.amount)
-		}
-	}
-	g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
-	_, err = g.paymentsOf(t.Context(), "order")
-	g.wantFailure(t, err, 502, "findAll")
-}
-
-func TestGatewayTokenLife(t *testing.T) {
-	g := newGatewayTest(t, false)
-	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
-	for _, step := range []struct {
-		wait time.Duration
-		want int // token calls so far
-	}{
-		{0, 1},
-		{30*time.Minute - tokenMargin - time.Second, 1},
-		{time.Second, 2},       // within the margin: the same token, its life extended by 5 minutes
-		{5 * time.Minute, 3},   // again
-		{10 * time.Minute, 4},  // expired: a new one
-		{29 * time.Minute, 4},  // still good
-		{100 * time.Minute, 5}, // long expired
-	} {
-		g.clock.advance(step.wait)
-		if _, err := g.payment(t.Context(), impUID); err != nil {
-			t.Fatal(err)
-		}
-		if n := g.fake.calls("token"); n != step.want {
-			t.Fatalf("after %v: %d token calls, want %d", step.wait, n, step.want)
-		}
-	}
-}
-
-func TestGatewayTokenLifeIgnoresClockSkew(t *testing.T) {
-	for _, skew := range []time.Duration{-time.Hour, time.Hour} {
-		g := newGatewayTest(t, false)
-		ours := newTestClock()
-		ours.advance(skew)
-		g.now = ours.Now
-		for _, wait := range []time.Duration{0, 29 * time.Minute, time.Minute} {
-			ours.advance(wait)
-			g.clock.advance(wait)
-			if _, err := g.payment(t.Context(), "imp_none"); !errors.Is(err, errNoPayment) {
-				t.Fatal(err)
-			}
-		}
-		if n := g.fake.calls("token"); n != 2 {
-			t.Errorf("skew %v: %d token calls, want 2", skew, n)
-		}
-	}
-}
-
-// All who need a token while it is asked for wait for that one; who asked first may go away meanwhile.
-func TestGatewayConcurrentCallersRenewOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGatewayTestInMemory(false)
-		impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
-		release := make(chan struct{})
-		g.fake.faultOnce("token", fault{before: stopUntil(release)})
-
-		ctx, leave := context.WithCancel(t.Context())
-		first := make(chan error)
-		go func() { _, err := g.payment(ctx, impUID); first <- err }()
-		synctest.Wait()
-		leave()
-		if err := <-first; !errors.Is(err, context.Canceled) {
-			t.Errorf("the caller who left: %v", err)
-		}
-		const callers = 50
-		errs := make(chan error, callers)
-		for range callers {
-			go func() { _, err := g.payment(t.Context(), impUID); errs <- err }()
-		}
-		synctest.Wait()
-		close(release)
-		for range callers {
-			if err := <-errs; err != nil {
-				t.Error(err)
-			}
-		}
-		if n := g.fake.calls("token"); n != 1 {
-			t.Errorf("%d token calls, want 1", n)
-		}
+		return s.report(all[i%3].ImpUID)
 	})
-}
-
-// Who hears late that the old token was turned down uses the one that others have got meanwhile, though the
-// gateway gave them the same string.
-func TestGatewayRenewsRejectedTokenOnce(t *testing.T) {
-	g := newGatewayTest(t, false)
-	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
-	if _, err := g.payment(t.Context(), impUID); err != nil {
-		t.Fatal(err)
+	concurrently(8, func(int) answer { return s.call(buyerA, "DELETE", "/api/orders/"+order, nil) })
+	count := map[string]int{}
+	for _, l := range s.lines("money") {
+		count[fmt.Sprint(l["imp_uid"], " ", l["to"])]++
 	}
-	arrived, release := make(chan struct{}), make(chan struct{})
-	arrive := waitFor(func(context.Context) { close(arrived) })
-	g.fake.faultOnce("payment", fault{before: inTurn(arrive, stopUntil(release), answer401)})
-	g.fake.faultOnce("payment", fault{before: answer401})
-	late := make(chan error)
-	go func() { _, err := g.payment(t.Context(), impUID); late <- err }()
-	<-arrived
-	if _, err := g.payment(t.Context(), impUID); err != nil {
-		t.Error(err)
+	if most := slices.Max(slices.Collect(maps.Values(count))); most != 1 || len(count) != 7 {
+		t.Errorf("logged %v", count)
 	}
-	close(release)
-	if err := <-late; err != nil {
-		t.Error(err)
-	}
-	if n := g.fake.calls("token"); n != 2 {
-		t.Errorf("%d token calls, want 2", n)
+	if n := queryText(t, s.config.databaseURL, `SELECT count(*) FROM history WHERE imp_uid IS NOT NULL`); n != fmt.Sprint(len(count)) {
+		t.Errorf("%s entries in the history, %d in the log", n, len(count))
 	}
 }
 
-func TestGatewayRetriesOnceOn401(t *testing.T) {
-	g := newGatewayTest(t, false)
-	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	g.fake.faultOnce("cancel", fault{before: answer401})
-	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, ""}); err != nil {
-		t.Error(err)
+// A gateway that is away for hours is two lines in the log, however many refunds wait for it.
+func TestRefundsThatWaitDoNotFloodTheLog(t *testing.T) {
+	s := newShop(t)
+	var orders []string
+	for range 5 {
+		order, _, _ := s.paid(newTestID())
+		orders = append(orders, order)
 	}
-	if token, cancel := g.fake.calls("token"), g.fake.calls("cancel"); token != 2 || cancel != 2 {
-		t.Errorf("%d token and %d cancel calls, want 2 each", token, cancel)
+	s.fake.setFaults(func(string, string) fault { return fault{before: answer500} })
+	for _, order := range orders {
+		s.call(adminID, "DELETE", "/api/orders/"+order, nil)
 	}
-
-	g.fake.setFaults(func(call, _ string) fault {
-		if call == "payment" {
-			return fault{before: answer401}
-		}
-		return fault{}
-	})
-	_, err := g.payment(t.Context(), impUID)
-	g.wantFailure(t, err, 502, "payment")
-	if n := g.fake.calls("payment"); n != 2 {
-		t.Errorf("%d payment calls, want 2", n)
+	for range 20 {
+		s.later(10 * time.Minute)
 	}
-	g.fake.setFaults(nil)
-	if _, err := g.payment(t.Context(), impUID); err != nil {
-		t.Errorf("after the gateway came to its senses: %v", err)
+	s.fake.setFaults(nil)
+	s.later(time.Hour)
+	if n := strings.Count(s.logged.String(), `"level":"WARN"`); n != 0 || len(s.lines("the gateway answers again")) != 1 || len(s.lines("the gateway does not answer; payments, refunds and expiries wait")) != 1 {
+		t.Errorf("%d warnings:\n%s", n, s.logged)
 	}
-}
-
-// Every way a call can fail before or after the work, through every call.
-func TestGatewayFaults(t *testing.T) {
-	for name, c := range map[string]struct {
-		fault  fault
-		status int
-	}{
-		"500 with HTML":  {fault{before: answer500}, 503},
-		"dropped":        {fault{before: dropConnection}, 503},
-		"lost answer":    {fault{after: dropConnection}, 503},
-		"hung":           {fault{before: hangUntilGone}, 504},
-		"hung when done": {fault{after: hangUntilGone}, 504},
-	} {
-		for _, call := range []string{"token", "payment", "find", "findAll", "cancel"} {
-			t.Run(name+"/"+call, func(t *testing.T) {
-				if c.status != 504 {
-					newGatewayTest(t, false).testFault(t, call, c.fault, c.status)
-					return
-				}
-				synctest.Test(t, func(t *testing.T) {
-					newGatewayTestInMemory(false).testFault(t, call, c.fault, c.status)
-				})
-			})
-		}
+	if n := len(s.movements()); n != 3*len(orders) {
+		t.Errorf("%d movements logged", n)
 	}
-}
-
-func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) {
-	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	g.fake.setFaults(func(arrived, _ string) fault {
-		if arrived == call {
-			return f
-		}
-		return fault{}
-	})
-	do := func() (err error) {
-		switch call {
-		case "token", "payment":
-			_, err = g.payment(t.Context(), id)
-		case "find":
-			_, err = g.paidPayment(t.Context(), "order")
-		case "findAll":
-			_, err = g.paymentsOf(t.Context(), "order")
-		case "cancel":
-			_, err = g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, ""})
-		}
-		return err
-	}
-
-	err := do()
-	var failure *gatewayError
-	if call == "token" && errors.As(err, &failure) && failure.status == 504 {
-		g.wantFailure(t, err, 504, failure.call) // the look-up and its token run out of the same 5 s
-	} else {
-		g.wantFailure(t, err, status, call)
-	}
-	outcome := map[int]string{503: "unreachable", 504: "timeout"}[status]
-	if outcomes := g.nextOutcomes(2); !strings.HasSuffix(outcomes[1], " "+outcome) {
-		t.Errorf("observed %q, want %s", outcomes, outcome)
-	}
-	p, _ := g.fake.get(id)
-	if done := call == "cancel" && f.after != nil; done != (p.Cancelled == 5900) {
-		t.Errorf("%d won given back", p.Cancelled)
-	}
-
-	g.fake.setFaults(nil)
-	var refusal *gatewayRefusal
-	if err := do(); err != nil && !(call == "cancel" && errors.As(err, &refusal)) {
-		t.Errorf("afterwards: %v", err)
-	}
-}
-
-func TestGatewayUnreachable(t *testing.T) {
-	g := newGatewayTest(t, false)
-	server := httptest.NewServer(http.NotFoundHandler())
-	server.Close()
-	g.url = server.URL
-	_, err := g.payment(t.Context(), "imp_1")
-	g.wantFailure(t, err, 503, "token")
-}
-
-func TestGatewayRejectsKeys(t *testing.T) {
-	g := newGatewayTest(t, false)
-	g.key = "another-key"
-	_, err := g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, ""})
-	g.wantFailure(t, err, 502, "token")
-}
-
-func TestGatewayCancelRefusedByCardCompany(t *testing.T) {
-	const message = "결제취소에 실패하였습니다. 기취소성공"
-	g := newGatewayTest(t, false)
-	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	g.fake.faultOnce("cancel", fault{before: answerRefusal(-1, message)})
-	_, err := g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, ""})
-	var refusal *gatewayRefusal
-	if !errors.As(err, &refusal) || *refusal != (gatewayRefusal{-1, message}) {
-		t.Errorf("err = %v", err)
-	}
-	if p, _ := g.fake.get(id); p.Cancelled != 0 {
-		t.Error("money went back")
-	}
-}
-
-// One answer each, from a server that gives a good token to everybody.
-func TestGatewayAnswers(t *testing.T) {
-	const good = `{"imp_uid":"imp_1","merchant_uid":"order","status":"paid","currency":"KRW","amount":5900,` +
-		`"cancel_amount":0,"sandbox":false,"paid_at":1700000000}`
-	envelope := func(response string) string { return `{"code":0,"message":null,"response":` + response + `}` }
-	with := func(old, new string) string { return envelope(strings.Replace(good, old, new, 1)) }
-	amount := func(number string) string { return with("5900", number) }
-	const private = "buyer-name-in-the-answer"
-
-	for name, c := range map[string]struct {
-		status int
-		body   string
-		want   any // Payment, a gatewayError's status, or an error
-	}{
-		"good":                {200, envelope(good), int64(5900)},
-		"unknown fields":      {200, with(`"paid_at"`, `"new":{"a":[null,1e999]},"paid_at"`), int64(5900)},
-		"unknown status":      {200, with(`"paid"`, `"pending"`), int64(5900)},
-		"no sandbox":          {200, with(`"sandbox":false,`, ``), int64(5900)},
-		"never paid":          {200, with(`1700000000`, `null`), int64(5900)},
-		"amount 5900.0":       {200, amount("5900.0"), int64(5900)},
-		"amount 5.9e3":        {200, amount("5.9e3"), int64(5900)},
-		"amount 590000E-2":    {200, amount("590000E-2"), int64(5900)},
-		"amount 0":            {200, amount("0"), int64(0)},
-		"foreign":             {200, strings.Replace(amount("12.34"), "KRW", "USD", 1), int64(0)},
-		"amount 5900.5":       {200, amount("5900.5"), 502},
-		"amount almost whole": {200, amount("5900.0000000000000000000000001"), 502},
-		"amount string":       {200, amount(`"5900"`), 502},
-		"amount null":         {200, amount("null"), 502},
-		"amount 1e400":        {200, amount("1e400"), 502},
-		"amount 1e999999999":  {200, amount("1e999999999"), 502},
-		"amount 1e-999999999": {200, amount("1e-999999999"), 502},
-		"amount too large":    {200, amount("9223372036854775808"), 502},
-		"amount negative":     {200, amount("-1"), 502},
-		"amount object":       {200, amount("{}"), 502},
-		"amount missing":      {200, with(`"amount":5900,`, ``), 502},
-		"cancel_amount":       {200, with(`"cancel_amount":0`, `"cancel_amount":0.5`), 502},
-		"no cancel_amount":    {200, with(`"cancel_amount":0,`, ``), 502},
-		"no imp_uid":          {200, with(`"imp_uid":"imp_1",`, ``), 502},
-		"other imp_uid":       {200, with(`imp_1`, `imp_2`), 502},
-		"imp_uid a number":    {200, with(`"imp_1"`, `1012345678`), 502},
-		"no merchant_uid":     {200, with(`"order"`, `null`), 502},
-		"no status":           {200, with(`"paid"`, `null`), 502},
-		"no currency":         {200, with(`"KRW"`, `""`), 502},
-		"paid_at text":        {200, with(`1700000000`, `"`+private+`"`), 502},
-		"paid_at in ms":       {200, with(`1700000000`, `1700000000000`), 502},
-		"sandbox payment":     {200, with(`false`, `true`), errNoPayment},
-		"404":                 {404, `{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`, errNoPayment},
-		"404 other text":      {404, `{"code":-1,"message":"없음"}`, errNoPayment},
-		"404 of a proxy":      {404, `<html>` + private + `</html>`, 502},
-		"404 and code 0":      {404, envelope(good), 502},
-		"not found with 200":  {200, `{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`, errNoPayment},
-		"refused":             {200, `{"code":-1,"message":"거절","response":null}`, &gatewayRefusal{-1, "거절"}},
-		"refused with a body": {200, strings.Replace(envelope(good), `0`, `1`, 1), &gatewayRefusal{1, ""}},
-		"400":                 {400, `{"code":-1,"message":"` + private + `","response":null}`, 502},
-		"302":                 {302, ``, 502},
-		"207":                 {207, envelope(good), 502},
-		"429":                 {429, ``, 503},
-		"500":                 {500, envelope(good), 503},
-		"502 with HTML":       {502, `<html>` + private + `</html>`, 503},
-		"HTML":                {200, `<html>` + private + `</html>`, 502},
-		"empty":               {200, ``, 502},
-		"null":                {200, `null`, 502},
-		"no code":             {200, `{"response":` + good + `}`, 502},
-		"code a string":       {200, `{"code":"0","response":` + good + `}`, 502},
-		"message an object":   {200, `{"code":1,"message":{"a":"` + private + `"}}`, 502},
-		"no response":         {200, `{"code":0,"message":null}`, 502},
-		"response null":       {200, envelope(`null`), 502},
-		"response a list":     {200, envelope(`[` + good + `]`), 502},
-		"two documents":       {200, envelope(good) + envelope(good), 502},
-		"half a document":     {200, envelope(good)[:60], 502},
-		"huge":                {200, envelope(good) + strings.Repeat(" ", maxAnswer), 502},
-		"huge 500":            {500, strings.Repeat("x", 2*maxAnswer), 503},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			g := newAnswerTest(t, func(w http.ResponseWriter, r *http.Request) {
-				w.Header().Set("Location", "/users/getToken")
-				w.WriteHeader(c.status)
-				io.WriteString(w, c.body)
-			})
-			p, err := g.payment(t.Context(), "imp_1")
-			var failure *gatewayError
-			var refusal *gatewayRefusal
-			switch want := c.want.(type) {
-			case int64:
-				if err != nil || p.impUID != "imp_1" || p.merchantUID != "order" || p.amount != want {
-					t.Errorf("Payment = %+v, %v", p, err)
-				}
-			case int:
-				if !errors.As(err, &failure) || failure.status != want || failure.call != "payment" {
-					t.Errorf("Payment = %+v, %v, want a GatewayError %d", p, err, want)
-				}
-			case *gatewayRefusal:
-				if !errors.As(err, &refusal) || *refusal != *want {
-					t.Errorf("Payment = %+v, %v, want %v", p, err, want)
-				}
-			case error:
-				if !errors.Is(err, want) {
-					t.Errorf("Payment = %+v, %v, want %v", p, err, want)
-				}
-			}
-			if err != nil {
-				for _, secret := range []string{g.key, g.secret, answerTestToken, private, "1012345678"} {
-					if strings.Contains(err.Error(), secret) {
-						t.Errorf("the error tells too much: %v", err)
-					}
-				}
-			}
-		})
-	}
-}
-
-const answerTestToken = "0123456789012345678901234567890123456789"
-
-// newAnswerTest is a client before a server that gives a good token, and for everything else does as told.
-func newAnswerTest(t *testing.T, answer http.HandlerFunc) *iamportClient {
-	t.Helper()
-	mux := http.NewServeMux()
-	mux.HandleFunc("POST /users/getToken", func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, `{"code":0,"response":{"access_token":%q,"now":1,"expired_at":1801}}`, answerTestToken)
-	})
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		if got := r.Header.Get("Authorization"); got != answerTestToken {
-			t.Errorf("Authorization: %q", got)
-		}
-		answer(w, r)
-	})
-	server := httptest.NewServer(mux)
-	t.Cleanup(server.Close)
-	g := newIamportClient(iamportConfig{url: server.URL, key: "a-test-key", secret: "a-test-secret"})
-	t.Cleanup(g.client.CloseIdleConnections)
-	return g
-}
-
-func TestGatewayTokenAnswers(t *testing.T) {
-	const secret = "0123456789"
-	token := func(fields string) string { return `{"code":0,"response":{"access_token":` + fields + `}}` }
-	for name, c := range map[string]struct {
-		status int
-		body   string
-		want   int
-	}{
-		"401":              {401, `{"code":-1,"message":"a-test-key a-test-secret","response":null}`, 502},
-		"refused":          {200, `{"code":1,"message":"a-test-key a-test-secret","response":null}`, 502},
-		"404":              {404, `{"code":-1,"message":"a-test-key a-test-secret","response":null}`, 502},
-		"no token":         {200, token(`"", "now":1, "expired_at":1801`), 502},
-		"token a number":   {200, token(`1` + secret + `, "now":1, "expired_at":1801`), 502},
-		"no now":           {200, token(`"` + secret + `", "expired_at":1801`), 502},
-		"expired":          {200, token(`"` + secret + `", "now":1801, "expired_at":1801`), 502},
-		"not for a header": {200, token(`"` + secret + `\n", "now":1, "expired_at":1801`), 503},
-		"response null":    {200, `{"code":0,"response":null}`, 502},
-		"500":              {500, `a-test-key a-test-secret`, 503},
-	} {
-		t.Run(name, func(t *testing.T) {
-			g := newAnswerTest(t, nil)
-			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				w.WriteHeader(c.status)
-				io.WriteString(w, c.body)
-			}))
-			defer server.Close()
-			g.url = server.URL
-			_, err := g.payment(t.Context(), "imp_1")
-			var failure *gatewayError
-			if !errors.As(err, &failure) || failure.status != c.want {
-				t.Fatalf("err = %v, want a GatewayError %d", err, c.want)
-			}
-			for _, text := range []string{g.key, g.secret, secret} {
-				if strings.Contains(err.Error(), text) {
-					t.Errorf("the error tells a secret: %v", err)
-				}
-			}
-		})
-	}
-}
-
-func TestGatewayConnectionsThatBreak(t *testing.T) {
-	for name, c := range map[string]struct {
-		bytes string
-		want  int
-	}{
-		"truncated":           {"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"code\":0,", 502},
-		"truncated 500":       {"HTTP/1.1 500 No\r\nContent-Length: 1000\r\n\r\n<html>", 503},
-		"not HTTP":            {answerTestToken + "\r\n\r\n", 503},
-		"a header not a line": {"HTTP/1.1 200 OK\r\n" + answerTestToken + "\r\n\r\n", 503},
-		"endless headers":     {"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 100<<10) + "\r\n\r\n", 503},
-	} {
-		t.Run(name, func(t *testing.T) {
-			g := newAnswerTest(t, func(w http.ResponseWriter, r *http.Request) {
-				connection, _, err := http.NewResponseController(w).Hijack()
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				defer connection.Close()
-				io.WriteString(connection, c.bytes)
-			})
-			_, err := g.payment(t.Context(), "imp_1")
-			var failure *gatewayError
-			if !errors.As(err, &failure) || failure.status != c.want {
-				t.Fatalf("err = %v, want a GatewayError %d", err, c.want)
-			}
-			if strings.Contains(err.Error(), answerTestToken) {
-				t.Errorf("the error tells what was answered: %v", err)
-			}
-		})
-	}
-}
-
-func TestGatewayEscapesPaths(t *testing.T) {
-	var asked string
-	g := newAnswerTest(t, func(w http.ResponseWriter, r *http.Request) {
-		asked = r.URL.EscapedPath()
-		w.WriteHeader(404)
-		io.WriteString(w, `{"code":-1}`)
-	})
-	if _, err := g.paidPayment(t.Context(), "주문/1?a=b#c%"); !errors.Is(err, errNoPayment) {
-		t.Error(err)
-	}
-	if want := "/payments/find/%EC%A3%BC%EB%AC%B8%2F1%3Fa=b%23c%25/paid"; asked != want {
-		t.Errorf("asked for %s, want %s", asked, want)
-	}
-}
-
-func TestGatewayFindAnswersAboutAnother(t *testing.T) {
-	g := newGatewayTest(t, false)
-	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})
-	bend := fault{before: waitFor(func(context.Context) {
-		g.fake.set(id, func(p *fakePayment) { p.ImpUID = "not an imp_uid" })
-	})}
-	g.fake.faultOnce("findAll", bend)
-	_, err := g.paymentsOf(t.Context(), "order")
-	g.wantFailure(t, err, 502, "findAll")
-
-	other := newAnswerTest(t, func(w http.ResponseWriter, r *http.Request) {
-		io.WriteString(w, `{"code":0,"response":{"imp_uid":"imp_1","merchant_uid":"other","status":"paid",`+
-			`"currency":"KRW","amount":1,"cancel_amount":0}}`)
-	})
-	_, err = other.paidPayment(t.Context(), "order")
-	g.wantFailure(t, err, 502, "find")
-}
-
-// A caller that goes away ends its look-up, at the gateway too, but never its cancel.
-func TestGatewayCallerGoesAway(t *testing.T) {
-	g := newGatewayTest(t, false)
-	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	if _, err := g.payment(t.Context(), id); err != nil {
-		t.Fatal(err)
-	}
-	g.nextOutcomes(2)
-
-	ctx, leave := context.WithCancel(t.Context())
-	gone := make(chan struct{})
-	g.fake.faultOnce("payment", fault{before: waitFor(func(ctx context.Context) {
-		leave()
-		<-ctx.Done()
-		close(gone)
-	})})
-	_, err := g.payment(ctx, id)
-	g.wantFailure(t, err, 504, "payment")
-	if !errors.Is(err, context.Canceled) {
-		t.Errorf("err = %v, want it to say that the caller left", err)
-	}
-	<-gone
-
-	p, err := g.cancelPayment(ctx, cancelRequest{id, 5900, true, ""})
-	if p.cancelled != 5900 || err != nil {
-		t.Errorf("cancel of a caller who had left: %+v, %v", p, err)
-	}
-	if outcomes := g.nextOutcomes(1); outcomes[0] != "cancel ok" {
-		t.Errorf("observed %q: a caller who leaves says nothing of the gateway", outcomes)
-	}
-}
-
-// The limits as they are in production, on a clock of the test's own.
-func TestGatewayLimits(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		stuck := roundTripFunc(func(r *http.Request) (*http.Response, error) {
-			if r.URL.Path == "/users/getToken" {
-				return gatewayResponse(`{"code":0,"response":{"access_token":"a","now":1,"expired_at":1801}}`), nil
-			}
-			<-r.Context().Done()
-			return nil, r.Context().Err()
-		})
-		g := newIamportClient(iamportConfig{transport: stuck})
-		for call, limit := range map[string]time.Duration{"payment": 5 * time.Second, "cancel": 60 * time.Second} {
-			start := time.Now()
-			var err error
-			if call == "payment" {
-				_, err = g.payment(t.Context(), "imp_1")
-			} else {
-				_, err = g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, ""})
-			}
-			var failure *gatewayError
-			if !errors.As(err, &failure) || failure.status != 504 || failure.call != call {
-				t.Errorf("%s: err = %v", call, err)
-			}
-			if took := time.Since(start); took != limit {
-				t.Errorf("%s gave up after %v, want %v", call, took, limit)
-			}
-		}
-	})
-}
-
-// However many call, at most 16 calls are under way; look-ups don't keep a cancel waiting; who gets no slot
-// in time hears 503.
-func TestGatewaySixteenAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var underWay, cancels atomic.Int32
-		release := make(chan struct{})
-		transport := roundTripFunc(func(r *http.Request) (*http.Response, error) {
-			if r.URL.Path == "/users/getToken" {
-				return gatewayResponse(`{"code":0,"response":{"access_token":"a","now":1,"expired_at":1801}}`), nil
-			}
-			if underWay.Add(1) > 16 {
-				t.Error("more than 16 calls at once")
-			}
-			defer underWay.Add(-1)
-			if r.Method == http.MethodPost {
-				cancels.Add(1)
-			}
-			<-release
-			return gatewayResponse(`{"code":1}`), nil
-		})
-		g := newIamportClient(iamportConfig{transport: transport})
-		results := make(chan error, 100)
-		start := func(n int, call func() (gatewayPayment, error)) {
-			for range n {
-				go func() { _, err := call(); results <- err }()
-			}
-			synctest.Wait()
-		}
-		lookUp := func() (gatewayPayment, error) { return g.payment(t.Context(), "imp_1") }
-		cancel := func() (gatewayPayment, error) {
-			return g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, ""})
-		}
-
-		g.lookUpLimit = 30 * time.Second
-		start(maxLookUps, lookUp)
-		g.lookUpLimit = 5 * time.Second
-		start(30, lookUp)
-		start(20, cancel)
-		if underWay.Load() != maxLookUps+maxCancels || cancels.Load() != maxCancels {
-			t.Errorf("%d calls under way, %d of them cancels", underWay.Load(), cancels.Load())
-		}
-		for range 30 {
-			var failure *gatewayError
-			if err := <-results; !errors.As(err, &failure) || failure.status != 503 {
-				t.Errorf("without a slot: %v", err)
-			}
-		}
-		close(release)
-		for range maxLookUps + 20 {
-			var refusal *gatewayRefusal
-			if err := <-results; !errors.As(err, &refusal) {
-				t.Errorf("with a slot: %v", err)
-			}
-		}
-	})
-}
-
-type roundTripFunc func(*http.Request) (*http.Response, error)
-
-func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
-
-func gatewayResponse(body string) *http.Response {
-	return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader(body))}
-}
-
-func TestFakeGatewayFind(t *testing.T) {
-	g := newGatewayTest(t, false)
-	ids := map[string]string{}
-	for i, status := range []string{"paid", "ready", "paid", "failed"} {
-		ids[g.fake.pay(fakePayment{MerchantUID: "a/b", Status: status, Amount: 100})] = fmt.Sprint(i)
-		g.clock.advance(time.Second)
-	}
-	find := func(path string) string {
-		t.Helper()
-		response, err := g.lookUp(t.Context(), "find", path)
-		if err != nil {
-			return err.Error()
-		}
-		var answer struct {
-			ImpUID string `json:"imp_uid"`
-			Total  int
-			List   []struct {
-				ImpUID string `json:"imp_uid"`
-			}
-			Previous, Next int
-		}
-		if err := json.Unmarshal(response, &answer); err != nil {
-			t.Fatal(err)
-		}
-		if answer.List == nil {
-			return ids[answer.ImpUID]
-		}
-		text := fmt.Sprintf("%d of %d", answer.Previous, answer.Total)
-		for _, one := range answer.List {
-			text += " " + ids[one.ImpUID]
-		}
-		return fmt.Sprintf("%s, %d", text, answer.Next)
-	}
-	for path, want := range map[string]string{
-		"/payments/find/a%2Fb":                             "3",
-		"/payments/find/a%2Fb/paid":                        "2",
-		"/payments/find/a%2Fb/paid?sorting=started":        "0",
-		"/payments/find/a%2Fb?sorting=updated":             "0",
-		"/payments/find/a%2Fb/cancelled":                   errNoPayment.Error(),
-		"/payments/find/none":                              errNoPayment.Error(),
-		"/payments/find/a%2Fb/wrong":                       "gateway find: HTTP status 400",
-		"/payments/find/a%2Fb?sorting=wrong":               "gateway find: HTTP status 400",
-		"/payments/findAll/a%2Fb":                          "0 of 4 3 2 1 0, 0",
-		"/payments/findAll/a%2Fb?limit=3":                  "0 of 4 3 2 1, 2",
-		"/payments/findAll/a%2Fb?limit=3&page=2":           "1 of 4 0, 0",
-		"/payments/findAll/a%2Fb?limit=3&page=3":           "gateway find: HTTP status 400",
-		"/payments/findAll/a%2Fb/paid?sorting=-paid":       "0 of 2 2 0, 0",
-		"/payments/findAll/a%2Fb/all?limit=2&page=2":       "1 of 4 1 0, 0",
-		"/payments/findAll/a%2Fb/paid?limit=1&page=1&x[]=": "0 of 2 2, 2",
-		"/payments/nothing/here":                           "gateway find: the answer is not the JSON it should be",
-	} {
-		if got := find(path); got != want {
-			t.Errorf("%s: %s, want %s", path, got, want)
-		}
-	}
-}
-
-func TestFakeGatewayCancel(t *testing.T) {
-	for name, c := range map[string]struct {
-		body      string
-		want      string // "" or what the error says
-		cancelled int64
-	}{
-		"all":                {`{"imp_uid":"imp_1"}`, "", 5900},
-		"amount 0":           {`{"imp_uid":"imp_1","amount":0,"checksum":null}`, "", 5900},
-		"part":               {`{"imp_uid":"imp_1","amount":900,"checksum":5900}`, "", 900},
-		"by merchant_uid":    {`{"merchant_uid":"order"}`, "", 5900},
-		"imp_uid goes first": {`{"imp_uid":"imp_2","merchant_uid":"order"}`, fakeNoTarget, 0},
-		"wrong checksum":     {`{"imp_uid":"imp_1","checksum":5000}`, fakeChecksum, 0},
-		"too much":           {`{"imp_uid":"imp_1","amount":5901}`, fakeTooMuch, 0},
-		"negative":           {`{"imp_uid":"imp_1","amount":-1}`, fakeTooMuch, 0},
-		"not paid":           {`{"imp_uid":"imp_ready"}`, fakeNoTarget, 0},
-		"nobody's":           {`{}`, "HTTP status 400", 0},
-		"broken":             {`{`, "HTTP status 400", 0},
-	} {
-		t.Run(name, func(t *testing.T) {
-			g := newGatewayTestInMemory(false)
-			g.fake.pay(fakePayment{ImpUID: "imp_1", MerchantUID: "order", Amount: 5900})
-			g.fake.pay(fakePayment{ImpUID: "imp_ready", MerchantUID: "other", Amount: 5900, Status: "ready"})
-			token, err := g.freshToken(t.Context(), "", nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			request := httptest.NewRequest("POST", "/payments/cancel", strings.NewReader(c.body))
-			request.Header.Set("Authorization", "Bearer "+token.value)
-			w := httptest.NewRecorder()
-			g.fake.ServeHTTP(w, request)
-			_, err = openEnvelope("cancel", w.Code, w.Body.Bytes())
-			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
-				t.Errorf("err = %v, want %q", err, c.want)
-			}
-			if p, _ := g.fake.get("imp_1"); p.Cancelled != c.cancelled {
-				t.Errorf("%d won given back, want %d", p.Cancelled, c.cancelled)
-			}
-		})
-	}
-}
-
-func TestFakeGatewayKnowsItsToken(t *testing.T) {
-	g := newGatewayTestInMemory(false)
-	if _, err := g.freshToken(t.Context(), "", nil); err != nil {
-		t.Fatal(err)
-	}
-	g.token.value = "another"
-	if _, err := g.payment(t.Context(), "imp_none"); !errors.Is(err, errNoPayment) {
-		t.Error(err)
-	}
-	if n := g.fake.calls("token"); n != 2 {
-		t.Errorf("%d token calls, want 2", n)
-	}
-}
-
-func TestFakeGatewayWindowAndNotices(t *testing.T) {
-	g := newFakeGateway(nil)
-	notices := make(chan [3]string, 1)
-	g.notify = func(impUID, merchantUID, status string) { notices <- [3]string{impUID, merchantUID, status} }
-	post := func(body string) *httptest.ResponseRecorder {
-		w := httptest.NewRecorder()
-		g.window(w, httptest.NewRequest("POST", "/", strings.NewReader(body)))
-		return w
-	}
-	for _, body := range []string{"", "x", "[]", `{"merchant_uid":"a"}`, `{"merchant_uid":"a","amount":-1}`,
-		`{"merchant_uid":"a","amount":1.5}`, `{"amount":1}`, `{"merchant_uid":"a","amount":1,"status":"cancelled"}`} {
-		if w := post(body); w.Code != 400 || !strings.Contains(w.Body.String(), `{"message":"`) {
-			t.Errorf("window(%s) = %d %s", body, w.Code, w.Body)
-		}
-	}
-	w := post(`{"merchant_uid":"order","amount":5900,"notify":true}`)
-	var answer map[string]string
-	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || answer["merchant_uid"] != "order" {
-		t.Fatalf("window = %d %s", w.Code, w.Body)
-	}
-	impUID := answer["imp_uid"]
-	if got := <-notices; got != [3]string{impUID, "order", "paid"} {
-		t.Errorf("notice %q", got)
-	}
-	if err := g.refundInConsole(impUID, 0); err != nil {
-		t.Error(err)
-	}
-	if got := <-notices; got != [3]string{impUID, "order", "cancelled"} {
-		t.Errorf("notice %q", got)
-	}
-	if err := g.refundInConsole(impUID, 0); err == nil || err.Error() != fakeCancelled {
-		t.Errorf("second refund: %v", err)
-	}
-}
-
-func TestFakeGatewayPersists(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "payments.json")
-	first := newFakeGateway(nil)
-	if err := first.persist(path); err != nil {
-		t.Fatal(err)
-	}
-	id := first.pay(fakePayment{MerchantUID: "order", Amount: 5900})
-	first.set(id, func(p *fakePayment) { p.Sandbox = true })
-	if err := first.refundInConsole(id, 900); err != nil {
-		t.Fatal(err)
-	}
-	second := newFakeGateway(nil)
-	if err := second.persist(path); err != nil {
-		t.Fatal(err)
-	}
-	if all := second.all(); len(all) != 1 || !all[0].Sandbox || all[0].Cancelled != 900 || len(all[0].Refunds) != 1 {
-		t.Errorf("kept: %+v", all)
-	}
-	info, err := os.Stat(path)
-	if err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("mode %v, %v", info.Mode(), err)
-	}
-	if left, _ := filepath.Glob(path + ".*"); len(left) != 0 {
-		t.Errorf("drafts left: %v", left)
-	}
-	if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := newFakeGateway(nil).persist(path); err == nil {
-		t.Error("a broken file was read")
-	}
-}
-
-func FuzzPaymentAnswer(f *testing.F) {
-	f.Add(200, []byte(`{"code":0,"message":null,"response":{"imp_uid":"imp_1","merchant_uid":"a","status":"paid",`+
-		`"currency":"KRW","amount":5.9e3,"cancel_amount":0,"sandbox":false,"paid_at":1700000000}}`))
-	f.Add(404, []byte(`{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`))
-	f.Add(200, []byte(`{"code":0,"response":{"imp_uid":"a","merchant_uid":"a","status":"paid","currency":"USD",`+
-		`"amount":1e999,"cancel_amount":-0.5,"paid_at":-1}}`))
-	f.Fuzz(func(t *testing.T, status int, body []byte) {
-		response, err := openEnvelope("payment", status, body)
-		if err != nil {
-			return
-		}
-		p, err := decodePayment(response)
-		if err != nil {
-			if p != (gatewayPayment{}) {
-				t.Errorf("%v, and yet %+v", err, p)
-			}
-			return
-		}
-		if !validImpUID(p.impUID) || p.merchantUID == "" || p.status == "" || p.currency == "" {
-			t.Errorf("accepted %+v", p)
-		}
-		if p.amount < 0 || p.cancelled < 0 || !p.isKRW() && p.amount+p.cancelled != 0 {
-			t.Errorf("amounts of %+v", p)
-		}
-		if _, err := p.paidAt.MarshalText(); err != nil {
-			t.Errorf("%+v cannot be written: %v", p, err)
-		}
-	})
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"strings"
 	"testing"
 	"time"
 )
@@ -60,63 +59,6 @@ func TestTwoDesksAtOnce(t *testing.T) {
 	}
 }
 
-// listed is what both lists answer, as far as the tests look.
-type listed struct {
-	Orders []struct {
-		ID     string `json:"_id"`
-		User   any
-		Result struct{ Status int }
-	}
-	Status      map[string]int
-	Page, Pages int
-}
-
-func (l listed) ids() (ids []string) {
-	for _, o := range l.Orders {
-		ids = append(ids, o.ID)
-	}
-	return ids
-}
-
-func (s *shop) list(user, path string) (l listed) {
-	s.t.Helper()
-	check(s.t, json.Unmarshal([]byte(s.want(s.call(user, "GET", path, nil), 200, "").body), &l))
-	return l
-}
-
-func TestMyOrders(t *testing.T) {
-	s := newShop(t)
-	if a := s.call(buyerA, "GET", "/api/orders/mine", nil); a.body != `{"orders":[],"status":{"paid":0,"ready":0,"coming":0,"done":0},"page":1,"pages":0}` {
-		t.Errorf("no orders: %s", a.body)
-	}
-	var newest []string
-	for _, status := range []int{0, 1, 1, 2, 3, 4, 0} {
-		s.clock.advance(time.Millisecond)
-		order, _, _ := s.orderAt(status)
-		newest = append([]string{order}, newest...)
-	}
-	s.paid(buyerB)
-	for _, row := range []struct {
-		query string
-		page  int
-		want  []string
-	}{
-		{"", 1, newest[:3]}, {"?pageNumber=1", 1, newest[:3]}, {"?pageNumber=3", 3, newest[6:]}, {"?pageNumber=4", 4, nil}, {"?pageNumber=999999999", 999999999, nil},
-		{"?pageNumber=0", 1, newest[:3]}, {"?pageNumber=-2", 1, newest[:3]}, {"?pageNumber=x", 1, newest[:3]}, {"?pageNumber=99999999999999999999", 1, newest[:3]},
-	} {
-		l := s.list(buyerA, "/api/orders/mine"+row.query)
-		var got []string
-		for _, o := range l.Orders {
-			got = append(got, o.ID)
-		}
-		if strings.Join(got, " ") != strings.Join(row.want, " ") || l.Page != row.page || l.Pages != 3 ||
-			fmt.Sprint(l.Status) != "map[coming:1 done:1 paid:2 ready:2]" {
-			t.Errorf("%q: %+v", row.query, l)
-		}
-	}
-	s.want(s.call("", "GET", "/api/orders/mine", nil), 401, messageSignIn)
-}
-
 func TestDeskList(t *testing.T) {
 	s := newShop(t)
 	var last string
@@ -152,42 +94,4 @@ func TestDeskList(t *testing.T) {
 	s.want(s.call(adminID, "GET", "/api/orders?number=%00", nil), 400, "")
 	s.want(s.call(buyerA, "GET", "/api/orders", nil), 403, messageAdmin)
 	s.want(s.call("", "GET", "/api/orders", nil), 401, messageSignIn)
-}
-
-func TestHistory(t *testing.T) {
-	s := newShop(t)
-	order, impUID, _ := s.orderAt(statusReturning)
-	s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "")
-	lines := func(user string) (lines []string) {
-		var h struct{ History []historyLine }
-		check(t, json.Unmarshal([]byte(s.want(s.call(user, "GET", "/api/orders/"+order+"/history", nil), 200, "").body), &h))
-		for _, e := range h.History {
-			if e.At == "" || e.RequestID == "" {
-				t.Errorf("incomplete: %+v", e)
-			}
-			lines = append(lines, strings.TrimSpace(fmt.Sprintf("%s %s %s %s %d", e.Who, e.WhoID, e.Why, e.ImpUID, e.Amount)))
-		}
-		return lines
-	}
-	want := []string{"buyer  created  0", "buyer  paid  0", "buyer  payment kept " + impUID + " 109000",
-		"administrator " + adminID + " preparing  0", "administrator " + adminID + " shipping  0", "administrator " + adminID + " delivered  0",
-		"buyer  return requested  0", "administrator " + adminID + " cancel requested  0",
-		"administrator " + adminID + " refunding: " + reasonShopCancel + " " + impUID + " 109000",
-		"administrator " + adminID + " refunded: " + reasonShopCancel + " " + impUID + " 109000", "administrator " + adminID + " cancelled  0"}
-	sorted := func(lines []string) string { return strings.Join(lines, "\n") }
-	if got := lines(adminID); sorted(got) != sorted(want) {
-		t.Errorf("the desk sees\n%s\nwant\n%s", sorted(got), sorted(want))
-	}
-	if got := sorted(lines(buyerA)); got != strings.ReplaceAll(sorted(want), adminID, "") {
-		t.Errorf("the buyer sees\n%s", got)
-	}
-	s.want(s.call(buyerB, "GET", "/api/orders/"+order+"/history", nil), 404, messageOrderUnknown)
-	s.want(s.call("", "GET", "/api/orders/"+order+"/history", nil), 401, messageSignIn)
-}
-
-// historyLine is a history entry as a client reads it.
-type historyLine struct {
-	At, Who, WhoID, Why, RequestID string
-	ImpUID                         string `json:"imp_uid"`
-	Amount                         int64
 }

@@ -3,13 +3,11 @@ package main
 import (
 	"bufio"
 	"context"
-	"crypto/rand"
+	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,154 +18,19 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-func TestMain(m *testing.M) {
-	code := wantWholeAPI(m.Run())
-	if err := stopTestPostgres(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
+// crash ends the server at once, without writing anything back (PostgreSQL's "immediate" mode): what was committed
+// comes back from its log at the next start.
+func (p *postgresServer) crash() error { return p.end(syscall.SIGQUIT) }
+
+// kill ends the server with SIGKILL, as a power cut would. Its sessions notice by themselves and end.
+func (p *postgresServer) kill() error {
+	err := p.end(syscall.SIGKILL)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
+		return nil
 	}
-	os.Exit(code)
+	return err
 }
-
-// stopTestPostgres ends and removes the tests' server; testPostgres sets it.
-var stopTestPostgres = func() error { return nil }
-
-// testPostgres starts the server that the tests share when the first of them asks: what only parses needs none.
-// The durability switched off makes it fast; a test of crashes starts a server of its own.
-var testPostgres = sync.OnceValues(func() (databaseURL string, err error) {
-	if given := os.Getenv("TEST_DATABASE_URL"); given != "" {
-		return given, nil
-	}
-	dir, err := os.MkdirTemp("", "lumiere-test-")
-	if err != nil {
-		return "", err
-	}
-	stopTestPostgres = func() error { return os.RemoveAll(dir) }
-	server, err := startPostgres(context.Background(), postgresConfig{dir: dir, settings: map[string]string{
-		"fsync":              "off",
-		"synchronous_commit": "off",
-		"full_page_writes":   "off",
-		"max_connections":    "200",
-	}})
-	if err != nil {
-		return "", err
-	}
-	stopTestPostgres = func() error {
-		defer os.RemoveAll(dir)
-		return server.stop()
-	}
-	return server.url, nil
-})
-
-// testDatabaseURL returns the connection string of the tests' server: TEST_DATABASE_URL, or else a private one.
-func testDatabaseURL(t testing.TB) string {
-	t.Helper()
-	databaseURL, err := testPostgres()
-	if err != nil {
-		t.Fatalf("the tests need PostgreSQL; TEST_DATABASE_URL may name one: %v", err)
-	}
-	return databaseURL
-}
-
-// newTestDatabase makes an empty database that is dropped when the test ends, and returns its connection string.
-func newTestDatabase(t testing.TB) string {
-	t.Helper()
-	server := testDatabaseURL(t)
-	name := "test_" + strings.ToLower(rand.Text())
-	execSQL(t, server, "CREATE DATABASE "+name)
-	t.Cleanup(func() { execSQL(t, server, "DROP DATABASE "+name+" WITH (FORCE)") })
-	return withDatabase(t, server, name)
-}
-
-// withDatabase returns the connection string, an URL or keywords and values, with another database's name.
-func withDatabase(t testing.TB, connString, name string) string {
-	t.Helper()
-	if !strings.Contains(connString, "://") {
-		return connString + " dbname=" + name
-	}
-	u, err := url.Parse(connString)
-	if err != nil {
-		t.Fatal(err)
-	}
-	u.Path = "/" + name
-	return u.String()
-}
-
-// databaseVia is the connection string of the database that databaseURL names, with other hosts on the way to it. options
-// are pairs of a name and a value.
-func databaseVia(t *testing.T, databaseURL string, options ...string) string {
-	t.Helper()
-	c, err := pgx.ParseConfig(databaseURL)
-	check(t, err)
-	query := url.Values{}
-	for pair := range slices.Chunk(options, 2) {
-		query.Set(pair[0], pair[1])
-	}
-	u := url.URL{Scheme: "postgres", User: url.UserPassword(c.User, c.Password), Path: "/" + c.Database, RawQuery: query.Encode()}
-	return u.String()
-}
-
-// execSQL runs one statement on a connection of its own.
-func execSQL(t testing.TB, databaseURL, sql string) {
-	t.Helper()
-	ctx := context.Background() // the test's own has ended when a cleanup runs
-	conn, err := pgx.Connect(ctx, databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(ctx)
-	if _, err := conn.Exec(ctx, sql); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// queryText runs a query of one text value on a connection of its own.
-func queryText(t testing.TB, databaseURL, sql string) string {
-	t.Helper()
-	conn, err := pgx.Connect(t.Context(), databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
-	var value string
-	if err := conn.QueryRow(t.Context(), sql).Scan(&value); err != nil {
-		t.Fatal(err)
-	}
-	return value
-}
-
-// postgresDir returns a directory for a cluster, removed when the test ends. T.TempDir's parent is closed to the
-// user that root runs PostgreSQL as.
-func postgresDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "lumiere-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
-// runPostgres starts a server for one test.
-func runPostgres(t testing.TB, cfg postgresConfig) *postgresServer {
-	t.Helper()
-	if _, _, err := findPostgres(); err != nil && os.Getenv("TEST_DATABASE_URL") != "" {
-		t.Skip(err) // this machine tests against a server elsewhere
-	}
-	server, err := startPostgres(t.Context(), cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := server.stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	return server
-}
-
-// unsafeSettings trade what a test does not test for speed.
-var unsafeSettings = map[string]string{"fsync": "off"}
 
 func TestFindPostgres(t *testing.T) {
 	root := t.TempDir()
@@ -244,19 +107,6 @@ func script(t testing.TB, path, commands string) {
 	}
 	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+commands+"\n"), 0o755); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func TestNewTestDatabase(t *testing.T) {
-	var first, second string
-	t.Run("two of them", func(t *testing.T) {
-		first, second = newTestDatabase(t), newTestDatabase(t)
-		execSQL(t, first, "CREATE TABLE marks (mark int)")
-		execSQL(t, second, "CREATE TABLE marks (mark int)")
-	})
-	if conn, err := pgx.Connect(t.Context(), first); err == nil {
-		conn.Close(t.Context())
-		t.Error("the database outlived its test")
 	}
 }
 
@@ -342,13 +192,6 @@ func TestPostgresRecovers(t *testing.T) {
 	}
 }
 
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 func ownerOf(t testing.TB, path string) int {
 	t.Helper()
 	info, err := os.Stat(path)
@@ -411,19 +254,6 @@ func TestPostgresSaysWhatIsWrong(t *testing.T) {
 	_, err := startPostgres(t.Context(), postgresConfig{dir: filepath.Join(dir, "closed")})
 	if err == nil || !strings.Contains(err.Error(), "cannot reach "+dir) {
 		t.Errorf("a directory closed to PostgreSQL: %v", err)
-	}
-}
-
-func TestCacheDir(t *testing.T) {
-	home := t.TempDir()
-	t.Setenv("HOME", home)
-	t.Setenv("XDG_CACHE_HOME", filepath.Join(home, "cache"))
-	dir, err := cacheDir()
-	check(t, err)
-	info, err := os.Stat(dir)
-	check(t, err)
-	if !strings.HasPrefix(dir, home) || info.Mode().Perm()&0o066 != 0 {
-		t.Errorf("%s, %v", dir, info.Mode())
 	}
 }
 

@@ -50,7 +50,7 @@ type crash struct {
 	env       []string
 	log       *os.File
 	postgres  *postgresServer
-	fake      *fakeGateway
+	fake      *testGateway
 	replicas  [2]*crashReplica
 	paintings []string
 	over      context.Context // ends when the actors go home
@@ -119,7 +119,7 @@ func openCrash(t *testing.T) *crash {
 	c.postgres = runPostgres(t, postgresConfig{dir: postgresDir(t)})
 	check(t, <-built)
 
-	c.fake = newFakeGateway(time.Now)
+	c.fake = newTestGateway(time.Now)
 	faultDice := c.newRNG(3)
 	c.fake.setFaults(func(call, _ string) fault { return c.chooseFault(faultDice, call) })
 	gateway := httptest.NewServer(c.fake)

@@ -1,0 +1,961 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+func TestMain(m *testing.M) {
+	code := wantWholeAPI(m.Run())
+	if err := stopTestPostgres(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+// stopTestPostgres ends and removes the tests' server; testPostgres sets it.
+var stopTestPostgres = func() error { return nil }
+
+// testPostgres starts the server that the tests share when the first of them asks: what only parses needs none.
+// The durability switched off makes it fast; a test of crashes starts a server of its own.
+var testPostgres = sync.OnceValues(func() (databaseURL string, err error) {
+	if given := os.Getenv("TEST_DATABASE_URL"); given != "" {
+		return given, nil
+	}
+	dir, err := os.MkdirTemp("", "lumiere-test-")
+	if err != nil {
+		return "", err
+	}
+	stopTestPostgres = func() error { return os.RemoveAll(dir) }
+	server, err := startPostgres(context.Background(), postgresConfig{dir: dir, settings: map[string]string{
+		"fsync":              "off",
+		"synchronous_commit": "off",
+		"full_page_writes":   "off",
+		"max_connections":    "200",
+	}})
+	if err != nil {
+		return "", err
+	}
+	stopTestPostgres = func() error {
+		defer os.RemoveAll(dir)
+		return server.stop()
+	}
+	return server.url, nil
+})
+
+// testDatabaseURL returns the connection string of the tests' server: TEST_DATABASE_URL, or else a private one.
+func testDatabaseURL(t testing.TB) string {
+	t.Helper()
+	databaseURL, err := testPostgres()
+	if err != nil {
+		t.Fatalf("the tests need PostgreSQL; TEST_DATABASE_URL may name one: %v", err)
+	}
+	return databaseURL
+}
+
+// newTestDatabase makes an empty database that is dropped when the test ends, and returns its connection string.
+func newTestDatabase(t testing.TB) string {
+	t.Helper()
+	server := testDatabaseURL(t)
+	name := "test_" + strings.ToLower(rand.Text())
+	execSQL(t, server, "CREATE DATABASE "+name)
+	t.Cleanup(func() { execSQL(t, server, "DROP DATABASE "+name+" WITH (FORCE)") })
+	return withDatabase(t, server, name)
+}
+
+// withDatabase returns the connection string, an URL or keywords and values, with another database's name.
+func withDatabase(t testing.TB, connString, name string) string {
+	t.Helper()
+	if !strings.Contains(connString, "://") {
+		return connString + " dbname=" + name
+	}
+	u, err := url.Parse(connString)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Path = "/" + name
+	return u.String()
+}
+
+// databaseVia is the connection string of the database that databaseURL names, with other hosts on the way to it. options
+// are pairs of a name and a value.
+func databaseVia(t *testing.T, databaseURL string, options ...string) string {
+	t.Helper()
+	c, err := pgx.ParseConfig(databaseURL)
+	check(t, err)
+	query := url.Values{}
+	for pair := range slices.Chunk(options, 2) {
+		query.Set(pair[0], pair[1])
+	}
+	u := url.URL{Scheme: "postgres", User: url.UserPassword(c.User, c.Password), Path: "/" + c.Database, RawQuery: query.Encode()}
+	return u.String()
+}
+
+// execSQL runs one statement on a connection of its own.
+func execSQL(t testing.TB, databaseURL, sql string) {
+	t.Helper()
+	ctx := context.Background() // the test's own has ended when a cleanup runs
+	conn, err := pgx.Connect(ctx, databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	if _, err := conn.Exec(ctx, sql); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// queryText runs a query of one text value on a connection of its own.
+func queryText(t testing.TB, databaseURL, sql string) string {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	var value string
+	if err := conn.QueryRow(t.Context(), sql).Scan(&value); err != nil {
+		t.Fatal(err)
+	}
+	return value
+}
+
+// postgresDir returns a directory for a cluster, removed when the test ends. T.TempDir's parent is closed to the
+// user that root runs PostgreSQL as.
+func postgresDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "lumiere-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// runPostgres starts a server for one test.
+func runPostgres(t testing.TB, cfg postgresConfig) *postgresServer {
+	t.Helper()
+	if _, _, err := findPostgres(); err != nil && os.Getenv("TEST_DATABASE_URL") != "" {
+		t.Skip(err) // this machine tests against a server elsewhere
+	}
+	server, err := startPostgres(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return server
+}
+
+// unsafeSettings trade what a test does not test for speed.
+var unsafeSettings = map[string]string{"fsync": "off"}
+
+func TestNewTestDatabase(t *testing.T) {
+	var first, second string
+	t.Run("two of them", func(t *testing.T) {
+		first, second = newTestDatabase(t), newTestDatabase(t)
+		execSQL(t, first, "CREATE TABLE marks (mark int)")
+		execSQL(t, second, "CREATE TABLE marks (mark int)")
+	})
+	if conn, err := pgx.Connect(t.Context(), first); err == nil {
+		conn.Close(t.Context())
+		t.Error("the database outlived its test")
+	}
+}
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// waitUntil looks until it is so.
+func waitUntil(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for !so() {
+		if pause(ctx, postgresPoll) != nil {
+			t.Fatalf("not within a minute: %s", what)
+		}
+	}
+}
+
+// findTool is a program that some tests need beside PostgreSQL, by any of its names or paths. Without it they are skipped,
+// since nobody needs it to work on the rest; where TEST_ALL is set, as in .ci/run, that is a failure.
+func findTool(t testing.TB, names ...string) string {
+	t.Helper()
+	for _, name := range names {
+		for _, place := range []string{name, "/usr/sbin/" + name} { // not in the PATH of Debian's users
+			if program, err := exec.LookPath(place); err == nil {
+				return program
+			}
+		}
+	}
+	if os.Getenv("TEST_ALL") == "" {
+		t.Skipf("%s is not installed", names[0])
+	}
+	t.Fatalf("%s is not installed, and TEST_ALL is set", names[0])
+	return ""
+}
+
+// crowd runs n calls at once and counts their statuses.
+func concurrently(n int, do func(i int) answer) map[int]int {
+	count := map[int]int{}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	start := make(chan struct{})
+	for i := range n {
+		wg.Go(func() {
+			<-start
+			a := do(i)
+			mu.Lock()
+			count[a.status]++
+			mu.Unlock()
+		})
+	}
+	close(start)
+	wg.Wait()
+	return count
+}
+
+// testClock is a clock that moves when told to.
+type testClock struct{ nanoseconds atomic.Int64 }
+
+func newTestClock() *testClock {
+	c := &testClock{}
+	c.nanoseconds.Store(time.Date(2026, 3, 2, 1, 0, 0, 0, time.UTC).UnixNano())
+	return c
+}
+
+func (c *testClock) Now() time.Time { return time.Unix(0, c.nanoseconds.Load()).UTC() }
+
+func (c *testClock) advance(d time.Duration) { c.nanoseconds.Add(int64(d)) }
+
+var ids atomic.Int64
+
+// newTestID is an ObjectId that no test has used before.
+func newTestID() string { return fmt.Sprintf("61a4debe%016x", ids.Add(1)) }
+
+// newNumber is an order number that no test has used before.
+func newNumber() string { return fmt.Sprintf("20260302%06d", ids.Add(1)) }
+
+// newImpUID is one that the gateway does not know, nor any test.
+func newImpUID() string { return fmt.Sprintf("imp_%012d", ids.Add(1)) }
+
+const testSecret = "test-secret-test-secret-test-secret-test"
+
+// Users of the tests.
+const (
+	buyerA  = "61a4e52b4f5f6aa036bfeca1"
+	buyerB  = "61a4e52b4f5f6aa036bfeca2"
+	adminID = "61a4e52b4f5f6aa036bfecad"
+)
+
+// shop is the whole service of one test: its own database, a gateway double and a clock that moves when told to. The
+// reconciler runs when a test calls its Round.
+type shop struct {
+	*server
+	t      testing.TB
+	clock  *testClock
+	fake   *testGateway
+	logged *bytes.Buffer // what it logged; read it when nothing runs
+	traced *tracer
+	url    string // empty: without a network
+	called string // the X-Request-Id of its calls; empty: the service makes one
+}
+
+// newShop opens a shop. change, when given, changes its configuration first.
+func newShop(t testing.TB, change ...func(*config)) *shop {
+	t.Helper()
+	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
+	s.fake = newTestGateway(s.clock.Now)
+	gateway := httptest.NewServer(s.fake)
+	t.Cleanup(gateway.Close)
+	s.open(gateway.URL, nil, change...)
+	service := httptest.NewServer(s)
+	t.Cleanup(service.Close)
+	s.url = service.URL
+	return s
+}
+
+// newDirectShop opens a shop without a network, for tests of many calls: they go straight to ServeHTTP, and the gateway's
+// client straight to its double.
+func newDirectShop(t testing.TB) *shop {
+	t.Helper()
+	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
+	s.fake = newTestGateway(s.clock.Now)
+	s.open("http://gateway.invalid", s.fake)
+	return s
+}
+
+// open builds the server of a shop around its clock and its gateway.
+func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...func(*config)) {
+	s.t.Helper()
+	c := config{
+		jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.fake.key,
+		iamportSecret: s.fake.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
+		origins: []string{"https://lumiere.example"},
+	}
+	for _, f := range change {
+		f(&c)
+	}
+	if c.databaseURL == "" {
+		c.databaseURL = newTestDatabase(s.t)
+	}
+	s.traced = &tracer{}
+	store, err := openStore(context.Background(), c.databaseURL, s.traced)
+	check(s.t, err)
+	s.t.Cleanup(store.close)
+	check(s.t, store.migrate(context.Background(), migrations()))
+	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
+	s.t.Cleanup(s.settler.gateway.client.CloseIdleConnections)
+	s.settler.lastRound.Store(s.clock.Now().UnixNano())
+}
+
+// rowOf is the shop s with its failures going to a row's own t.
+func rowOf(t *testing.T, s *shop) *shop {
+	row := *s
+	row.t = t
+	return &row
+}
+
+// token is a good token of user's.
+func (s *shop) token(user string, isAdmin bool) string {
+	token, err := s.tokens.issue(caller{id: user, admin: isAdmin}, s.clock.Now(), 3*time.Hour)
+	check(s.t, err)
+	return token
+}
+
+// as is the Authorization header of a user: a buyer, or desk, the administrator. "" is nobody.
+func (s *shop) as(user string) string {
+	if user == "" {
+		return ""
+	}
+	return "Bearer " + s.token(user, user == adminID)
+}
+
+// answer is what a call answered.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// message is the body's message.
+func (a answer) message() string {
+	var m message
+	json.Unmarshal([]byte(a.body), &m)
+	return m.Message
+}
+
+// call makes a request as user ("": nobody). body is sent as it is when it is a string, as JSON otherwise.
+func (s *shop) call(user, method, path string, body any) answer {
+	s.t.Helper()
+	return s.callWith(s.as(user), method, path, body)
+}
+
+// callWith is call with an Authorization header of the test's own.
+func (s *shop) callWith(authorization, method, path string, body any) answer {
+	s.t.Helper()
+	var reader io.Reader
+	switch b := body.(type) {
+	case nil:
+	case string:
+		reader = strings.NewReader(b)
+	default:
+		text, err := json.Marshal(b)
+		check(s.t, err)
+		reader = bytes.NewReader(text)
+	}
+	request, err := http.NewRequest(method, s.url+path, reader)
+	check(s.t, err)
+	if authorization != "" {
+		request.Header.Set("Authorization", authorization)
+	}
+	request.Header.Set("Content-Type", "application/json")
+	if s.called != "" {
+		request.Header.Set("X-Request-Id", s.called)
+	}
+	response, err := s.send(request)
+	check(s.t, err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	check(s.t, err)
+	return answer{response.StatusCode, response.Header, strings.TrimSuffix(string(text), "\n")}
+}
+
+// send makes a request over the network, if there is one.
+func (s *shop) send(request *http.Request) (*http.Response, error) {
+	if s.url != "" {
+		return http.DefaultClient.Do(request)
+	}
+	if request.Body == nil {
+		request.Body = http.NoBody
+	}
+	recorder := httptest.NewRecorder()
+	s.ServeHTTP(recorder, request)
+	return recorder.Result(), nil
+}
+
+// want fails the test unless a call answered this status and, when text is not empty, this message.
+func (s *shop) want(a answer, status int, text string) answer {
+	s.t.Helper()
+	if a.status != status || (text != "" && a.message() != text) {
+		s.t.Fatalf("answered %d %s\nwant %d %q", a.status, a.body, status, text)
+	}
+	return a
+}
+
+// wantNaming is want for a refusal whose message has to contain text.
+func (s *shop) wantNaming(a answer, status int, text string) {
+	s.t.Helper()
+	if a.status != status || a.message() == "" || !strings.Contains(a.message(), text) {
+		s.t.Fatalf("answered %d %s\nwant %d with a message containing %q", a.status, a.body, status, text)
+	}
+}
+
+// wantBody is want for the exact body.
+func (s *shop) wantBody(a answer, status int, body string) {
+	s.t.Helper()
+	if a.status != status || a.body != body {
+		s.t.Fatalf("answered %d %s\nwant     %d %s", a.status, a.body, status, body)
+	}
+}
+
+// painting puts a painting of this price into the catalogue and returns its id. Its size is 73x61cm, its canvas 20.
+func (s *shop) painting(price int64) string {
+	s.t.Helper()
+	return s.paintings(1, price)[0]
+}
+
+// paintings puts so many paintings into the catalogue at once.
+func (s *shop) paintings(n int, price int64) (ids []string) {
+	s.t.Helper()
+	for range n {
+		ids = append(ids, newTestID())
+	}
+	s.catalogue(price, true, ids...)
+	return ids
+}
+
+// catalogue puts paintings into the catalogue, or changes them there.
+func (s *shop) catalogue(price int64, forSale bool, ids ...string) {
+	s.t.Helper()
+	var all []painting
+	for _, id := range ids {
+		all = append(all, painting{id: id, artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희",
+			title: "잠식", image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: price, forSale: forSale})
+	}
+	check(s.t, s.store.importPaintings(context.Background(), all))
+}
+
+// orderBody is a good body of POST /api/orders for paintings of 99,000 won each; number is its result.id.
+func orderBody(number string, paintings ...string) map[string]any {
+	items := make([]any, len(paintings))
+	for i, id := range paintings {
+		items[i] = map[string]any{"product": id, "image": "/images/bye/1.jpg", "title": "잠식", "artist": "안영희", "size": "73x61cm(20호)", "price": 99000}
+	}
+	return map[string]any{
+		"orderItems":      items,
+		"result":          map[string]any{"id": number},
+		"deliveryInfo":    map[string]any{"address": "[00000] 어느시 어느로 1", "detailedAddress": "101호", "receiver": "홍길동", "contactNum": "010-0000-0000"},
+		"deliveryDetails": map[string]any{"receiveAt": "문 앞", "requestedTerms": "문자 주세요"},
+		"ordererInfo":     map[string]any{"name": "홍길동", "phoneNum": "010-0000-0000", "email": "buyer@example.com", "refundTerms": "품절 시 결제수단으로 환불"},
+		"shippingPrice":   10000,
+		"totalPrice":      10000 + 99000*len(paintings),
+	}
+}
+
+// absent, put into a body, leaves the field out.
+var absent = new(struct{})
+
+// put sets the field at path (deliveryInfo.address, orderItems[0].price) of a body.
+func put(body map[string]any, path string, value any) {
+	keys := strings.Split(strings.NewReplacer("[", ".", "]", "").Replace(path), ".")
+	var at any = body
+	for i, key := range keys {
+		last := i == len(keys)-1
+		switch object := at.(type) {
+		case map[string]any:
+			switch {
+			case last && value == absent:
+				delete(object, key)
+			case last:
+				object[key] = value
+			}
+			at = object[key]
+		case []any:
+			n, err := strconv.Atoi(key)
+			if err != nil {
+				panic(err)
+			}
+			if last {
+				object[n] = value
+			}
+			at = object[n]
+		default:
+			panic("no such field: " + path)
+		}
+	}
+}
+
+// order makes an order of user's for paintings of 99,000 won and returns its id.
+func (s *shop) order(user string, paintings ...string) string {
+	s.t.Helper()
+	a := s.want(s.call(user, "POST", "/api/orders", orderBody(newNumber(), paintings...)), 201, "주문서 생성 성공")
+	var made orderCreated
+	check(s.t, json.Unmarshal([]byte(a.body), &made))
+	return made.OrderID
+}
+
+// charge has the gateway take amount for an order and returns the imp_uid; nobody is told.
+func (s *shop) charge(order string, amount int64) string {
+	return s.fake.pay(fakePayment{MerchantUID: order, Amount: amount})
+}
+
+// report tells the service of a payment as the browser does.
+func (s *shop) report(impUID string) answer {
+	s.t.Helper()
+	return s.call("", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
+}
+
+// Money by every road: the browser's report, the gateway's notice, the reconciler, a deletion; and every way in which the
+// gateway can fail beside them.
+
+// notice tells the service of a payment as the gateway does.
+func (s *shop) notice(impUID string) answer {
+	s.t.Helper()
+	return s.call("", "POST", "/api/payments/webhook", map[string]string{"imp_uid": impUID, "merchant_uid": "hint", "status": "paid"})
+}
+
+// later moves the clock on and has the reconciler do what is due.
+func (s *shop) later(d time.Duration) {
+	s.t.Helper()
+	s.clock.advance(d)
+	check(s.t, s.settler.reconcileRound(s.t.Context()))
+}
+
+// paid makes an order of user's for one new painting, and pays it.
+func (s *shop) paid(user string) (order, impUID, painting string) {
+	s.t.Helper()
+	painting = s.painting(99000)
+	order = s.order(user, painting)
+	impUID = s.charge(order, 109000)
+	s.want(s.report(impUID), 200, "결제 성공")
+	return order, impUID, painting
+}
+
+// orderAt brings a new paid order of buyerA's to a status from 0 to 4.
+func (s *shop) orderAt(status int) (order, impUID, painting string) {
+	s.t.Helper()
+	order, impUID, painting = s.paid(buyerA)
+	for step := 1; step <= min(status, statusDelivered); step++ {
+		s.want(s.call(adminID, "PATCH", "/api/orders/"+order, map[string]int{"status": step}), 200, "")
+	}
+	if status == statusReturning {
+		s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, map[string]int{"status": 4}), 200, "")
+	}
+	return order, impUID, painting
+}
+
+// orderIn is an order of buyerA's in any status; impUID is empty when it is unpaid.
+func (s *shop) orderIn(status int) (order, impUID, painting string) {
+	s.t.Helper()
+	switch status {
+	case statusUnpaid:
+		painting = s.painting(99000)
+		return s.order(buyerA, painting), "", painting
+	case statusCancelled:
+		order, impUID, painting = s.paid(buyerA)
+		s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "")
+		return order, impUID, painting
+	default:
+		return s.orderAt(status)
+	}
+}
+
+// refuseCancels has the gateway refuse every refund, until its faults are set anew.
+func (s *shop) refuseCancels() {
+	s.fake.setFaults(func(call, _ string) fault {
+		if call == "cancel" {
+			return fault{before: answerRefusal(-1, "거절")}
+		}
+		return fault{}
+	})
+}
+
+// status is the order's status as its buyer or the desk sees it.
+func (s *shop) statusOf(order string) int {
+	s.t.Helper()
+	var detail struct{ Result struct{ Status int } }
+	check(s.t, json.Unmarshal([]byte(s.want(s.call(adminID, "GET", "/api/orders/"+order, nil), 200, "").body), &detail))
+	return detail.Result.Status
+}
+
+// inStock reports whether cart-items says to user that the painting is in stock.
+func (s *shop) inStock(user, painting string) bool {
+	s.t.Helper()
+	var items []cartItem
+	check(s.t, json.Unmarshal([]byte(s.want(s.call(user, "GET", "/api/products/cart-items?productId="+painting, nil), 200, "").body), &items))
+	if len(items) != 1 {
+		s.t.Fatalf("cart-items answered %d paintings", len(items))
+	}
+	return items[0].InStock
+}
+
+// row is the ledger's row of a payment: state and reason.
+func (s *shop) row(impUID string) string {
+	return queryText(s.t, s.config.databaseURL, `SELECT coalesce((SELECT state || coalesce(': ' || reason, '') FROM payments WHERE imp_uid = '`+impUID+`'), 'none')`)
+}
+
+// back is how much of a payment the gateway has given back.
+func (s *shop) back(impUID string) int64 {
+	p, _ := s.fake.get(impUID)
+	return p.Cancelled
+}
+
+// listed is what both lists answer, as far as the tests look.
+type listed struct {
+	Orders []struct {
+		ID     string `json:"_id"`
+		User   any
+		Result struct{ Status int }
+	}
+	Status      map[string]int
+	Page, Pages int
+}
+
+func (l listed) ids() (ids []string) {
+	for _, o := range l.Orders {
+		ids = append(ids, o.ID)
+	}
+	return ids
+}
+
+func (s *shop) list(user, path string) (l listed) {
+	s.t.Helper()
+	check(s.t, json.Unmarshal([]byte(s.want(s.call(user, "GET", path, nil), 200, "").body), &l))
+	return l
+}
+
+// wantMoney fails unless the gateway has given back this much of a payment.
+func (s *shop) wantMoney(impUID string, back int64) {
+	s.t.Helper()
+	if p, ok := s.fake.get(impUID); !ok || p.Cancelled != back {
+		s.t.Fatalf("the gateway gave back %d of %d, want %d", p.Cancelled, p.Amount, back)
+	}
+}
+
+// wantUntouched fails unless the order is unpaid still, its paintings held for its buyer and no money given back.
+func (s *shop) wantUntouched(order, painting string) {
+	s.t.Helper()
+	if status := s.statusOf(order); status != statusUnpaid {
+		s.t.Fatalf("the order has status %d", status)
+	}
+	if !s.inStock(buyerA, painting) || s.inStock(buyerB, painting) {
+		s.t.Fatal("the painting is not held for its buyer any more")
+	}
+	if n := s.fake.calls("cancel"); n != 0 {
+		s.t.Fatalf("%d refunds were asked for", n)
+	}
+}
+
+// auditor is one that takes no pauses.
+func (s *shop) auditor() *auditor {
+	return &auditor{store: s.store, gateway: s.settler.gateway, now: s.clock.Now, progress: io.Discard, progressEvery: time.Hour,
+		pause: func(context.Context) error { return nil }}
+}
+
+// audit is the audit of the last 24 hours.
+func (s *shop) audit() auditReport {
+	s.t.Helper()
+	report, err := s.auditor().audit(s.t.Context(), s.clock.Now().Add(-24*time.Hour))
+	check(s.t, err)
+	return report
+}
+
+// mismatchTexts are kinds of mismatch as a report has them.
+func mismatchTexts(kinds []mismatchKind) (all []string) {
+	for _, k := range kinds {
+		all = append(all, k.name+": "+k.remedy)
+	}
+	return all
+}
+
+// wantMismatches fails unless the audit finds exactly these kinds of mismatch, in this order.
+func (s *shop) wantMismatches(kinds ...mismatchKind) []mismatch {
+	s.t.Helper()
+	report := s.audit()
+	var got []string
+	for _, m := range report.Mismatches {
+		got = append(got, m.Kind+": "+m.Remedy)
+	}
+	if want := mismatchTexts(kinds); !slices.Equal(got, want) {
+		s.t.Fatalf("found %q, want %q", got, want)
+	}
+	if len(kinds) == 0 && (report.Matching != report.Orders || report.Books != report.Gateway) {
+		s.t.Fatalf("balanced, but %+v", report)
+	}
+	return report.Mismatches
+}
+
+func (s *shop) wantOneOwner() {
+	s.t.Helper()
+	wantOneOwner(s.t, s.config.databaseURL)
+}
+
+// wantOneOwner fails unless every painting's order is live and lists it, and every live order has all of its paintings.
+func wantOneOwner(t testing.TB, databaseURL string) {
+	t.Helper()
+	for name, sql := range map[string]string{
+		"a painting is held by no live order": `SELECT count(*) FROM products p JOIN orders o ON o.id = p.order_id
+			WHERE o.ended IS NOT NULL OR o.status = 5 OR p.id <> ALL (o.product_ids)`,
+		"a live order lacks a painting": `SELECT count(*) FROM orders o, unnest(o.product_ids) AS i (id) JOIN products p USING (id)
+			WHERE o.ended IS NULL AND o.status < 5 AND p.order_id IS DISTINCT FROM o.id`,
+	} {
+		if n := queryText(t, databaseURL, sql); n != "0" {
+			t.Errorf("%s: %s", name, n)
+		}
+	}
+}
+
+// buyers walk through the shop, each from an order to its payment or its cancel, and write down what they were promised.
+type buyers struct {
+	*shop
+	mu       sync.Mutex
+	promised map[string]int // by order, the last status that the service has answered it to be in
+	refused  atomic.Bool    // a call found the database away
+}
+
+func newBuyers(s *shop) *buyers {
+	var minutes atomic.Int64 // pass for the limiter at each look, so that it minds nobody's insistence
+	s.limits.now = func() time.Time { return s.clock.Now().Add(time.Duration(minutes.Add(1)) * time.Minute) }
+	return &buyers{shop: s, promised: map[string]int{}}
+}
+
+// retry makes a call until the database is there for it, as a browser does.
+func (b *buyers) retry(call func() answer) answer {
+	for {
+		a := call()
+		if a.status < 500 || pause(b.t.Context(), postgresPoll) != nil {
+			return a
+		}
+		if a.status != 503 {
+			b.t.Errorf("a database that is away: %d %s", a.status, a.body)
+		}
+		b.refused.Store(true)
+	}
+}
+
+func (b *buyers) promise(order string, status int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.promised[order] = status
+}
+
+// given are the promises so far.
+func (b *buyers) given() map[string]int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return maps.Clone(b.promised)
+}
+
+// walk is one buyer's way with a painting.
+func (b *buyers) walk(painting string, cancels bool) {
+	buyer, body := newTestID(), orderBody(newNumber(), painting)
+	a := b.retry(func() answer { return b.call(buyer, "POST", "/api/orders", body) })
+	if a.status == 409 { // another buyer was faster
+		return
+	}
+	var made orderCreated
+	if json.Unmarshal([]byte(a.body), &made); a.status != 201 {
+		b.t.Errorf("order: %d %s", a.status, a.body)
+		return
+	}
+	b.promise(made.OrderID, statusUnpaid)
+	impUID := b.charge(made.OrderID, 109000)
+	if a = b.retry(func() answer { return b.report(impUID) }); a.status != 200 {
+		b.t.Errorf("payment: %d %s", a.status, a.body)
+		return
+	}
+	b.promise(made.OrderID, statusPaid)
+	if !cancels {
+		return
+	}
+	switch a = b.retry(func() answer { return b.call(buyer, "DELETE", "/api/orders/"+made.OrderID, nil) }); a.status {
+	case 200:
+		b.promise(made.OrderID, statusCancelled)
+	case 409: // an answer before was lost: it is booked, and goes on or is done
+	default:
+		b.t.Errorf("cancel: %d %s", a.status, a.body)
+	}
+}
+
+// wantPromised fails unless each order is at least as far as it was answered to be.
+func (b *buyers) wantPromised() {
+	b.t.Helper()
+	given := b.given()
+	var statuses map[string]int
+	check(b.t, json.Unmarshal([]byte(queryText(b.t, b.config.databaseURL,
+		`SELECT json_object_agg(id, status)::text FROM orders WHERE ended IS NULL`)), &statuses))
+	for order, status := range given {
+		if now, there := statuses[order]; !there || now < status {
+			b.t.Errorf("order %s was answered as %d; there: %v, now %d", order, status, there, now)
+		}
+	}
+}
+
+// command runs the program with a configured environment and returns what it printed.
+func command(t *testing.T, databaseURL, in string, args ...string) (string, error) {
+	t.Helper()
+	environment := map[string]string{"DATABASE_URL": databaseURL, "JWT_SECRET": testSecret}
+	var out bytes.Buffer
+	err := run(t.Context(), args, func(name string) string { return environment[name] }, strings.NewReader(in), &out, &out)
+	return out.String(), err
+}
+
+func TestCommands(t *testing.T) {
+	for _, args := range [][]string{{"nonsense"}, {"import"}, {"import", "a", "b"}, {"token", "-bad"}, {"serve"}} {
+		if out, err := command(t, "", "", args...); err == nil || !strings.Contains(out, "Usage:") {
+			t.Errorf("%q: %v, %s", args, err, out)
+		}
+	}
+	for _, args := range [][]string{{"-h"}, {"import", "-h"}, {"help"}} {
+		if out, err := command(t, "", "", args...); err != nil || !strings.Contains(out, "Usage:") {
+			t.Errorf("%q: %v, %s", args, err, out)
+		}
+	}
+	out, err := command(t, "", "", "token", "-user", strings.ToUpper(buyerA), "-admin", "-ttl", "1h")
+	check(t, err)
+	who, err := newTokens([]byte(testSecret), time.Now).caller(&http.Request{Header: http.Header{"Authorization": {"Bearer " + strings.TrimSpace(out)}}})
+	if err != nil || who != (caller{buyerA, true}) {
+		t.Errorf("token: %+v, %v", who, err)
+	}
+	if _, err := command(t, "", "", "token", "-user", "me"); err == nil {
+		t.Error("a token for nobody")
+	}
+}
+
+func TestConfiguration(t *testing.T) {
+	whole := map[string]string{"DATABASE_URL": "postgres://db", "JWT_SECRET": testSecret, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "hidden-value"}
+	for _, row := range []struct {
+		set, unset string // NAME=value; NAME
+		problem    string // empty: none
+	}{
+		{"", "", ""},
+		{"PORT=8080", "", ""},
+		{"", "DATABASE_URL", "DATABASE_URL"},
+		{"", "IAMPORT_SECRET", "IAMPORT_SECRET"},
+		{"JWT_SECRET=hidden-value", "", "JWT_SECRET"},
+		{"PORT=x", "", "PORT"},
+		{"SHIPPING_PRICE=-1", "", "SHIPPING_PRICE"},
+		{"ORDER_HOLD=30", "", "ORDER_HOLD"},
+		{"RECONCILE_INTERVAL=0s", "", "RECONCILE_INTERVAL"},
+		{"IAMPORT_SANDBOX=perhaps", "", "IAMPORT_SANDBOX"},
+		{"CORS_ORIGINS=*", "", "CORS_ORIGINS"},
+		{"IAMPORT_URL=gateway", "", "IAMPORT_URL"},
+		{"LOG_LEVEL=loud", "", "LOG_LEVEL"},
+		{"METRICS_ADDR=9100", "", "METRICS_ADDR"},
+		{"TRUSTED_PROXIES=10.0.0.0/8, 192.0.2.7,2001:db8::/32", "", ""},
+		{"TRUSTED_PROXIES=proxy.example", "", "TRUSTED_PROXIES"},
+		{"METRICS_ADDR=:9100", "", ""},
+	} {
+		name, value, _ := strings.Cut(row.set, "=")
+		c, err := readConfig(func(asked string) string {
+			switch asked {
+			case name:
+				return value
+			case row.unset:
+				return ""
+			}
+			return whole[asked]
+		}, "")
+		switch {
+		case row.problem == "" && (err != nil || c.local || c.shipping != 10000 || c.hold != 30*time.Minute || c.reconcile != 10*time.Second):
+			t.Errorf("%+v: %+v, %v", row, c, err)
+		case row.problem != "" && (err == nil || !strings.Contains(err.Error(), row.problem) || strings.Contains(err.Error(), "hidden-value")):
+			t.Errorf("%+v: %v", row, err)
+		}
+	}
+	c, err := readConfig(func(string) string { return "" }, "")
+	if err != nil || !c.local || c.port != 5000 {
+		t.Errorf("nothing set: %+v, %v", c, err)
+	}
+	_, err = readConfig(func(name string) string { return map[string]string{"PORT": "x", "JWT_SECRET": "short"}[name] }, "")
+	for _, name := range []string{"PORT", "JWT_SECRET", "DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"} {
+		if err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("not all problems at once: %v lacks %s", err, name)
+		}
+	}
+}
+
+// The figures and profiles have an address of their own, and end with the service.
+func TestMetricsAddress(t *testing.T) {
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	environment := map[string]string{"DATABASE_URL": newTestDatabase(t), "JWT_SECRET": testSecret, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "secret",
+		"IAMPORT_URL": "http://127.0.0.1:9", "METRICS_ADDR": "127.0.0.1:0", "PORT": "0"}
+	logged, errOut := io.Pipe()
+	ended := make(chan error, 1)
+	go func() {
+		ended <- run(ctx, nil, func(name string) string { return environment[name] }, nil, io.Discard, errOut)
+		errOut.Close()
+	}()
+	var metrics, service struct{ Msg, Address string }
+	lines := json.NewDecoder(logged)
+	check(t, lines.Decode(&metrics))
+	check(t, lines.Decode(&service))
+	if metrics.Msg != "serving metrics" || service.Msg != "serving" {
+		t.Fatal(metrics, service)
+	}
+	go io.Copy(io.Discard, io.MultiReader(lines.Buffered(), logged))
+	address, public := metrics.Address, strings.Replace(service.Address, "[::]", "127.0.0.1", 1)
+	response, err := http.Get("http://" + address + "/metrics")
+	check(t, err)
+	text, err := io.ReadAll(response.Body)
+	check(t, err)
+	response.Body.Close()
+	if _, err := parseMetrics(string(text)); err != nil {
+		t.Error(err)
+	}
+	for url, status := range map[string]int{address + "/debug/pprof/goroutine?debug=1": 200, public + "/metrics": 404, public + "/debug/pprof/": 404, address + "/api/orders": 404} {
+		response, err := http.Get("http://" + url)
+		check(t, err)
+		response.Body.Close()
+		if response.StatusCode != status {
+			t.Errorf("%s: %d", url, response.StatusCode)
+		}
+	}
+	http.DefaultClient.CloseIdleConnections()
+	stop()
+	check(t, <-ended)
+	if _, err := http.Get("http://" + address + "/metrics"); err == nil {
+		t.Error("the figures are served after the end")
+	}
+}

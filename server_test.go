@@ -1,0 +1,143 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// Everything around the handlers: what all calls have in common, the configuration and the commands.
+
+func TestNoSuchCall(t *testing.T) {
+	s := newShop(t)
+	for _, row := range []struct {
+		method, path string
+		status       int
+		allow        string
+	}{
+		{"GET", "/api/nothing", 404, ""},
+		{"GET", "/api/orders/pay/more", 404, ""},
+		{"PUT", "/api/orders/pay", 405, "PATCH"},
+		{"POST", "/api/products/cart-items", 405, "GET"},
+		{"POST", "/local/payments", 404, ""}, // local development's alone
+		{"GET", "/local/catalogue", 404, ""},
+	} {
+		a := s.want(s.call("", row.method, row.path, nil), row.status, "")
+		if a.message() == "" || a.header.Get("Content-Type") != "application/json; charset=utf-8" || !strings.Contains(a.header.Get("Allow"), row.allow) {
+			t.Errorf("%s %s: %v %s", row.method, row.path, a.header, a.body)
+		}
+	}
+}
+
+func TestHeadersOfEveryAnswer(t *testing.T) {
+	s := newShop(t)
+	for _, row := range []struct {
+		origin, method, path string
+		status               int
+		allowed              bool
+	}{
+		{"https://lumiere.example", "GET", "/api/products/cart-items", 200, true},
+		{"https://lumiere.example", "GET", "/api/orders/latest", 401, true},
+		{"https://lumiere.example", "GET", "/api/nothing", 404, true},
+		{"https://lumiere.example", "OPTIONS", "/api/orders/61a7adc903b7708e5dbba693", 204, true},
+		{"https://else.example", "GET", "/api/products/cart-items", 200, false},
+		{"https://else.example", "OPTIONS", "/api/orders", 405, false},
+	} {
+		request, err := http.NewRequest(row.method, s.url+row.path, nil)
+		check(t, err)
+		request.Header.Set("Origin", row.origin)
+		if row.method == "OPTIONS" {
+			request.Header.Set("Access-Control-Request-Method", "DELETE")
+		}
+		response, err := http.DefaultClient.Do(request)
+		check(t, err)
+		response.Body.Close()
+		h := response.Header
+		if response.StatusCode != row.status || (h.Get("Access-Control-Allow-Origin") == row.origin) != row.allowed || h.Get("Vary") != "Origin" ||
+			h.Get("X-Content-Type-Options") != "nosniff" {
+			t.Errorf("%+v: %d %v", row, response.StatusCode, h)
+		}
+		if row.status == 204 && (h.Get("Access-Control-Max-Age") != "600" || h.Get("Access-Control-Allow-Methods") != "GET, POST, PATCH, DELETE" ||
+			h.Get("Access-Control-Allow-Headers") != "Authorization, Content-Type") {
+			t.Errorf("preflight: %v", h)
+		}
+	}
+}
+
+func TestPanicIsOpaque(t *testing.T) {
+	s := newShop(t)
+	s.add(route{"GET /panic", public, 200, func(*request) (any, error) { panic("the cause") }})
+	a := s.want(s.call("", "GET", "/panic", nil), 500, messageFault)
+	if strings.Contains(a.body, "cause") || !strings.Contains(s.logged.String(), "the cause") {
+		t.Fatalf("answered %s, logged %s", a.body, s.logged)
+	}
+}
+
+func TestLogHasNobodyInIt(t *testing.T) {
+	s := newShop(t)
+	order, impUID, _ := s.paid(buyerA)
+	s.call(buyerA, "GET", "/api/orders/"+order+"?token=in-the-query", nil)
+	logged := s.logged.String()
+	for _, secret := range []string{"홍길동", "buyer@example.com", "010-0000", "Bearer", "eyJ", testSecret, "in-the-query", s.fake.secret} {
+		if strings.Contains(logged, secret) {
+			t.Errorf("the log has %q", secret)
+		}
+	}
+	for _, part := range []string{`"route":"GET /api/orders/{id}"`, `"status":201`, `"order":"` + order + `"`, `"imp_uid":"` + impUID + `"`, `"request":"`} {
+		if !strings.Contains(logged, part) {
+			t.Errorf("the log lacks %s:\n%s", part, logged)
+		}
+	}
+}
+
+// lines are the log's lines with this message.
+func (s *shop) lines(msg string) (lines []map[string]any) {
+	s.t.Helper()
+	for text := range strings.Lines(s.logged.String()) {
+		var line map[string]any
+		check(s.t, json.Unmarshal([]byte(text), &line))
+		if line["msg"] == msg {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+func TestLogLevel(t *testing.T) {
+	for level, want := range map[slog.Level][]string{
+		slog.LevelDebug: {"serving", "gateway", "request", "money"},
+		slog.LevelInfo:  {"serving", "request", "money"},
+		slog.LevelWarn:  nil,
+	} {
+		var logged bytes.Buffer
+		s := newShop(t)
+		s.log = newLog(config{logLevel: level}, &logged)
+		s.settler.log = s.log
+		s.log.Info("serving")
+		s.paid(buyerA)
+		s.logged = &logged
+		for _, msg := range []string{"serving", "gateway", "request", "money"} {
+			if got := len(s.lines(msg)) > 0; got != slices.Contains(want, msg) {
+				t.Errorf("at %v: %s is logged: %v", level, msg, got)
+			}
+		}
+	}
+}
+
+// wantBadRequest fails unless err is a refusal that blames the request.
+func wantBadRequest(t *testing.T, err error) {
+	t.Helper()
+	var r *httpError
+	if !errors.As(err, &r) || r.status != http.StatusBadRequest {
+		t.Fatalf("not a 400: %v", err)
+	}
+	if text := r.body.(message).Message; text == "" || !utf8.ValidString(text) {
+		t.Fatalf("a message nobody can read: %q", text)
+	}
+}
