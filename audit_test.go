@@ -34,7 +34,7 @@ func TestAuditOfBalancedBooks(t *testing.T) {
 	s.wantMismatches()
 	report := s.audit()
 	want := auditSum{Taken: 4*109000 + 1000, Refunded: 109000 + 1000 + 9000, Kept: 3*109000 - 9000}
-	if report.Orders != 6 || report.Matching != 6 || report.Books != want || report.Gateway != want {
+	if report.Orders != 6 || report.Matching != 6 || report.Ledger != want || report.Gateway != want {
 		t.Fatalf("%+v, want %+v", report, want)
 	}
 }

@@ -719,7 +719,7 @@ func (s *shop) wantMismatches(kinds ...mismatchKind) []mismatch {
 	if want := mismatchTexts(kinds); !slices.Equal(got, want) {
 		s.t.Fatalf("found %q, want %q", got, want)
 	}
-	if len(kinds) == 0 && (report.Matching != report.Orders || report.Books != report.Gateway) {
+	if len(kinds) == 0 && (report.Matching != report.Orders || report.Ledger != report.Gateway) {
 		s.t.Fatalf("balanced, but %+v", report)
 	}
 	return report.Mismatches
