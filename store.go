@@ -341,8 +341,9 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder) (created 
 			UPDATE orders SET held_until = h.until, next_look_at = h.until, updated_at = $8
 			FROM (SELECT id, least($8 + $9, held_since + 2 * $9) AS until FROM unpaid) h
 			WHERE orders.id = h.id AND number = $5 AND status = -1 AND ended IS NULL
-				AND shipping_price = $6 AND total_price = $7 AND product_ids = $1
-				AND (SELECT array_agg((i ->> 'price')::bigint) FROM json_array_elements(items) AS i) = $2
+				AND shipping_price = $6 AND total_price = $7
+				AND (SELECT array_agg((i ->> 'product') || ' ' || (i ->> 'price') ORDER BY i ->> 'product') FROM json_array_elements(items) AS i)
+					= (SELECT array_agg(id || ' ' || price_asked ORDER BY id) FROM requested)
 				AND delivery_info::text = $10 AND delivery_details::text = $11 AND orderer_info::text = $12
 			RETURNING orders.id
 		), accepted AS (

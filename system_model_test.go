@@ -538,7 +538,7 @@ func (l *modelRun) settleDown() {
 	}
 	for _, p := range l.model.payments {
 		switch {
-		case !p.moved() || p.changed.After(p.order.made.Add(24 * time.Hour)): // nobody promises to find it
+		case !p.moved() || p.changed.After(p.order.made.Add(24*time.Hour)): // nobody promises to find it
 		case p.state == "kept" && p.booked == p.back && p.order.status >= 0 && p.order.status <= 4:
 		case p.state == "refunded" && p.back == p.amount:
 		default:
