@@ -221,8 +221,12 @@ func (t *settler) retryOrderRefund(ctx context.Context, by actor, id string) err
 
 // Look asks the gateway whether money came for an unpaid order, and settles all of it. errNoPayment: none.
 func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (kept settlement, err error) {
-	if _, err := t.gateway.paidPayment(ctx, id); err != nil {
+	paid, err := t.gateway.paidPaymentsOf(ctx, id)
+	if err != nil {
 		return kept, err
+	}
+	if len(paid) == 0 {
+		return kept, errNoPayment
 	}
 	t.testHook("money found", id)
 	return t.settleAll(ctx, by, id) // others may stand behind the one that was found

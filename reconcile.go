@@ -132,10 +132,10 @@ func (t *settler) expireHold(ctx context.Context, l paymentCheck, now, nextLook 
 	return err
 }
 
-// gatewayResponded reports whether err is anything but the gateway's silence.
+// gatewayResponded reports whether err is anything but the gateway's silence. A payment that cannot be read is an answer.
 func gatewayResponded(err error) bool {
-	var gateway *gatewayError
-	return !errors.As(err, &gateway)
+	gateway, failed := errors.AsType[*gatewayError](err)
+	return !failed || gateway.unreadable != nil
 }
 
 // forEachParallel runs do for all items at once and reports whether all answered.
