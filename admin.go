@@ -134,20 +134,13 @@ func mayAdvance(state orderState, wanted *int, who caller) error {
 	return nil
 }
 
-// refundAccountRequest is where a refund goes, as an administrator names it.
-type refundAccountRequest struct {
-	Holder string `json:"holder"`
-	Bank   string `json:"bank"`
-	Number string `json:"number"`
-}
-
 // helpRefund answers POST /api/orders/{id}/refund: a refund that the gateway refuses is tried again to an account, or booked as
 // paid back by other means.
 func (s *server) helpRefund(r *request, id string) (any, error) {
 	var body struct {
-		ImpUID  string                `json:"imp_uid"`
-		Account *refundAccountRequest `json:"account"`
-		ByHand  *string               `json:"byHand"`
+		ImpUID  string         `json:"imp_uid"`
+		Account *refundAccount `json:"account"`
+		ByHand  *string        `json:"byHand"`
 	}
 	if err := decodeBody(r, &body); err != nil {
 		return nil, err
@@ -168,7 +161,7 @@ func (s *server) helpRefund(r *request, id string) (any, error) {
 		if err := validateStrings("account", stringField{"holder", &a.Holder, false}, stringField{"bank", &a.Bank, false}, stringField{"number", &a.Number, false}); err != nil {
 			return nil, err
 		}
-		err = s.settler.refundToAccount(r.Context(), r.actor(), id, body.ImpUID, refundAccount{a.Holder, a.Bank, a.Number})
+		err = s.settler.refundToAccount(r.Context(), r.actor(), id, body.ImpUID, *a)
 	}
 	switch {
 	case errors.Is(err, errNotDue):

@@ -102,16 +102,22 @@ func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, erro
 func (a *auditor) listMoved(ctx context.Context, since time.Time) (orders []string, unreadable []mismatch, err error) {
 	seen := map[string]bool{}
 	for _, status := range []gatewayStatus{gatewayPaid, gatewayCancelled} {
-		err = errors.Join(err, a.gateway.movedBetween(ctx, status, since, a.now(), func(p listedPayment) error {
-			switch {
-			case p.err != nil && !validID(p.merchantUID): // with an order it is found when the order is checked
-				unreadable = append(unreadable, mismatchOf(mismatchUnreadable, mismatch{ImpUID: p.impUID}))
-			case validID(p.merchantUID) && !seen[p.merchantUID]:
+		for p, problem := range a.gateway.movedBetween(ctx, status, since, a.now()) {
+			if !gatewayResponded(problem) {
+				err = errors.Join(err, problem)
+				continue
+			}
+			for _, u := range unreadablePayments(problem) {
+				if !validID(u.merchantUID) { // one with an order is found when the order is checked
+					unreadable = append(unreadable, mismatchOf(mismatchUnreadable, mismatch{ImpUID: u.impUID}))
+				}
+				p.merchantUID = u.merchantUID
+			}
+			if validID(p.merchantUID) && !seen[p.merchantUID] {
 				seen[p.merchantUID] = true
 				orders = append(orders, p.merchantUID)
 			}
-			return nil
-		}))
+		}
 	}
 	return orders, unreadable, err
 }
@@ -214,8 +220,8 @@ func (a *auditor) checkOrder(ctx context.Context, id string) auditedOrder {
 		return o
 	}
 	o.ledger = before
-	there, err := a.gateway.paymentsOf(ctx, id)
-	if err == nil {
+	there, problem := a.gateway.paymentsOf(ctx, id)
+	if err = problem; gatewayResponded(err) {
 		o.ledger, err = a.store.readLedger(ctx, id)
 	}
 	switch {
@@ -225,7 +231,7 @@ func (a *auditor) checkOrder(ctx context.Context, id string) auditedOrder {
 	case !reflect.DeepEqual(before, o.ledger):
 		o.mismatch(mismatchMoving, "", 0)
 	default:
-		o.err = a.compare(ctx, &o, asListed(there))
+		o.err = a.compare(ctx, &o, there, unreadablePayments(problem))
 	}
 	return o
 }
@@ -254,17 +260,17 @@ func (o *auditedOrder) mismatch(kind mismatchKind, impUID string, amount int64) 
 	return &o.mismatches[len(o.mismatches)-1]
 }
 
-// compare finds what does not match between an order's ledger and the payments that the gateway has for it. About a payment
-// of the ledger that is not among them the gateway is asked.
-func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []listedPayment) error {
-	there := map[string]gatewayPayment{}
+// compare finds what does not match between an order's ledger and the payments that the gateway has for it, of which some
+// may be unreadable. About a payment of the ledger that is not among them the gateway is asked.
+func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []gatewayPayment, unreadable []unreadablePayment) error {
+	there, unread := map[string]gatewayPayment{}, map[string]bool{}
+	for _, p := range unreadable {
+		o.mismatch(mismatchUnreadable, p.impUID, 0)
+		unread[p.impUID] = true
+	}
+	o.there = listed
 	for _, p := range listed {
-		if p.err != nil {
-			o.mismatch(mismatchUnreadable, p.impUID, 0)
-			continue
-		}
-		there[p.impUID] = p.gatewayPayment
-		o.there = append(o.there, p.gatewayPayment)
+		there[p.impUID] = p
 	}
 	paid, kept := false, false
 	for _, row := range o.ledger.payments {
@@ -272,6 +278,9 @@ func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []listedP
 		delete(there, row.impUID)
 		kept = kept || row.state == stateKept
 		paid = paid || row.state == stateKept || row.state == stateRefunding && o.ledger.cancelling
+		if unread[row.impUID] {
+			continue
+		}
 		if !known && row.state == stateKept {
 			elsewhere, err := a.gateway.payment(ctx, row.impUID)
 			if err == nil && elsewhere.merchantUID != o.ledger.orderID {
@@ -286,7 +295,7 @@ func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []listedP
 	}
 	again := paid
 	for _, p := range o.there {
-		if _, unbooked := there[p.impUID]; !unbooked || p.fullyRefunded || !p.moved() {
+		if _, unbooked := there[p.impUID]; !unbooked || p.fullyRefunded || !p.moved {
 			continue
 		}
 		if other, err := a.store.orderOfPayment(ctx, p.impUID); err != nil {
@@ -328,12 +337,12 @@ func (o *auditedOrder) comparePayment(row auditPayment, p gatewayPayment, known 
 	case row.byHand && known && p.cancelled > row.refunded-row.byHandAmount:
 		o.mismatch(mismatchBackTwice, row.impUID, p.cancelled-(row.refunded-row.byHandAmount))
 	case row.byHand:
-	case row.state == stateRefunded && known && p.moved() && !p.fullyRefunded:
+	case row.state == stateRefunded && known && p.moved && !p.fullyRefunded:
 		o.mismatch(mismatchNotBack, row.impUID, p.amount-p.cancelled)
 	case row.state == stateRefunded:
 	case !known:
 		o.mismatch(mismatchUnknown, row.impUID, left)
-	case !p.moved():
+	case !p.moved:
 		o.mismatch(mismatchNoMoney, row.impUID, left)
 	case p.fullyRefunded:
 		o.mismatch(mismatchCancelled, row.impUID, left)

@@ -69,7 +69,7 @@ func (r *auditReport) add(o auditedOrder) {
 		}
 	}
 	for _, p := range o.there {
-		if booked[p.impUID] || p.moved() && !p.fullyRefunded {
+		if booked[p.impUID] || p.moved && !p.fullyRefunded {
 			r.Gateway.Taken += p.amount
 			r.Gateway.Refunded += p.cancelled
 			r.Gateway.Kept += p.amount - p.cancelled

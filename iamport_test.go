@@ -75,14 +75,15 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 	g.fake.pay(fakePayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
 	g.fake.pay(fakePayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
 	want := gatewayPayment{
-		impUID: first, merchantUID: "order-1", status: "paid", currency: "KRW", amount: 5900, paidAt: g.clock.Now(),
+		impUID: first, merchantUID: "order-1", status: "paid", payMethod: "card", currency: "KRW", amount: 5900,
+		paidAt: g.clock.Now(), moved: true,
 	}
 
 	if p, err := g.payment(t.Context(), first); p != want || err != nil {
 		t.Errorf("Payment = %+v, %v, want %+v", p, err, want)
 	}
-	if p, err := g.paidPayment(t.Context(), "order-1"); p != want || err != nil {
-		t.Errorf("PaidFor = %+v, %v, want %+v", p, err, want)
+	if all, err := g.paidPaymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
+		t.Errorf("paidPaymentsOf = %+v, %v, want %+v alone", all, err, want)
 	}
 	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want %+v alone", all, err, want)
@@ -92,8 +93,8 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 			t.Errorf("Payment(%q) = %+v, %v, want ErrNoPayment", impUID, p, err)
 		}
 	}
-	if p, err := g.paidPayment(t.Context(), "order-2"); !errors.Is(err, errNoPayment) {
-		t.Errorf("PaidFor = %+v, %v, want ErrNoPayment", p, err)
+	if all, err := g.paidPaymentsOf(t.Context(), "order-2"); len(all) != 0 || err != nil {
+		t.Errorf("paidPaymentsOf = %+v, %v, want none", all, err)
 	}
 	if all, err := g.paymentsOf(t.Context(), "order-2"); len(all) != 0 || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want none", all, err)
@@ -114,7 +115,7 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 		t.Errorf("%d payment calls, want 2: what is no imp_uid is not asked for", n)
 	}
 	wantOutcomes := []string{
-		"token ok", "payment ok", "find ok", "findAll ok", "payment none", "find none", "findAll ok", "cancel ok",
+		"token ok", "payment ok", "findAll ok", "findAll ok", "payment none", "findAll ok", "findAll ok", "cancel ok",
 	}
 	if outcomes := g.nextOutcomes(len(wantOutcomes)); !reflect.DeepEqual(outcomes, wantOutcomes) {
 		t.Errorf("observed %q, want %q", outcomes, wantOutcomes)
@@ -131,8 +132,8 @@ func TestGatewayCancelRefused(t *testing.T) {
 		request cancelRequest
 		message string
 	}{
-		"unknown":  {cancelRequest{"imp_none", 5900, true, "", nil}, fakeNoTarget},
-		"checksum": {cancelRequest{impUID, 5900, true, "", nil}, fakeChecksum},
+		"unknown":  {cancelRequest{impUID: "imp_none", remaining: 5900, isKRW: true}, fakeNoTarget},
+		"checksum": {cancelRequest{impUID: impUID, remaining: 5900, isKRW: true}, fakeChecksum},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := g.cancelPayment(t.Context(), c.request)
@@ -144,7 +145,7 @@ func TestGatewayCancelRefused(t *testing.T) {
 	}
 	before := g.fake.calls("cancel")
 	for _, request := range []cancelRequest{
-		{impUID, 0, true, "", nil}, {impUID, -1, true, "", nil}, {"a b", 1, true, "", nil}, {"", 1, false, "", nil},
+		{impUID: impUID, isKRW: true}, {impUID: impUID, remaining: -1, isKRW: true}, {impUID: "a b", remaining: 1, isKRW: true}, {remaining: 1},
 	} {
 		if p, err := g.cancelPayment(t.Context(), request); err == nil {
 			t.Errorf("Cancel(%+v) = %+v, want an error", request, p)
@@ -157,11 +158,11 @@ func TestGatewayCancelRefused(t *testing.T) {
 		t.Errorf("%d won given back, want the 900 of before", p.Cancelled)
 	}
 
-	if p, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5000, true, "나머지", nil}); p.cancelled != 5900 || err != nil {
+	if p, err := g.cancelPayment(t.Context(), cancelRequest{impUID: impUID, remaining: 5000, isKRW: true, reason: "나머지"}); p.cancelled != 5900 || err != nil {
 		t.Errorf("Cancel of the rest = %+v, %v", p, err)
 	}
 	var refusal *gatewayRefusal
-	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, "", nil}); !errors.As(err, &refusal) ||
+	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID: impUID, remaining: 5900, isKRW: true}); !errors.As(err, &refusal) ||
 		refusal.message != fakeCancelled {
 		t.Errorf("second cancel: %v", err)
 	}
@@ -206,23 +207,21 @@ func TestGatewaySandbox(t *testing.T) {
 			if sandbox && !p.sandbox || !sandbox && !errors.Is(err, errNoPayment) {
 				t.Errorf("Payment = %+v, %v", p, err)
 			}
-			p, err = g.paidPayment(t.Context(), "test")
-			if sandbox && !p.sandbox || !sandbox && !errors.Is(err, errNoPayment) {
-				t.Errorf("PaidFor = %+v, %v", p, err)
-			}
 			all, err := g.paymentsOf(t.Context(), "test")
 			if err != nil || sandbox != (len(all) == 1) {
 				t.Errorf("PaymentsFor = %+v, %v", all, err)
 			}
-			want, wantAll := real, 1
+			want := []string{real}
 			if sandbox {
-				want, wantAll = later, 2
+				want = append(want, later)
 			}
-			if p, err = g.paidPayment(t.Context(), "mixed"); p.impUID != want || err != nil {
-				t.Errorf("PaidFor(mixed) = %+v, %v, want %s", p, err, want)
+			all, err = g.paidPaymentsOf(t.Context(), "mixed")
+			var got []string
+			for _, p := range all {
+				got = append(got, p.impUID)
 			}
-			if all, err = g.paymentsOf(t.Context(), "mixed"); len(all) != wantAll || err != nil {
-				t.Errorf("PaymentsFor(mixed) = %+v, %v, want %d", all, err, wantAll)
+			if !reflect.DeepEqual(got, want) || err != nil {
+				t.Errorf("paidPaymentsOf(mixed) = %q, %v, want %q", got, err, want)
 			}
 		})
 	}
@@ -356,7 +355,7 @@ func TestGatewayRetriesOnceOn401(t *testing.T) {
 	g := newGatewayTest(t, false)
 	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	g.fake.faultOnce("cancel", fault{before: answer401})
-	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID, 5900, true, "", nil}); err != nil {
+	if _, err := g.cancelPayment(t.Context(), cancelRequest{impUID: impUID, remaining: 5900, isKRW: true}); err != nil {
 		t.Error(err)
 	}
 	if token, cancel := g.fake.calls("token"), g.fake.calls("cancel"); token != 2 || cancel != 2 {
@@ -392,7 +391,7 @@ func TestGatewayFaults(t *testing.T) {
 		"hung":           {fault{before: hangUntilGone}, 504},
 		"hung when done": {fault{after: hangUntilGone}, 504},
 	} {
-		for _, call := range []string{"token", "payment", "find", "findAll", "cancel"} {
+		for _, call := range []string{"token", "payment", "findAll", "cancel"} {
 			t.Run(name+"/"+call, func(t *testing.T) {
 				if c.status != 504 {
 					newGatewayTest(t, false).testFault(t, call, c.fault, c.status)
@@ -418,12 +417,10 @@ func (g *gatewayTest) testFault(t *testing.T, call string, f fault, status int) 
 		switch call {
 		case "token", "payment":
 			_, err = g.payment(t.Context(), id)
-		case "find":
-			_, err = g.paidPayment(t.Context(), "order")
 		case "findAll":
 			_, err = g.paymentsOf(t.Context(), "order")
 		case "cancel":
-			_, err = g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, "", nil})
+			_, err = g.cancelPayment(t.Context(), cancelRequest{impUID: id, remaining: 5900, isKRW: true})
 		}
 		return err
 	}
@@ -463,7 +460,7 @@ func TestGatewayUnreachable(t *testing.T) {
 func TestGatewayRejectsKeys(t *testing.T) {
 	g := newGatewayTest(t, false)
 	g.key = "another-key"
-	_, err := g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, "", nil})
+	_, err := g.cancelPayment(t.Context(), cancelRequest{impUID: "imp_1", remaining: 1, isKRW: true})
 	g.wantFailure(t, err, 502, "token")
 }
 
@@ -472,7 +469,7 @@ func TestGatewayCancelRefusedByCardCompany(t *testing.T) {
 	g := newGatewayTest(t, false)
 	id := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900})
 	g.fake.faultOnce("cancel", fault{before: answerRefusal(-1, message)})
-	_, err := g.cancelPayment(t.Context(), cancelRequest{id, 5900, true, "", nil})
+	_, err := g.cancelPayment(t.Context(), cancelRequest{impUID: id, remaining: 5900, isKRW: true})
 	var refusal *gatewayRefusal
 	if !errors.As(err, &refusal) || *refusal != (gatewayRefusal{-1, message}) {
 		t.Errorf("err = %v", err)
@@ -697,10 +694,10 @@ func TestGatewayEscapesPaths(t *testing.T) {
 		w.WriteHeader(404)
 		io.WriteString(w, `{"code":-1}`)
 	})
-	if _, err := g.paidPayment(t.Context(), "주문/1?a=b#c%"); !errors.Is(err, errNoPayment) {
-		t.Error(err)
+	if all, err := g.paidPaymentsOf(t.Context(), "주문/1?a=b#c%"); len(all) != 0 || err != nil {
+		t.Error(all, err)
 	}
-	if want := "/payments/find/%EC%A3%BC%EB%AC%B8%2F1%3Fa=b%23c%25/paid"; asked != want {
+	if want := "/payments/findAll/%EC%A3%BC%EB%AC%B8%2F1%3Fa=b%23c%25/paid"; asked != want {
 		t.Errorf("asked for %s, want %s", asked, want)
 	}
 }
@@ -716,11 +713,11 @@ func TestGatewayFindAnswersAboutAnother(t *testing.T) {
 	g.wantFailure(t, err, 502, "findAll")
 
 	other := newAnswerTest(t, func(w http.ResponseWriter, r *http.Request) {
-		io.WriteString(w, `{"code":0,"response":{"imp_uid":"imp_1","merchant_uid":"other","status":"paid",`+
-			`"currency":"KRW","amount":1,"cancel_amount":0}}`)
+		io.WriteString(w, `{"code":0,"response":{"next":0,"list":[{"imp_uid":"imp_1","merchant_uid":"other","status":"paid",`+
+			`"currency":"KRW","amount":1,"cancel_amount":0}]}}`)
 	})
-	_, err = other.paidPayment(t.Context(), "order")
-	g.wantFailure(t, err, 502, "find")
+	_, err = other.paidPaymentsOf(t.Context(), "order")
+	g.wantFailure(t, err, 502, "findAll")
 }
 
 // A caller that goes away ends its look-up, at the gateway too, but never its cancel.
@@ -746,7 +743,7 @@ func TestGatewayCallerGoesAway(t *testing.T) {
 	}
 	<-gone
 
-	p, err := g.cancelPayment(ctx, cancelRequest{id, 5900, true, "", nil})
+	p, err := g.cancelPayment(ctx, cancelRequest{impUID: id, remaining: 5900, isKRW: true})
 	if p.cancelled != 5900 || err != nil {
 		t.Errorf("cancel of a caller who had left: %+v, %v", p, err)
 	}
@@ -772,7 +769,7 @@ func TestGatewayLimits(t *testing.T) {
 			if call == "payment" {
 				_, err = g.payment(t.Context(), "imp_1")
 			} else {
-				_, err = g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, "", nil})
+				_, err = g.cancelPayment(t.Context(), cancelRequest{impUID: "imp_1", remaining: 1, isKRW: true})
 			}
 			var failure *gatewayError
 			if !errors.As(err, &failure) || failure.status != 504 || failure.call != call {
@@ -815,7 +812,7 @@ func TestGatewaySixteenAtOnce(t *testing.T) {
 		}
 		lookUp := func() (gatewayPayment, error) { return g.payment(t.Context(), "imp_1") }
 		cancel := func() (gatewayPayment, error) {
-			return g.cancelPayment(t.Context(), cancelRequest{"imp_1", 1, true, "", nil})
+			return g.cancelPayment(t.Context(), cancelRequest{impUID: "imp_1", remaining: 1, isKRW: true})
 		}
 
 		g.lookUpLimit = 30 * time.Second

@@ -47,8 +47,8 @@ func (t *requestStats) count(way int, took time.Duration) {
 
 // The calls to the gateway and the ways in which they end, as iamportConfig.Observe tells them.
 var (
-	gatewayCalls    = [...]string{"token", "payment", "find", "findAll", "cancel"}
-	gatewayOutcomes = [...]string{"ok", "none", "refused", "broken", "unreachable", "timeout"}
+	gatewayCalls    = [...]string{"token", "payment", "findAll", "list", "cancel", "endAccount"}
+	gatewayOutcomes = [...]string{"ok", "none", "refused", "unreadable", "broken", "unreachable", "timeout"}
 )
 
 // metrics are the figures that are counted as things happen.
@@ -153,7 +153,7 @@ func (m *metrics) expose(e *exposition) {
 		e.histogram(r.requestStats, "route", r.pattern)
 	}
 	e.family("lumiere_gateway_calls_total", "counter",
-		"Calls to the payment gateway by how they ended: none is an answer, too; broken, unreachable and timeout are not.")
+		"Calls to the payment gateway by how they ended: none is an answer, and unreadable one about a payment that makes no sense; broken, unreachable and timeout are not.")
 	for i, t := range m.gateway {
 		for outcome := range t.byOutcome {
 			e.sample("", float64(t.byOutcome[outcome].Load()), "call", gatewayCalls[i], "outcome", gatewayOutcomes[outcome])

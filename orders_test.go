@@ -580,7 +580,7 @@ func TestCancelledManyTimesAtOnce(t *testing.T) {
 func TestDeletionAgainstPayment(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
-	s.fake.faultOnce("find", fault{before: answer500})
+	s.fake.faultOnce("findAll", fault{before: answer500})
 	if a := s.call(buyerA, "DELETE", "/api/orders/"+order, nil); a.status < 500 {
 		t.Fatalf("a silent gateway: %d %s", a.status, a.body)
 	}

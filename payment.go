@@ -77,7 +77,7 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 	return func(l orderLedger) decision {
 		known := l.payment(p.impUID)
 		switch {
-		case !p.moved(), known != nil && known.state == stateRefunded:
+		case !p.moved, known != nil && known.state == stateRefunded:
 			return decision{}
 		case p.fullyRefunded && known != nil:
 			ours := slices.Contains(cancelReasons, known.reason)
@@ -147,7 +147,7 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 		t.logTransition(by, ledger.orderID, p, known, decided)
 	}
 	switch {
-	case p.awaitsDeposit():
+	case p.awaitsDeposit:
 		return result, t.endAccount(ctx, p)
 	case known == nil && decided.state == stateRefunding:
 		row := paymentRow{impUID: p.impUID, orderID: ledger.orderID, reason: decided.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
@@ -281,7 +281,7 @@ func (t *settler) refundToAccount(ctx context.Context, by actor, id, impUID stri
 // checkUnpaid asks the gateway whether money came for an unpaid order, and settles all of it. It returns errNoPayment when
 // none came.
 func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (settlement, error) {
-	paid, err := t.gateway.listPayments(ctx, id, gatewayPaid)
+	paid, err := t.gateway.paidPaymentsOf(ctx, id)
 	if err != nil {
 		return settlement{}, err
 	}
@@ -293,10 +293,11 @@ func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (settlem
 }
 
 // settleAll settles every payment that the gateway has for an order. The settlement is that of the payment which the order
-// keeps; the zero one when it keeps none. A payment that cannot be settled does not stand in the way of the others.
+// keeps; the zero one when it keeps none. A payment that cannot be read or settled is an error, and does not stand in the
+// way of the others.
 func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept settlement, err error) {
 	payments, err := t.gateway.paymentsOf(ctx, id)
-	if err != nil {
+	if !gatewayResponded(err) {
 		return kept, err
 	}
 	for _, p := range payments {

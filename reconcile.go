@@ -107,18 +107,22 @@ func (t *settler) settleMoved(ctx context.Context, status gatewayStatus, from, t
 		defer func() { chunk = chunk[:0] }()
 		return t.settleUnsettled(ctx, chunk)
 	}
-	err := t.gateway.movedBetween(ctx, status, from, to, func(p listedPayment) error {
-		if p.err != nil {
-			t.logUnreadable(p)
-		} else if validID(p.merchantUID) {
-			chunk = append(chunk, p.gatewayPayment)
+	for p, err := range t.gateway.movedBetween(ctx, status, from, to) {
+		switch {
+		case !gatewayResponded(err):
+			return errors.Join(err, settle())
+		case err != nil:
+			t.logUnreadable(err)
+		case validID(p.merchantUID):
+			chunk = append(chunk, p)
 		}
-		if len(chunk) < listChunk {
-			return nil
+		if len(chunk) == listChunk {
+			if err := settle(); err != nil {
+				return err
+			}
 		}
-		return settle()
-	})
-	return errors.Join(err, settle())
+	}
+	return settle()
 }
 
 // settleUnsettled settles those of payments that are ours and not in the ledger yet.
@@ -148,13 +152,23 @@ func (t *settler) settleUnsettled(ctx context.Context, payments []gatewayPayment
 	return nil
 }
 
-// logUnreadable names a payment that cannot be read, once in a while: each round reads it again.
-func (t *settler) logUnreadable(p listedPayment) {
-	if _, named := t.unreadable.get(p.impUID); named {
-		return
+// logUnreadable names the payments that cannot be read, each once in a while: every round reads them again.
+func (t *settler) logUnreadable(err error) {
+	for _, p := range unreadablePayments(err) {
+		if _, named := t.unreadable.get(p.impUID); named {
+			continue
+		}
+		t.unreadable.put(p.impUID, struct{}{}, t.now())
+		t.log.Error("payment not read", "order", p.merchantUID, "imp_uid", p.impUID, "cause", p.err)
 	}
-	t.unreadable.put(p.impUID, struct{}{}, t.now())
-	t.log.Error("payment not read", "order", p.merchantUID, "imp_uid", p.impUID, "cause", p.err)
+}
+
+// unreadablePayments returns the payments that err says cannot be read.
+func unreadablePayments(err error) []unreadablePayment {
+	if gateway, ok := errors.AsType[*gatewayError](err); ok {
+		return gateway.unreadable
+	}
+	return nil
 }
 
 // ---- unpaid orders
@@ -229,10 +243,11 @@ func (t *settler) endHold(ctx context.Context, c paymentCheck, now time.Time) er
 	return err
 }
 
-// gatewayResponded reports whether err is anything but a gateway that did not respond.
+// gatewayResponded reports whether err is anything but a gateway that did not respond. A payment that cannot be read is a
+// response.
 func gatewayResponded(err error) bool {
-	_, silent := errors.AsType[*gatewayError](err)
-	return !silent
+	gateway, failed := errors.AsType[*gatewayError](err)
+	return !failed || gateway.unreadable != nil
 }
 
 // forEachParallel runs do for all items at once and reports whether all returned true.

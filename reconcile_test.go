@@ -143,7 +143,7 @@ func TestRoundEnds(t *testing.T) {
 	s.fake.setFaults(func(string, string) fault { s.clock.advance(s.config.reconcile); return fault{} })
 	for round := 1; round <= 3; round++ {
 		check(t, s.settler.reconcileRound(t.Context()))
-		if n := s.fake.calls("find"); n != round*maxParallel {
+		if n := s.fake.calls("findAll"); n != round*maxParallel {
 			t.Errorf("after round %d the gateway was asked about %d orders", round, n)
 		}
 	}

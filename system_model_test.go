@@ -957,3 +957,8 @@ func (m *model) advance(user string, o *modelOrder, to int) reply {
 	o.note([]string{"preparing", "shipping", "delivered", "return requested"}[to-1])
 	return reply{200, messages[to]}
 }
+
+// sameSet reports whether a and b, each without repeats, have the same elements.
+func sameSet(a, b []string) bool {
+	return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
+}
