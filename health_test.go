@@ -306,26 +306,44 @@ func TestMetrics(t *testing.T) {
 	})
 }
 
-// What README.md has alarms for is there.
-func TestAlarmsAreOfFigures(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	check(t, err)
+// The metrics that the alerts and the runbook name are exposed, and every alert has a row in the runbook and a test.
+func TestAlerts(t *testing.T) {
 	s := newShop(t)
-	there := map[string]bool{}
+	s.call("", "GET", "/healthz", nil) // lumiere_http_requests_total begins with the first request
+	exposed := map[string]bool{}
 	for series := range s.scrape() {
 		name, _, _ := strings.Cut(series, "{")
-		there[name] = true
+		exposed[name] = true
 	}
-	there["lumiere_http_requests_total"] = true // once there was one
-	alarms := regexp.MustCompile(`lumiere_[a-z_]+`).FindAllString(string(readme), -1)
-	for _, name := range alarms {
-		if !there[name] {
-			t.Errorf("README.md speaks of %s", name)
+	rules, runbook := readText(t, "docs/alerts.yml"), readText(t, "docs/operations.md")
+	for _, name := range regexp.MustCompile(`\blumiere_[a-z_]+`).FindAllString(rules+runbook, -1) {
+		if !exposed[name] {
+			t.Errorf("%s is not exposed", name)
 		}
 	}
-	if len(alarms) < 5 {
-		t.Errorf("README.md speaks of %v alone", alarms)
+	names := func(text, pattern string) (names []string) {
+		for _, match := range regexp.MustCompile("(?m)"+pattern).FindAllStringSubmatch(text, -1) {
+			names = append(names, match[1])
+		}
+		return names
 	}
+	alerts := names(rules, `^ +- alert: (\w+)$`)
+	if len(alerts) == 0 || strings.Count(rules, "alert:") != len(alerts) {
+		t.Fatalf("of the alerts in docs/alerts.yml only %v are recognized", alerts)
+	}
+	if rows := names(runbook, "^\\| `(Lumiere\\w+)` \\|"); !slices.Equal(rows, alerts) {
+		t.Errorf("the runbook has rows for\n%v\nand docs/alerts.yml has\n%v", rows, alerts)
+	}
+	if tested := slices.Compact(names(readText(t, "docs/alerts_test.yml"), `^ +- alertname: (\w+)$`)); !slices.Equal(tested, alerts) {
+		t.Errorf("docs/alerts_test.yml tests\n%v\nand docs/alerts.yml has\n%v", tested, alerts)
+	}
+}
+
+func readText(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	check(t, err)
+	return string(text)
 }
 
 func TestMetricsWithoutADatabase(t *testing.T) {
