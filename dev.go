@@ -139,6 +139,7 @@ func (h *devEnv) setUp(ctx context.Context, s *server, address string, out io.Wr
 		response.Body.Close()
 	}
 	s.mux.HandleFunc("POST /local/payments", h.gateway.window)
+	s.mux.HandleFunc("POST /local/payments/{imp_uid}", h.gateway.console)
 	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.Header().Set("Cache-Control", "no-store")

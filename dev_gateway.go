@@ -28,6 +28,8 @@ type fakeGateway struct {
 	key, secret string // the only keys it gives a token for
 	// notify stands for the webhook; set it before the first call. Nil: no notices.
 	notify func(impUID, merchantUID, status string)
+	// listDelay is how long a changed payment is missing from GET /payments/status; set it before the first call.
+	listDelay time.Duration
 
 	now func() time.Time
 	mux http.ServeMux
@@ -47,6 +49,10 @@ type fakePayment struct {
 	Sandbox                                               bool
 	StartedAt, PaidAt, FailedAt, CancelledAt, LastChanged time.Time
 	Refunds                                               []fakeRefund
+	PayMethod                                             string    // "" is "card"
+	Account                                               string    // the number of a virtual account, once it is issued
+	AccountUntil                                          time.Time // the last moment for a deposit into it
+	RefundsRefused                                        string    // what the card company says to every refund; "": it makes them
 }
 
 // fakeRefund is one refund, by the API or in the console.
@@ -73,6 +79,8 @@ func newFakeGateway(now func() time.Time) *fakeGateway {
 		"GET /payments/findAll/{id}":                  g.handler("findAll", g.withToken(g.answerFindAll)),
 		"GET /payments/findAll/{id}/{payment_status}": g.handler("findAll", g.withToken(g.answerFindAll)),
 		"POST /payments/cancel":                       g.handler("cancel", g.withToken(g.answerCancel)),
+		"GET /payments/status/{payment_status}":       g.handler("list", g.withToken(g.answerList)),
+		"DELETE /vbanks/{id}":                         g.handler("endAccount", g.withToken(g.answerEndAccount)),
 	} {
 		g.mux.HandleFunc(pattern, handler)
 	}
@@ -94,8 +102,14 @@ func (g *fakeGateway) pay(p fakePayment) (impUID string) {
 	if p.StartedAt.IsZero() {
 		p.StartedAt = now
 	}
-	if p.Status == "paid" && p.PaidAt.IsZero() {
+	if (p.Status == "paid" || p.Cancelled > 0) && p.PaidAt.IsZero() {
 		p.PaidAt = now
+	}
+	if p.Status == "cancelled" && p.CancelledAt.IsZero() {
+		p.CancelledAt = now
+	}
+	if p.Status == "ready" && p.PayMethod == "vbank" {
+		p.Account, p.AccountUntil = fmt.Sprintf("000%011d", mathrand.Int64N(1e11)), now.AddDate(0, 0, 7)
 	}
 	if p.Status == "failed" && p.FailedAt.IsZero() {
 		p.FailedAt = now
@@ -124,44 +138,43 @@ func (g *fakeGateway) add(p fakePayment) {
 // refundInConsole is a refund by hand in the gateway's console, of all that is left when amount is 0. It gives
 // notice.
 func (g *fakeGateway) refundInConsole(impUID string, amount int64) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	p := g.byImpUID[impUID]
-	if problem := g.refund(p, amount, "콘솔에서 취소"); problem != "" {
-		return errors.New(problem)
-	}
-	if g.notify != nil {
-		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
-	}
-	return nil
+	return g.act(impUID, true, func(p *fakePayment) string { return g.refund(p, amount, "콘솔에서 취소") })
 }
 
-// What the gateway says when it refuses. The last two texts are not known of the true one.
+// What the gateway says when it refuses. Only the first three texts are known of the true one.
 const (
-	fakeNotFound  = "존재하지 않는 결제정보입니다."
-	fakeNoTarget  = "취소할 결제건이 존재하지 않습니다."
-	fakeCancelled = "이미 전액취소된 주문입니다."
-	fakeTooMuch   = "취소 요청 금액이 취소 가능 금액보다 큽니다."
-	fakeChecksum  = "취소 가능 잔액(checksum)이 일치하지 않습니다."
+	fakeNotFound        = "존재하지 않는 결제정보입니다."
+	fakeNoTarget        = "취소할 결제건이 존재하지 않습니다."
+	fakeCancelled       = "이미 전액취소된 주문입니다."
+	fakeTooMuch         = "취소 요청 금액이 취소 가능 금액보다 큽니다."
+	fakeChecksum        = "취소 가능 잔액(checksum)이 일치하지 않습니다."
+	fakeNoRefundAccount = "환불계좌 정보가 필요합니다."
+	fakeNoAccount       = "입금을 기다리는 가상계좌가 아닙니다."
 )
 
 // refund needs the lock, and answers what speaks against it, or "". A payment is "cancelled" after a partial
 // refund too.
 func (g *fakeGateway) refund(p *fakePayment, amount int64, reason string) (problem string) {
 	switch {
-	case p == nil || p.Status != "paid" && p.Status != "cancelled":
+	case p == nil || p.PaidAt.IsZero():
 		return fakeNoTarget
 	case p.Cancelled >= p.Amount:
 		return fakeCancelled
 	case amount < 0 || amount > p.Amount-p.Cancelled:
 		return fakeTooMuch
+	case p.RefundsRefused != "":
+		return "결제취소에 실패하였습니다. " + p.RefundsRefused
 	}
-	amount = cmp.Or(amount, p.Amount-p.Cancelled)
+	g.giveBack(p, cmp.Or(amount, p.Amount-p.Cancelled), reason)
+	return ""
+}
+
+// giveBack needs the lock.
+func (g *fakeGateway) giveBack(p *fakePayment, amount int64, reason string) {
 	p.Status, p.Cancelled = "cancelled", p.Cancelled+amount
 	p.CancelledAt, p.LastChanged = g.now(), g.now()
 	p.Refunds = append(p.Refunds, fakeRefund{rand.Text(), reason, amount, p.CancelledAt})
 	g.save()
-	return ""
 }
 
 // persist keeps the payments in a JSON file from now on, and first reads those it holds.
@@ -213,42 +226,6 @@ func (g *fakeGateway) write() error {
 	return os.Rename(draft.Name(), g.file)
 }
 
-// window is the payment window as a call, for local development: POST {"merchant_uid", "amount", "status":
-// "paid" (default), "failed" or "ready", "notify": also give notice of it} → {"imp_uid", "merchant_uid"}.
-func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
-	var request struct {
-		MerchantUID string `json:"merchant_uid"`
-		Amount      int64  `json:"amount"`
-		Status      string `json:"status"`
-		Notify      bool   `json:"notify"`
-	}
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&request); err != nil {
-		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": "요청 본문이 올바른 JSON이 아닙니다"})
-		return
-	}
-	p := fakePayment{
-		MerchantUID: request.MerchantUID, Amount: request.Amount, Status: cmp.Or(request.Status, "paid"),
-	}
-	problem := ""
-	switch {
-	case p.MerchantUID == "" || len(p.MerchantUID) > 40:
-		problem = "merchant_uid는 1자 이상 40자 이하의 문자열이어야 합니다"
-	case p.Amount <= 0:
-		problem = "amount는 0보다 큰 정수여야 합니다"
-	case !slices.Contains([]string{"paid", "failed", "ready"}, p.Status):
-		problem = "status는 paid, failed, ready 중 하나여야 합니다"
-	}
-	if problem != "" {
-		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": problem})
-		return
-	}
-	p.ImpUID = g.pay(p)
-	if request.Notify && g.notify != nil {
-		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
-	}
-	writeFakeJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
-}
-
 // fakeCall is a call of the REST API, read whole.
 type fakeCall struct {
 	*http.Request
@@ -263,6 +240,9 @@ type fakeCancel struct {
 	Amount      int64  `json:"amount"`   // 0: all that is left
 	Checksum    *int64 `json:"checksum"` // nil: not compared
 	Reason      string `json:"reason"`
+	Holder      string `json:"refund_holder"`
+	Bank        string `json:"refund_bank"`
+	Account     string `json:"refund_account"`
 }
 
 // fakeAnswer is an HTTP status and the envelope.
@@ -364,6 +344,10 @@ func (g *fakeGateway) answerFindAll(c fakeCall) fakeAnswer {
 	if problem != nil {
 		return *problem
 	}
+	return answerPage(c, found)
+}
+
+func answerPage(c fakeCall, found []*fakePayment) fakeAnswer {
 	page, err1 := strconv.Atoi(cmp.Or(c.URL.Query().Get("page"), "1"))
 	limit, err2 := strconv.Atoi(cmp.Or(c.URL.Query().Get("limit"), "20"))
 	if err1 != nil || err2 != nil || limit < 1 || limit > 1000 || page < 1 || (page-1)*limit >= len(found) {
@@ -382,6 +366,32 @@ func (g *fakeGateway) answerFindAll(c fakeCall) fakeAnswer {
 
 // find answers at least one payment of a merchant_uid, sorted, or what is the problem.
 func (g *fakeGateway) find(c fakeCall) ([]*fakePayment, *fakeAnswer) {
+	return g.selectPayments(c, func(p *fakePayment) bool { return p.MerchantUID == c.id })
+}
+
+// answerList lists the payments of the whole account by the time at which they got into their status. It shows a payment
+// listDelay after its last change.
+func (g *fakeGateway) answerList(c fakeCall) fakeAnswer {
+	from, err1 := strconv.ParseInt(c.URL.Query().Get("from"), 10, 64)
+	to, err2 := strconv.ParseInt(c.URL.Query().Get("to"), 10, 64)
+	if err1 != nil || err2 != nil || to < from || to-from > 90*24*60*60 {
+		return fakeRefusal(http.StatusBadRequest, -1, "조회 기간이 올바르지 않습니다.")
+	}
+	found, problem := g.selectPayments(c, func(p *fakePayment) bool {
+		at := map[string]time.Time{"paid": p.PaidAt, "cancelled": p.CancelledAt, "failed": p.FailedAt}[c.PathValue("payment_status")]
+		if at.IsZero() {
+			at = p.StartedAt
+		}
+		return from <= at.Unix() && at.Unix() <= to && g.now().Sub(p.LastChanged) >= g.listDelay
+	})
+	if problem != nil {
+		return *problem
+	}
+	return answerPage(c, found)
+}
+
+// selectPayments answers at least one payment of the call's status that matches, sorted, or what is the problem.
+func (g *fakeGateway) selectPayments(c fakeCall, match func(*fakePayment) bool) ([]*fakePayment, *fakeAnswer) {
 	status := c.PathValue("payment_status")
 	if !slices.Contains([]string{"", "all", "ready", "paid", "cancelled", "failed"}, status) {
 		problem := fakeRefusal(http.StatusBadRequest, -1, "payment_status가 올바르지 않습니다.")
@@ -399,7 +409,7 @@ func (g *fakeGateway) find(c fakeCall) ([]*fakePayment, *fakeAnswer) {
 	}
 	var found []*fakePayment
 	for _, p := range g.payments {
-		if p.MerchantUID == c.id && (status == "" || status == "all" || status == p.Status) {
+		if (status == "" || status == "all" || status == p.Status) && match(p) {
 			found = append(found, p)
 		}
 	}
@@ -431,8 +441,27 @@ func (g *fakeGateway) answerCancel(c fakeCall) fakeAnswer {
 	if p != nil && p.Cancelled < p.Amount && checksum != nil && *checksum != p.Amount-p.Cancelled {
 		return fakeRefusal(http.StatusOK, 1, fakeChecksum)
 	}
+	if p != nil && p.PayMethod == "vbank" && p.Cancelled < p.Amount && !p.PaidAt.IsZero() && (c.cancel.Holder == "" || c.cancel.Bank == "" || c.cancel.Account == "") {
+		return fakeRefusal(http.StatusOK, 1, fakeNoRefundAccount)
+	}
 	if problem := g.refund(p, c.cancel.Amount, c.cancel.Reason); problem != "" {
-		return fakeRefusal(http.StatusOK, 1, problem)
+		code := 1
+		if p != nil && p.RefundsRefused != "" {
+			code = -1
+		}
+		return fakeRefusal(http.StatusOK, code, problem)
+	}
+	return fakeSuccess(p.object())
+}
+
+// answerEndAccount ends a virtual account that nobody has paid into.
+func (g *fakeGateway) answerEndAccount(c fakeCall) fakeAnswer {
+	p := g.byImpUID[c.id]
+	if p == nil {
+		return fakeRefusal(http.StatusNotFound, -1, fakeNotFound)
+	}
+	if problem := g.endAccount(p); problem != "" {
+		return fakeRefusal(http.StatusBadRequest, -1, problem)
 	}
 	return fakeSuccess(p.object())
 }
@@ -446,7 +475,10 @@ func (p *fakePayment) object() map[string]any {
 			"cancellation_id": r.ID, "receipt_url": nil,
 		})
 	}
-	var cancelReason any
+	var cancelReason, account any
+	if p.Account != "" {
+		account = p.Account
+	}
 	if len(p.Refunds) > 0 {
 		cancelReason = p.Refunds[len(p.Refunds)-1].Reason
 	}
@@ -456,10 +488,10 @@ func (p *fakePayment) object() map[string]any {
 		"started_at": unixOrZero(p.StartedAt), "paid_at": unixOrZero(p.PaidAt),
 		"failed_at": unixOrZero(p.FailedAt), "cancelled_at": unixOrZero(p.CancelledAt),
 		"cancel_history": history, "cancel_reason": cancelReason, "fail_reason": nil,
-		"name": "Lumiere", "pay_method": "card", "channel": "pc", "pg_provider": "fake",
+		"name": "Lumiere", "pay_method": cmp.Or(p.PayMethod, "card"), "channel": "pc", "pg_provider": "fake",
 		"emb_pg_provider": nil, "pg_tid": "fake_tid", "buyer_name": nil, "buyer_tel": nil,
 		"apply_num": nil, "card_name": nil, "card_quota": 0, "card_type": nil,
-		"vbank_num": nil, "vbank_date": 0, "custom_data": nil,
+		"vbank_num": account, "vbank_date": unixOrZero(p.AccountUntil), "custom_data": nil,
 		"escrow": false, "promotion": map[string]any{"id": nil, "discount": 0}, "receipt_url": nil,
 	}
 }

@@ -1,0 +1,135 @@
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"slices"
+)
+
+// What happens at the fake gateway outside its API: the payment window, the console, the banks and the card companies.
+
+// window is the payment window as a call, for local development: POST {"merchant_uid", "amount", "status":
+// "paid" (default), "failed", "ready" or "vbank", "notify": also give notice of it} → {"imp_uid", "merchant_uid"}. "vbank" issues a
+// virtual account and is "ready" until its deposit.
+func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
+	var request struct {
+		MerchantUID string `json:"merchant_uid"`
+		Amount      int64  `json:"amount"`
+		Status      string `json:"status"`
+		Notify      bool   `json:"notify"`
+	}
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&request); err != nil {
+		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": "요청 본문이 올바른 JSON이 아닙니다"})
+		return
+	}
+	p := fakePayment{
+		MerchantUID: request.MerchantUID, Amount: request.Amount, Status: cmp.Or(request.Status, "paid"),
+	}
+	problem := ""
+	switch {
+	case p.MerchantUID == "" || len(p.MerchantUID) > 40:
+		problem = "merchant_uid는 1자 이상 40자 이하의 문자열이어야 합니다"
+	case p.Amount <= 0:
+		problem = "amount는 0보다 큰 정수여야 합니다"
+	case !slices.Contains([]string{"paid", "failed", "ready", "vbank"}, p.Status):
+		problem = "status는 paid, failed, ready, vbank 중 하나여야 합니다"
+	}
+	if problem != "" {
+		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": problem})
+		return
+	}
+	if p.Status == "vbank" {
+		p.Status, p.PayMethod = "ready", "vbank"
+	}
+	p.ImpUID = g.pay(p)
+	if request.Notify && g.notify != nil {
+		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
+	}
+	writeFakeJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
+}
+
+// console is what can happen to a payment afterwards as a call, for local development: POST {"do": "refund" ("amount": 0 is all
+// that is left), "chargeback", "deposit" or "expire" (both of a virtual account), "notify": also give notice of it}. Without
+// "notify" the notice is lost. It answers the payment as the API shows it.
+func (g *fakeGateway) console(w http.ResponseWriter, r *http.Request) {
+	var request struct {
+		Do     string `json:"do"`
+		Amount int64  `json:"amount"`
+		Notify bool   `json:"notify"`
+	}
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&request); err != nil {
+		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": "요청 본문이 올바른 JSON이 아닙니다"})
+		return
+	}
+	var shown map[string]any
+	err := g.act(r.PathValue("imp_uid"), request.Notify, func(p *fakePayment) (problem string) {
+		switch request.Do {
+		case "refund":
+			problem = g.refund(p, request.Amount, "콘솔에서 취소")
+		case "chargeback":
+			problem = g.takeBack(p)
+		case "deposit":
+			problem = g.payIn(p)
+		case "expire":
+			problem = g.endAccount(p)
+		default:
+			problem = "do는 refund, chargeback, deposit, expire 중 하나여야 합니다"
+		}
+		if problem == "" {
+			shown = p.object()
+		}
+		return problem
+	})
+	if err != nil {
+		writeFakeJSON(w, http.StatusBadRequest, map[string]string{"message": err.Error()})
+		return
+	}
+	writeFakeJSON(w, http.StatusOK, shown)
+}
+
+// act has something happen to a payment, nil if there is none of that imp_uid, and gives notice of it. The change is made under
+// the lock and returns what speaks against it, or "".
+func (g *fakeGateway) act(impUID string, notify bool, change func(*fakePayment) (problem string)) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.byImpUID[impUID]
+	if problem := change(p); problem != "" {
+		return errors.New(problem)
+	}
+	if notify && g.notify != nil {
+		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
+	}
+	return nil
+}
+
+// takeBack is the card company that takes back all that is left, however long ago the payment was. It needs the lock.
+func (g *fakeGateway) takeBack(p *fakePayment) (problem string) {
+	if p == nil || p.PaidAt.IsZero() || p.Cancelled >= p.Amount {
+		return fakeNoTarget
+	}
+	g.giveBack(p, p.Amount-p.Cancelled, "카드사 승인취소")
+	return ""
+}
+
+// payIn is the buyer's deposit into a virtual account. The bank takes none after the account's last moment. It needs the lock.
+func (g *fakeGateway) payIn(p *fakePayment) (problem string) {
+	if p == nil || p.Status != "ready" || p.Account == "" || g.now().After(p.AccountUntil) {
+		return fakeNoAccount
+	}
+	p.Status, p.PaidAt, p.LastChanged = "paid", g.now(), g.now()
+	g.save()
+	return ""
+}
+
+// endAccount ends a virtual account that nobody has paid into, at a call, in the console or by its date. No money moves, and yet
+// the payment is cancelled. It needs the lock.
+func (g *fakeGateway) endAccount(p *fakePayment) (problem string) {
+	if p == nil || p.Status != "ready" || p.Account == "" {
+		return fakeNoAccount
+	}
+	p.Status, p.CancelledAt, p.LastChanged = "cancelled", g.now(), g.now()
+	g.save()
+	return ""
+}
