@@ -347,7 +347,13 @@ func rowOf(t *testing.T, s *shop) *shop {
 
 // token is a good token of user's.
 func (s *shop) token(user string, isAdmin bool) string {
-	token, err := s.tokens.issue(caller{id: user, admin: isAdmin}, s.clock.Now(), 3*time.Hour)
+	return s.issueToken(caller{id: user, admin: isAdmin}, s.clock.Now())
+}
+
+// issueToken is a token that was issued at a time and is good for three hours.
+func (s *shop) issueToken(c caller, at time.Time) string {
+	s.t.Helper()
+	token, err := s.tokens.issue(c, at, 3*time.Hour)
 	check(s.t, err)
 	return token
 }
