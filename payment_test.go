@@ -277,7 +277,7 @@ func TestLateMoney(t *testing.T) {
 			if !row.kept && (s.row(impUID) != "refunded: "+reasonSold || s.back(impUID) != 208000) {
 				t.Errorf("not given back: %s", s.row(impUID))
 			}
-			s.wantOneOwner()
+			s.wantBalanced()
 		})
 	}
 }
