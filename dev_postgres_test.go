@@ -112,6 +112,7 @@ func script(t testing.TB, path, commands string) {
 
 // Whatever ended a server, the next start finds what was committed.
 func TestPostgresRecovers(t *testing.T) {
+	heavy(t)
 	cfg := postgresConfig{dir: postgresDir(t)}
 	server := runPostgres(t, cfg)
 	execSQL(t, server.url, "CREATE TABLE endings (name text PRIMARY KEY)")
@@ -148,8 +149,7 @@ func TestPostgresRecovers(t *testing.T) {
 				}
 			})
 			working := `SELECT count(*)::text FROM pg_stat_activity WHERE query LIKE '% work' AND state = 'active'`
-			for queryText(t, server.url, working) != "1" {
-			}
+			waitUntil(t, "the session works", func() bool { return queryText(t, server.url, working) == "1" })
 			check(t, server.kill())
 			again()
 		}},

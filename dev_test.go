@@ -20,6 +20,7 @@ import (
 
 // TestPage walks all of the page's ways, partly with the keyboard alone, on a phone and on a wide screen.
 func TestPage(t *testing.T) {
+	heavy(t)
 	s := newShop(t, func(c *config) { c.local = true })
 	house := &devEnv{gateway: s.fake.fakeGateway}
 	check(t, house.setUp(t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))

@@ -224,7 +224,15 @@ func findTool(t testing.TB, names ...string) string {
 	return ""
 }
 
-// crowd runs n calls at once and counts their statuses.
+// heavy skips a test that takes long, or needs much of the machine, when go test is given -short.
+func heavy(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("takes long: not run with -short")
+	}
+}
+
+// concurrently runs n calls at once and counts their statuses.
 func concurrently(n int, do func(i int) answer) map[int]int {
 	count := map[int]int{}
 	var mu sync.Mutex

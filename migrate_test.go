@@ -53,7 +53,8 @@ func send(name string, args ...any) sent { return sent{name, args} }
 // transact sends statements as one transaction, again when the database could not work just then, as buyers do on a 503. It
 // answers how many rows the last one concerned.
 func (r *oldReplica) transact(statements ...sent) (rows int64) {
-	ctx := context.Background()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
 	for {
 		err := pgx.BeginFunc(ctx, r.conn, func(tx pgx.Tx) error {
 			for _, s := range statements {
@@ -67,7 +68,7 @@ func (r *oldReplica) transact(statements ...sent) (rows int64) {
 		})
 		if err == nil {
 			return rows
-		} else if !unavailable(err) {
+		} else if !unavailable(err) || ctx.Err() != nil {
 			r.t.Error(err)
 			return 0
 		}
@@ -281,6 +282,7 @@ func TestUpgradeOfTheFirstRelease(t *testing.T) {
 }
 
 func TestReplicasStartTogetherBesideOldOnes(t *testing.T) {
+	heavy(t)
 	url := newTestDatabase(t)
 	check(t, openTestStore(t, url).migrate(t.Context(), migrations()[:1]))
 	var working sync.WaitGroup
@@ -358,9 +360,10 @@ func TestStepLetsOthersBy(t *testing.T) {
 	s.store.migrationLockWait = time.Second
 	migrated := make(chan error, 1)
 	go func() { migrated <- s.store.migrate(t.Context(), steps) }()
-	for queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
-		AND relation = 'orders'::regclass`) == "0" {
-	}
+	waitUntil(t, "the step waits for its lock", func() bool {
+		return queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
+			AND relation = 'orders'::regclass`) != "0"
+	})
 	s.order(buyerA, s.painting(99000)) // it comes after the step, and would wait for as long as the report
 	_, err = report.Exec(t.Context(), `ROLLBACK`)
 	check(t, err)

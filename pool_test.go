@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -61,9 +62,11 @@ func newBuyers(s *shop) *buyers {
 
 // retry makes a call until the database is there for it, as a browser does.
 func (b *buyers) retry(user, method, path string, body any) answer {
+	ctx, cancel := context.WithTimeout(b.shop.t.Context(), time.Minute)
+	defer cancel()
 	for {
 		a := b.shop.call(user, method, path, body)
-		if a.status < 500 || pause(b.shop.t.Context(), postgresPoll) != nil {
+		if a.status < 500 || pause(ctx, postgresPoll) != nil {
 			return a
 		}
 		if a.status != 503 {
@@ -160,6 +163,7 @@ auth_type = any
 // Behind PgBouncer in transaction mode a connection is another one after each transaction: the schema, the import, and
 // every call of buyers and the desk live with that, many at a time.
 func TestPgBouncer(t *testing.T) {
+	heavy(t)
 	databaseURL := newTestDatabase(t)
 	s := newShop(t, func(c *config) { c.databaseURL = runPgBouncer(t, databaseURL) })
 	b := newBuyers(s)
@@ -225,6 +229,7 @@ func killAll(t *testing.T, server *postgresServer) {
 // A primary that is killed amid checkouts takes nothing along that anybody was told of, and the service goes on with the
 // promoted standby.
 func TestFailover(t *testing.T) {
+	heavy(t)
 	primary, standby := runReplicated(t)
 	s := newShop(t, func(c *config) {
 		// The standby comes first: it is passed over until it is promoted.
@@ -320,6 +325,7 @@ func (d *tcpProxy) carry(to, from net.Conn) {
 // A server that says nothing any more, and refuses nothing either, is left for the next one: by those who wait for it,
 // and by those who come when all connections have been idle. An attempt lasts for dbTimeout.
 func TestSilentServer(t *testing.T) {
+	heavy(t)
 	databaseURL := newTestDatabase(t)
 	server, err := pgx.ParseConfig(databaseURL)
 	check(t, err)
@@ -427,8 +433,9 @@ func (f *queryStub) query(ctx context.Context, keys ...int) <-chan any {
 		}
 		answer <- text
 	}()
-	for f.collected() == before {
-		runtime.Gosched()
+	synctest.Wait()
+	if f.collected() == before {
+		f.t.Fatalf("the keys %v do not wait for a query", keys)
 	}
 	return answer
 }
@@ -456,7 +463,9 @@ func (f *queryStub) first() <-chan any {
 	return answer
 }
 
-func TestBatchSharesAQuery(t *testing.T) {
+func TestBatchSharesAQuery(t *testing.T) { synctest.Test(t, testBatchSharesAQuery) }
+
+func testBatchSharesAQuery(t *testing.T) {
 	f := newQueryStub(t)
 	lone := f.first()
 	var answers []<-chan any
@@ -483,7 +492,9 @@ func TestBatchSharesAQuery(t *testing.T) {
 	}
 }
 
-func TestBatchCallerGoesAway(t *testing.T) {
+func TestBatchCallerGoesAway(t *testing.T) { synctest.Test(t, testBatchCallerGoesAway) }
+
+func testBatchCallerGoesAway(t *testing.T) {
 	f := newQueryStub(t)
 	lone := f.first()
 	ctx, goAway := context.WithCancel(t.Context())
@@ -501,7 +512,9 @@ func TestBatchCallerGoesAway(t *testing.T) {
 	}
 }
 
-func TestBatchFails(t *testing.T) {
+func TestBatchFails(t *testing.T) { synctest.Test(t, testBatchFails) }
+
+func testBatchFails(t *testing.T) {
 	fault := errors.New("the database is away")
 	for name, fail := range map[string]func([]int) (map[int]string, error){
 		"an error": func([]int) (map[int]string, error) { return nil, fault },
@@ -528,7 +541,9 @@ func TestBatchFails(t *testing.T) {
 	}
 }
 
-func TestBatchIsBounded(t *testing.T) {
+func TestBatchIsBounded(t *testing.T) { synctest.Test(t, testBatchIsBounded) }
+
+func testBatchIsBounded(t *testing.T) {
 	f := newQueryStub(t)
 	lone := f.first()
 	var answers []<-chan any

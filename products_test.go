@@ -205,6 +205,7 @@ func TestImportKeepsHolds(t *testing.T) {
 }
 
 func TestImportManyPaintings(t *testing.T) {
+	heavy(t)
 	s := newShop(t)
 	entries := make([]string, 100_000)
 	for i := range entries {

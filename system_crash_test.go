@@ -71,6 +71,7 @@ type crashOrder struct {
 }
 
 func TestCrash(t *testing.T) {
+	heavy(t)
 	c := openCrash(t)
 	stopReplicas := c.runReplicas()
 	over, goHome := context.WithCancel(t.Context())
@@ -258,7 +259,12 @@ func (c *crash) injectFault(dice *rand.Rand, goHome func()) {
 	for {
 		// However slow the machine, the service comes to something between two blows and in all.
 		answered, orders := c.progress()
+		waiting := time.Now()
 		for next := answered + dice.IntN(150); answered < next; answered, orders = c.progress() {
+			if time.Since(waiting) > 3*time.Minute {
+				c.t.Error("the service answers nothing any more")
+				return
+			}
 			time.Sleep(5 * time.Millisecond)
 		}
 		done := min(float64(time.Since(start))/float64(*crashFor), float64(orders)/60)

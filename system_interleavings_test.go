@@ -269,6 +269,7 @@ func (c *crossing) steps(r source) (names []string) {
 }
 
 func TestInterleavings(t *testing.T) {
+	heavy(t)
 	for _, situation := range situations {
 		t.Run(situation.name, func(t *testing.T) {
 			t.Parallel()
