@@ -221,6 +221,7 @@ func TestCacheDir(t *testing.T) {
 
 // In local development the gateway lives in the running service; with none running the command starts its own.
 func TestAuditInLocalDevelopment(t *testing.T) {
+	heavy(t)
 	cache := postgresDir(t)
 	check(t, makeDir(cache))
 	t.Setenv("XDG_CACHE_HOME", cache)
