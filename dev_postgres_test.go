@@ -112,6 +112,7 @@ func script(t testing.TB, path, commands string) {
 
 // Whatever ended a server, the next start finds what was committed.
 func TestPostgresRecovers(t *testing.T) {
+	heavy(t)
 	cfg := postgresConfig{dir: postgresDir(t)}
 	server := runPostgres(t, cfg)
 	execSQL(t, server.url, "CREATE TABLE endings (name text PRIMARY KEY)")
@@ -148,8 +149,7 @@ func TestPostgresRecovers(t *testing.T) {
 				}
 			})
 			working := `SELECT count(*)::text FROM pg_stat_activity WHERE query LIKE '% work' AND state = 'active'`
-			for queryText(t, server.url, working) != "1" {
-			}
+			waitUntil(t, "the session works", func() bool { return queryText(t, server.url, working) == "1" })
 			check(t, server.kill())
 			again()
 		}},
@@ -201,6 +201,7 @@ func ownerOf(t testing.TB, path string) int {
 
 // A cluster whose making was interrupted is removed and made anew; its directory may be deep, and strangely named.
 func TestPostgresMakesCluster(t *testing.T) {
+	heavy(t)
 	dir := filepath.Join(postgresDir(t), strings.Repeat("deep, 깊은 ", 10)+`'"`)
 	halfMade := filepath.Join(dir, "new-1")
 	check(t, os.MkdirAll(halfMade, 0o711))
@@ -238,6 +239,7 @@ func TestPostgresMakesCluster(t *testing.T) {
 }
 
 func TestPostgresSaysWhatIsWrong(t *testing.T) {
+	heavy(t)
 	dir := postgresDir(t)
 	cfg := postgresConfig{dir: dir, settings: map[string]string{"fsync": "off", "max_connections": "many"}}
 	if server, err := startPostgres(t.Context(), cfg); err == nil {
@@ -259,6 +261,7 @@ func TestPostgresSaysWhatIsWrong(t *testing.T) {
 
 // A process killed with SIGKILL leaves neither the lock nor, for long, the server.
 func TestPostgresOwnerKilled(t *testing.T) {
+	heavy(t)
 	dir := postgresDir(t)
 	cfg := postgresConfig{dir: dir, settings: unsafeSettings}
 	server := runPostgres(t, cfg) // make the cluster

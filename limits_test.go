@@ -61,11 +61,13 @@ func (s *shop) noticeFrom(address, impUID string) answer {
 }
 
 func (s *shop) sendFrom(address, method, path, impUID string) answer {
-	request := httptest.NewRequest(method, path, strings.NewReader(`{"imp_uid":"`+impUID+`"}`))
+	s.t.Helper()
+	request, err := newCall(s.t.Context(), method, path, "", map[string]string{"imp_uid": impUID})
+	check(s.t, err)
 	request.RemoteAddr = address + ":4711"
-	recorder := httptest.NewRecorder()
-	s.ServeHTTP(recorder, request)
-	return answer{recorder.Code, recorder.Header(), recorder.Body.String()}
+	a, err := exchange(s.send, request)
+	check(s.t, err)
+	return a
 }
 
 func TestUnknownPaymentIsRemembered(t *testing.T) {

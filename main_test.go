@@ -224,7 +224,15 @@ func findTool(t testing.TB, names ...string) string {
 	return ""
 }
 
-// crowd runs n calls at once and counts their statuses.
+// heavy skips a test that takes long, or needs much of the machine, when go test is given -short.
+func heavy(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("takes long: not run with -short")
+	}
+}
+
+// concurrently runs n calls at once and counts their statuses.
 func concurrently(n int, do func(i int) answer) map[int]int {
 	count := map[int]int{}
 	var mu sync.Mutex
@@ -347,7 +355,13 @@ func rowOf(t *testing.T, s *shop) *shop {
 
 // token is a good token of user's.
 func (s *shop) token(user string, isAdmin bool) string {
-	token, err := s.tokens.issue(caller{id: user, admin: isAdmin}, s.clock.Now(), 3*time.Hour)
+	return s.issueToken(caller{id: user, admin: isAdmin}, s.clock.Now())
+}
+
+// issueToken is a token that was issued at a time and is good for three hours.
+func (s *shop) issueToken(c caller, at time.Time) string {
+	s.t.Helper()
+	token, err := s.tokens.issue(c, at, 3*time.Hour)
 	check(s.t, err)
 	return token
 }
@@ -383,31 +397,42 @@ func (s *shop) call(user, method, path string, body any) answer {
 // callWith is call with an Authorization header of the test's own.
 func (s *shop) callWith(authorization, method, path string, body any) answer {
 	s.t.Helper()
-	var reader io.Reader
-	switch b := body.(type) {
-	case nil:
-	case string:
-		reader = strings.NewReader(b)
-	default:
-		text, err := json.Marshal(b)
-		check(s.t, err)
-		reader = bytes.NewReader(text)
-	}
-	request, err := http.NewRequest(method, s.url+path, reader)
+	request, err := newCall(s.t.Context(), method, s.url+path, authorization, body)
 	check(s.t, err)
+	if s.called != "" {
+		request.Header.Set("X-Request-Id", s.called)
+	}
+	a, err := exchange(s.send, request)
+	check(s.t, err)
+	return a
+}
+
+// newCall is a request of the API. body is sent as it is when it is a string, as JSON otherwise.
+func newCall(ctx context.Context, method, url, authorization string, body any) (*http.Request, error) {
+	text, isText := body.(string)
+	if !isText && body != nil {
+		text = marshalRaw(body)
+	}
+	request, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(text))
+	if err != nil {
+		return nil, err
+	}
 	if authorization != "" {
 		request.Header.Set("Authorization", authorization)
 	}
 	request.Header.Set("Content-Type", "application/json")
-	if s.called != "" {
-		request.Header.Set("X-Request-Id", s.called)
+	return request, nil
+}
+
+// exchange sends a request and reads its answer.
+func exchange(send func(*http.Request) (*http.Response, error), request *http.Request) (answer, error) {
+	response, err := send(request)
+	if err != nil {
+		return answer{}, err
 	}
-	response, err := s.send(request)
-	check(s.t, err)
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
-	check(s.t, err)
-	return answer{response.StatusCode, response.Header, strings.TrimSuffix(string(text), "\n")}
+	return answer{response.StatusCode, response.Header, strings.TrimSuffix(string(text), "\n")}, err
 }
 
 // send makes a request over the network, if there is one.
@@ -692,143 +717,120 @@ func (s *shop) auditor() *auditor {
 		pause: func(context.Context) error { return nil }}
 }
 
-// audit is the audit of the last 24 hours.
-func (s *shop) audit() auditReport {
+// auditSince is the audit of the orders that were made or changed since then.
+func (s *shop) auditSince(since time.Time) auditReport {
 	s.t.Helper()
-	report, err := s.auditor().audit(s.t.Context(), s.clock.Now().Add(-24*time.Hour))
+	report, err := s.auditor().audit(s.t.Context(), since)
 	check(s.t, err)
 	return report
 }
 
-// mismatchTexts are kinds of mismatch as a report has them.
-func mismatchTexts(kinds []mismatchKind) (all []string) {
-	for _, k := range kinds {
-		all = append(all, k.name+": "+k.remedy)
-	}
-	return all
+// wantBalanced fails unless the money, the orders and the paintings agree, in the books and at the gateway. What must agree
+// the audit knows.
+func (s *shop) wantBalanced() auditReport {
+	s.t.Helper()
+	return s.wantBalancedSince(s.clock.Now().Add(-365 * 24 * time.Hour))
 }
 
-// wantMismatches fails unless the audit finds exactly these kinds of mismatch, in this order.
-func (s *shop) wantMismatches(kinds ...mismatchKind) []mismatch {
+// wantBalancedSince is wantBalanced for the orders that were made or changed since then, and for all paintings.
+func (s *shop) wantBalancedSince(since time.Time) auditReport {
 	s.t.Helper()
-	report := s.audit()
-	var got []string
+	report := s.auditSince(since)
 	for _, m := range report.Mismatches {
-		got = append(got, m.Kind+": "+m.Remedy)
+		s.t.Errorf("order %s, payment or painting %s%s: %s: %s", m.Order, m.ImpUID, m.Painting, m.Kind, m.Meaning)
 	}
-	if want := mismatchTexts(kinds); !slices.Equal(got, want) {
-		s.t.Fatalf("found %q, want %q", got, want)
+	if report.Matching != report.Orders || report.Ledger != report.Gateway {
+		s.t.Errorf("%d of %d orders match; the books have %+v, the gateway %+v", report.Matching, report.Orders, report.Ledger, report.Gateway)
 	}
-	if len(kinds) == 0 && (report.Matching != report.Orders || report.Ledger != report.Gateway) {
-		s.t.Fatalf("balanced, but %+v", report)
-	}
-	return report.Mismatches
+	return report
 }
 
-func (s *shop) wantOneOwner() {
-	s.t.Helper()
-	wantOneOwner(s.t, s.config.databaseURL)
-}
-
-// wantOneOwner fails unless every painting's order is live and lists it, and every live order has all of its paintings.
-func wantOneOwner(t testing.TB, databaseURL string) {
-	t.Helper()
-	for name, sql := range map[string]string{
-		"a painting is held by no live order": `SELECT count(*) FROM products p JOIN orders o ON o.id = p.order_id
-			WHERE o.ended IS NOT NULL OR o.status = 5 OR p.id <> ALL (o.product_ids)`,
-		"a live order lacks a painting": `SELECT count(*) FROM orders o, unnest(o.product_ids) AS i (id) JOIN products p USING (id)
-			WHERE o.ended IS NULL AND o.status < 5 AND p.order_id IS DISTINCT FROM o.id`,
-	} {
-		if n := queryText(t, databaseURL, sql); n != "0" {
-			t.Errorf("%s: %s", name, n)
-		}
-	}
-}
-
-// buyers walk through the shop, each from an order to its payment or its cancel, and write down what they were promised.
-type buyers struct {
-	*shop
+// promises are what the service has told those who call it: by order, the last status that it was said to be in. A status
+// only grows.
+type promises struct {
 	mu       sync.Mutex
-	promised map[string]int // by order, the last status that the service has answered it to be in
-	refused  atomic.Bool    // a call found the database away
+	promised map[string]int
 }
 
-func newBuyers(s *shop) *buyers {
-	var minutes atomic.Int64 // pass for the limiter at each look, so that it minds nobody's insistence
-	s.limits.now = func() time.Time { return s.clock.Now().Add(time.Duration(minutes.Add(1)) * time.Minute) }
-	return &buyers{shop: s, promised: map[string]int{}}
-}
-
-// retry makes a call until the database is there for it, as a browser does.
-func (b *buyers) retry(call func() answer) answer {
-	for {
-		a := call()
-		if a.status < 500 || pause(b.t.Context(), postgresPoll) != nil {
-			return a
+// said notes that the service said an order to be at least in status.
+func (p *promises) said(order string, status int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if before, known := p.promised[order]; !known || status > before {
+		if p.promised == nil {
+			p.promised = map[string]int{}
 		}
-		if a.status != 503 {
-			b.t.Errorf("a database that is away: %d %s", a.status, a.body)
-		}
-		b.refused.Store(true)
+		p.promised[order] = status
 	}
 }
 
-func (b *buyers) promise(order string, status int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.promised[order] = status
+// given returns the promises so far.
+func (p *promises) given() map[string]int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.promised)
 }
 
-// given are the promises so far.
-func (b *buyers) given() map[string]int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return maps.Clone(b.promised)
-}
-
-// walk is one buyer's way with a painting.
-func (b *buyers) walk(painting string, cancels bool) {
-	buyer, body := newTestID(), orderBody(newNumber(), painting)
-	a := b.retry(func() answer { return b.call(buyer, "POST", "/api/orders", body) })
-	if a.status == 409 { // another buyer was faster
-		return
-	}
-	var made orderCreated
-	if json.Unmarshal([]byte(a.body), &made); a.status != 201 {
-		b.t.Errorf("order: %d %s", a.status, a.body)
-		return
-	}
-	b.promise(made.OrderID, statusUnpaid)
-	impUID := b.charge(made.OrderID, 109000)
-	if a = b.retry(func() answer { return b.report(impUID) }); a.status != 200 {
-		b.t.Errorf("payment: %d %s", a.status, a.body)
-		return
-	}
-	b.promise(made.OrderID, statusPaid)
-	if !cancels {
-		return
-	}
-	switch a = b.retry(func() answer { return b.call(buyer, "DELETE", "/api/orders/"+made.OrderID, nil) }); a.status {
-	case 200:
-		b.promise(made.OrderID, statusCancelled)
-	case 409: // an answer before was lost: it is booked, and goes on or is done
-	default:
-		b.t.Errorf("cancel: %d %s", a.status, a.body)
-	}
-}
-
-// wantPromised fails unless each order is at least as far as it was answered to be.
-func (b *buyers) wantPromised() {
-	b.t.Helper()
-	given := b.given()
-	var statuses map[string]int
-	check(b.t, json.Unmarshal([]byte(queryText(b.t, b.config.databaseURL,
-		`SELECT json_object_agg(id, status)::text FROM orders WHERE ended IS NULL`)), &statuses))
+// broken returns what does not keep to the promises given before the orders had these statuses: each order must be there, and
+// at least as far as it was said to be.
+func broken(given, statuses map[string]int) (orders map[string]string) {
+	orders = map[string]string{}
 	for order, status := range given {
-		if now, there := statuses[order]; !there || now < status {
-			b.t.Errorf("order %s was answered as %d; there: %v, now %d", order, status, there, now)
+		if now, there := statuses[order]; !there {
+			orders[order] = "was answered to its buyer and is not there"
+		} else if now < status {
+			orders[order] = fmt.Sprintf("was said to be in status %d and is in %d", status, now)
 		}
 	}
+	return orders
+}
+
+// orderStatuses returns the status of each order that fits a condition in SQL.
+func orderStatuses(t testing.TB, databaseURL, condition string) (statuses map[string]int) {
+	t.Helper()
+	text := queryText(t, databaseURL, `SELECT coalesce(json_object_agg(id, status), '{}')::text FROM orders WHERE `+condition)
+	check(t, json.Unmarshal([]byte(text), &statuses))
+	return statuses
+}
+
+// simulation is the shop as its simulated buyers use it: what they do is called as call says, and what they are told is kept.
+type simulation struct {
+	*promises
+	call func(user, method, path string, body any) answer
+}
+
+// order makes an order for paintings of 99,000 won; id is "" unless it is made.
+func (m simulation) order(user string, paintings ...string) (id string, a answer) {
+	a = m.call(user, "POST", "/api/orders", orderBody(newNumber(), paintings...))
+	var made orderCreated
+	if a.status == http.StatusCreated && json.Unmarshal([]byte(a.body), &made) == nil {
+		m.said(made.OrderID, statusUnpaid)
+	}
+	return made.OrderID, a
+}
+
+// report tells the service of a payment for an order.
+func (m simulation) report(order, impUID string) answer {
+	a := m.call("", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
+	if a.status == http.StatusOK {
+		m.said(order, statusPaid)
+	}
+	return a
+}
+
+// remove deletes, cancels or returns an order, as its status and the body say.
+func (m simulation) remove(user, order, body string) answer {
+	a := m.call(user, "DELETE", "/api/orders/"+order, body)
+	if a.status != http.StatusOK {
+		return a
+	}
+	switch a.message() {
+	case "해당 주문의 결제 취소가 완료되었습니다":
+		m.said(order, statusCancelled)
+	case "해당 주문의 반품 요청이 완료되었습니다":
+		m.said(order, statusReturning)
+	}
+	return a
 }
 
 // command runs the program with a configured environment and returns what it printed.

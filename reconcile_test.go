@@ -21,7 +21,7 @@ func TestHoldEnds(t *testing.T) {
 	if !s.inStock("", unpaid) || s.statusOf(second) != statusPaid || s.row(impUID) != "kept" {
 		t.Fatalf("in stock %v, status %d, %s", s.inStock("", unpaid), s.statusOf(second), s.row(impUID))
 	}
-	s.wantOneOwner()
+	s.wantBalanced()
 }
 
 func TestHoldWaitsForTheGateway(t *testing.T) {

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"maps"
 	"math/rand/v2"
 	"net/http"
@@ -22,8 +21,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 var (
@@ -57,6 +54,7 @@ type crash struct {
 	calm      chan struct{}   // closed when the gateway fails no more
 	errands   sync.WaitGroup  // late notices and second reports, still under way
 
+	promises
 	mu       sync.Mutex
 	orders   map[string]*crashOrder
 	verdicts map[string]bool // by imp_uid: what PATCH pay said of the money, true that it is kept, false that it goes back
@@ -65,15 +63,15 @@ type crash struct {
 	figures  map[string]int
 }
 
-// crashOrder is what the service has said of an order, and what was asked of it.
+// crashOrder is what was asked of an order.
 type crashOrder struct {
-	status      int  // it said that it is at least there: a status only grows
-	deleted     bool // it said so
+	deleted     bool // the service said so
 	charged     bool // money was paid for it
 	cancelAsked bool
 }
 
 func TestCrash(t *testing.T) {
+	heavy(t)
 	c := openCrash(t)
 	stopReplicas := c.runReplicas()
 	over, goHome := context.WithCancel(t.Context())
@@ -261,7 +259,12 @@ func (c *crash) injectFault(dice *rand.Rand, goHome func()) {
 	for {
 		// However slow the machine, the service comes to something between two blows and in all.
 		answered, orders := c.progress()
+		waiting := time.Now()
 		for next := answered + dice.IntN(150); answered < next; answered, orders = c.progress() {
+			if time.Since(waiting) > 3*time.Minute {
+				c.t.Error("the service answers nothing any more")
+				return
+			}
 			time.Sleep(5 * time.Millisecond)
 		}
 		done := min(float64(time.Since(start))/float64(*crashFor), float64(orders)/60)
@@ -294,7 +297,7 @@ func (c *crash) progress() (answers, orders int) {
 			answers += n
 		}
 	}
-	return answers, len(c.orders)
+	return answers, len(c.given())
 }
 
 // chooseFault has one call in four go wrong, and every call take its time.
@@ -394,25 +397,21 @@ func (b *crashBuyer) visit() {
 	}
 }
 
-// order makes an order of up to three paintings. When no answer comes he sends it again.
+// order makes an order of up to three paintings; id is "" if it is not made. When no answer comes the buyer sends it again.
 func (b *crashBuyer) order() (id string, total int64) {
 	var cart []string
 	for _, i := range b.rng.Perm(len(b.paintings))[:1+b.rng.IntN(3)] {
 		cart = append(cart, b.paintings[i])
 	}
-	body := orderBody(newNumber(), cart...)
-	for range 3 {
-		a := b.call(b.rng, b.id, "POST", "/api/orders", body)
-		var made orderCreated
-		if a.status == 201 && json.Unmarshal([]byte(a.body), &made) == nil {
-			b.said(made.OrderID, statusUnpaid)
-			return made.OrderID, int64(10000 + 99000*len(cart))
+	again := 0
+	shop := simulation{&b.promises, func(user, method, path string, body any) (a answer) {
+		for a.status == 0 && again < 3 {
+			a, again = b.call(b.rng, user, method, path, body), again+1
 		}
-		if a.status != 0 {
-			break
-		}
-	}
-	return "", 0
+		return a
+	}}
+	id, _ = shop.order(b.id, cart...)
+	return id, int64(10000 + 99000*len(cart))
 }
 
 // pay pays in the gateway's window. The browser may report it, once or more, and notices may come, late or never.
@@ -436,13 +435,17 @@ func (b *crashBuyer) pay(order string, p fakePayment) {
 	}
 }
 
+// simulation is the shop as one who calls it sees it.
+func (c *crash) simulation(dice *rand.Rand) simulation {
+	return simulation{&c.promises, func(user, method, path string, body any) answer { return c.call(dice, user, method, path, body) }}
+}
+
 // report tells the service of a payment, and keeps what it says of the money.
 func (c *crash) report(dice *rand.Rand, order, impUID string) {
-	a := c.call(dice, "", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
+	a := c.simulation(dice).report(order, impUID)
 	paid := a.status == 200
 	if paid {
 		c.count("reports answered 200", 1)
-		c.said(order, statusPaid)
 	}
 	if paid || a.status == 409 || strings.HasPrefix(a.message(), "금액 불일치") {
 		c.mu.Lock()
@@ -470,26 +473,20 @@ func (b *crashBuyer) giveBack() {
 }
 
 // remove deletes, cancels or returns an order, as the body says, and keeps what the service says.
-func (c *crash) remove(user string, dice *rand.Rand, order, body string) answer {
+func (c *crash) remove(user string, dice *rand.Rand, order, body string) {
 	if !strings.Contains(body, "4") {
 		c.change(order, func(o *crashOrder) { o.cancelAsked = true })
 	}
-	a := c.call(dice, user, "DELETE", "/api/orders/"+order, body)
-	if a.status != 200 {
-		return a
-	}
-	switch a.message() {
-	case "해당 주문의 결제 취소가 완료되었습니다":
+	switch a := c.simulation(dice).remove(user, order, body); {
+	case a.status != 200:
+	case a.message() == "해당 주문의 결제 취소가 완료되었습니다":
 		c.count("cancels answered 200", 1)
-		c.said(order, statusCancelled)
-	case "해당 주문의 반품 요청이 완료되었습니다":
+	case a.message() == "해당 주문의 반품 요청이 완료되었습니다":
 		c.count("returns answered 200", 1)
-		c.said(order, statusReturning)
 	default:
 		c.count("deletions answered 200", 1)
 		c.change(order, func(o *crashOrder) { o.deleted = true })
 	}
-	return a
 }
 
 // runAdmin moves orders on, and cancels what was returned and now and then what was just paid.
@@ -544,31 +541,23 @@ func (c *crash) call(dice *rand.Rand, user, method, path string, body any) answe
 // send makes a request of either replica, that which serves if only one does.
 func (c *crash) send(dice *rand.Rand, user, method, path string, body any) (a answer, err error) {
 	replica, address := dice.IntN(2), fmt.Sprintf("10.0.%d.%d", dice.IntN(256), dice.IntN(256))
-	text, ok := body.(string)
-	if !ok && body != nil {
-		text = marshalRaw(body)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), crashPatience)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, method, cmp.Or(c.replicas[replica].url(), c.replicas[1-replica].url())+path, strings.NewReader(text))
-	if err != nil {
-		return a, err
-	}
-	request.Header.Set("X-Forwarded-For", address)
+	authorization := ""
 	if user != "" {
 		token, err := newTokens([]byte(testSecret), time.Now).issue(caller{id: user, admin: user == adminID}, time.Now(), time.Hour)
 		if err != nil {
 			return a, err
 		}
-		request.Header.Set("Authorization", "Bearer "+token)
+		authorization = "Bearer " + token
 	}
-	response, err := http.DefaultClient.Do(request)
+	ctx, cancel := context.WithTimeout(context.Background(), crashPatience)
+	defer cancel()
+	url := cmp.Or(c.replicas[replica].url(), c.replicas[1-replica].url()) + path
+	request, err := newCall(ctx, method, url, authorization, body)
 	if err != nil {
 		return a, err
 	}
-	defer response.Body.Close()
-	answered, err := io.ReadAll(response.Body)
-	return answer{response.StatusCode, response.Header, string(answered)}, err
+	request.Header.Set("X-Forwarded-For", address)
+	return exchange(http.DefaultClient.Do, request)
 }
 
 // change notes something of an order.
@@ -577,15 +566,10 @@ func (c *crash) change(order string, do func(*crashOrder)) {
 	defer c.mu.Unlock()
 	o := c.orders[order]
 	if o == nil {
-		o = &crashOrder{status: statusUnpaid}
+		o = &crashOrder{}
 		c.orders[order] = o
 	}
 	do(o)
-}
-
-// said notes that the service said an order to be at least in status.
-func (c *crash) said(order string, status int) {
-	c.change(order, func(o *crashOrder) { o.status = max(o.status, status) })
 }
 
 // ---- when the dust settles
@@ -609,75 +593,45 @@ func (c *crash) settleDown(ahead string) {
 	})
 }
 
-// crashBooks is an order in the books, and its money here and at the gateway.
-type crashBooks struct {
-	id                 string
-	status             int
-	ended              bool
-	total, here, there int64
-}
-
-// wantProof fails the test for every won, painting or word that is not where it belongs.
+// wantProof fails the test for every won and painting that is not where it belongs, and for every word that was not kept.
 func (c *crash) wantProof() {
-	conn, err := pgx.Connect(c.t.Context(), c.postgres.url)
-	check(c.t, err)
-	defer conn.Close(context.Background())
-	rows, _ := conn.Query(c.t.Context(), `SELECT id, status, ended IS NOT NULL, total_price,
-		coalesce((SELECT sum(amount - refunded) FROM payments p WHERE p.order_id = o.id AND state = 'kept'), 0)::bigint FROM orders o`)
-	all := map[string]*crashBooks{}
-	_, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (struct{}, error) {
-		b := &crashBooks{}
-		err := row.Scan(&b.id, &b.status, &b.ended, &b.total, &b.here)
-		all[b.id] = b
-		return struct{}{}, err
-	})
-	check(c.t, err)
-	for _, p := range c.fake.all() {
-		if left := p.Amount - p.Cancelled; p.Status == "paid" || p.Status == "cancelled" {
-			all[p.MerchantUID].there += left
-			c.count("payments taken", 1)
-			if left == 0 {
-				c.count("payments given back", 1)
-			}
-		}
-		if kept, said := c.verdicts[p.ImpUID]; said && kept && p.Cancelled > 0 && !c.orders[p.MerchantUID].cancelAsked {
-			c.mismatch(p.MerchantUID, "%s was said to be kept, and nobody cancelled its order, but it went back", p.ImpUID)
-		} else if said && !kept && p.Cancelled < p.Amount {
-			c.mismatch(p.MerchantUID, "%s was said to go back and did not", p.ImpUID)
-		}
-	}
-	c.count("orders", len(all))
-	for _, b := range all {
-		c.wantOrder(b)
-	}
-	for id := range c.orders {
-		if all[id] == nil {
-			c.mismatch(id, "was answered to its buyer and is not there")
-		}
-	}
-	wantOneOwner(c.t, c.postgres.url)
 	if out, err := c.command("audit").CombinedOutput(); err != nil {
 		c.t.Errorf("lumiere audit: %v\n%s", err, out)
 	}
+	statuses, live := orderStatuses(c.t, c.postgres.url, "true"), orderStatuses(c.t, c.postgres.url, "ended IS NULL")
+	c.count("orders", len(statuses))
+	for order, problem := range broken(c.given(), statuses) {
+		c.mismatch(order, "%s", problem)
+	}
+	for order, status := range statuses {
+		asked := cmp.Or(c.orders[order], &crashOrder{})
+		_, isLive := live[order]
+		switch {
+		case status == statusCancelled && !asked.cancelAsked:
+			c.mismatch(order, "was cancelled and nobody asked")
+		case asked.deleted && !asked.charged && isLive:
+			c.mismatch(order, "was said to be deleted and is not")
+		}
+	}
+	for _, p := range c.fake.all() {
+		c.wantVerdict(p)
+	}
 }
 
-// wantOrder compares an order's money with the gateway's, and its end with what its buyer and the desk were told.
-func (c *crash) wantOrder(b *crashBooks) {
-	due := int64(0)
-	if b.status >= statusPaid && b.status < statusCancelled {
-		due = b.total
+// wantVerdict compares what became of a payment with what was said of it.
+func (c *crash) wantVerdict(p fakePayment) {
+	if p.Status == "paid" || p.Status == "cancelled" {
+		c.count("payments taken", 1)
+		if p.Cancelled == p.Amount {
+			c.count("payments given back", 1)
+		}
 	}
-	if b.there != b.here || b.here != due {
-		c.mismatch(b.id, "status %d: %d won here, %d at the gateway, should be %d", b.status, b.here, b.there, due)
-	}
-	said := cmp.Or(c.orders[b.id], &crashOrder{status: statusUnpaid}) // its buyer never got the answer
+	kept, said := c.verdicts[p.ImpUID]
 	switch {
-	case b.status < said.status:
-		c.mismatch(b.id, "was said to be in status %d and is in %d", said.status, b.status)
-	case b.status == statusCancelled && !said.cancelAsked:
-		c.mismatch(b.id, "was cancelled and nobody asked")
-	case said.deleted && !said.charged && !b.ended:
-		c.mismatch(b.id, "was said to be deleted and is not")
+	case said && kept && p.Cancelled > 0 && !c.orders[p.MerchantUID].cancelAsked:
+		c.mismatch(p.MerchantUID, "%s was said to be kept, and nobody cancelled its order, but it went back", p.ImpUID)
+	case said && !kept && p.Cancelled < p.Amount:
+		c.mismatch(p.MerchantUID, "%s was said to go back and did not", p.ImpUID)
 	}
 }
 

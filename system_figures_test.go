@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"flag"
@@ -11,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"math"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
@@ -38,7 +36,7 @@ const (
 	figuresRounds  = 5
 )
 
-// TestFigures measures what README.md says under "How fast", prints its table and draws latency.svg. It is no test of
+// TestFigures measures what README.md says under "How fast", prints its table and the latencies. It is no test of
 // anything: a goal that is missed is only said. It needs Linux, pgbench, wrk, and 12 GB of disk for 5,000,000 orders; and for
 // those half of 24 GB of memory as huge pages, without which each connection pays for each page that it sees first.
 func TestFigures(t *testing.T) {
@@ -394,7 +392,23 @@ func (f *baseline) growth(galleries []*loadTest) {
 	others := slices.DeleteFunc(slices.Sorted(maps.Keys(lines)), func(name string) bool { return slices.Contains(lists, name) })
 	f.grown("every call but the lists", 1.2, lines, others)
 	f.grown("lists", 1.5, lines, lists)
-	check(f.t, os.WriteFile("latency.svg", plot(galleries, lines), 0o666))
+	printLatencies(galleries, lines)
+}
+
+// printLatencies prints the medians in milliseconds, a line for each call and a column for each number of orders.
+func printLatencies(galleries []*loadTest, lines map[string][]float64) {
+	fmt.Printf("%-14s", "orders")
+	for _, g := range galleries {
+		fmt.Printf("%10d", g.orders)
+	}
+	fmt.Println()
+	for _, name := range slices.Sorted(maps.Keys(lines)) {
+		fmt.Printf("%-14s", name)
+		for _, ms := range lines[name] {
+			fmt.Printf("%7.2f ms", ms)
+		}
+		fmt.Println()
+	}
 }
 
 // grown says how much slower the calls are with the largest tables than with the smallest.
@@ -402,57 +416,12 @@ func (f *baseline) grown(what string, goal float64, lines map[string][]float64, 
 	worst, slowest := 0.0, ""
 	for _, name := range names {
 		smallest, largest := lines[name][0], lines[name][len(lines[name])-1]
-		fmt.Printf("%s: median %.2f ms, %.2f ms with the largest tables\n", name, smallest, largest)
 		if ratio := largest / smallest; ratio > worst {
 			worst, slowest = ratio, name
 		}
 	}
 	f.row(fmt.Sprintf("%s: median with %d orders against 5000", what, *figuresOrders), fmt.Sprintf("at most %.1f ×", goal),
 		fmt.Sprintf("%.2f × at most (%s)", worst, slowest), worst <= goal)
-}
-
-// plot draws the medians over the number of orders; both axes are logarithmic.
-func plot(galleries []*loadTest, lines map[string][]float64) []byte {
-	const left, top, width, height = 60, 20, 520, 360
-	lowest, highest := math.Inf(1), 0.0
-	for _, line := range lines {
-		lowest, highest = min(lowest, slices.Min(line)), max(highest, slices.Max(line))
-	}
-	bottom, span := math.Floor(math.Log10(lowest)), math.Ceil(math.Log10(highest))-math.Floor(math.Log10(lowest))
-	x := func(i int) float64 { return left + width*float64(i)/float64(max(len(galleries)-1, 1)) }
-	y := func(ms float64) float64 { return top + height*(1-(math.Log10(ms)-bottom)/span) }
-
-	var b bytes.Buffer
-	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">
-<rect width="100%%" height="100%%" fill="white"/>
-`, left+width+120, top+height+50)
-	for decade := 0.0; decade <= span; decade++ {
-		ms := math.Pow(10, bottom+decade)
-		fmt.Fprintf(&b, `<path d="M%d %.1fh%d" stroke="#ccc"/><text x="%d" y="%.1f" text-anchor="end">%g ms</text>`+"\n",
-			left, y(ms), width, left-6, y(ms)+4, ms)
-	}
-	for i, g := range galleries {
-		fmt.Fprintf(&b, `<path d="M%.1f %dv%d" stroke="#ccc"/><text x="%.1f" y="%d" text-anchor="middle">%d</text>`+"\n",
-			x(i), top, height, x(i), top+height+18, g.orders)
-	}
-	fmt.Fprintf(&b, `<text x="%d" y="%d" text-anchor="middle">orders in the database; median of a call, %d connections</text>`+"\n",
-		left+width/2, top+height+40, figuresClients)
-
-	last := len(galleries) - 1
-	names := slices.SortedFunc(maps.Keys(lines), func(a, b string) int { return cmp.Compare(lines[b][last], lines[a][last]) })
-	label := 0.0
-	for i, name := range names {
-		colour := fmt.Sprintf("hsl(%d,70%%,40%%)", 360*i/len(names))
-		points := ""
-		for i, ms := range lines[name] {
-			points += fmt.Sprintf("%.1f,%.1f ", x(i), y(ms))
-		}
-		label = max(label+13, y(lines[name][last])+4)
-		fmt.Fprintf(&b, `<polyline points="%s" fill="none" stroke="%s" stroke-width="2"/><text x="%d" y="%.1f" fill="%s">%s</text>`+"\n",
-			points, colour, left+width+8, label, colour, name)
-	}
-	fmt.Fprintln(&b, "</svg>")
-	return b.Bytes()
 }
 
 // BenchmarkCalls measures each call over real HTTP, with 64 connections, beside what it asks of the store: the bare

@@ -28,6 +28,7 @@ var (
 const runMoves = 60
 
 func TestModel(t *testing.T) {
+	heavy(t)
 	t.Parallel()
 	seed := cmp.Or(*modelSeed, rand.Uint64()>>32)
 	s := newDirectShop(t)
