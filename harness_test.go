@@ -215,7 +215,14 @@ func (s *shop) catalogue(price int64, forSale bool, ids ...string) {
 		all = append(all, painting{id: id, artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희",
 			title: "잠식", image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: price, forSale: forSale})
 	}
-	check(s.t, s.store.importPaintings(context.Background(), all))
+	s.importPaintings(all...)
+}
+
+// importPaintings loads paintings into the catalogue.
+func (s *shop) importPaintings(paintings ...painting) {
+	s.t.Helper()
+	_, err := s.store.importPaintings(context.Background(), paintings)
+	check(s.t, err)
 }
 
 // orderBody is a good body of POST /api/orders for paintings of 99,000 won each; number is its result.id.

@@ -75,14 +75,14 @@ func (s *shop) wantUntouched(order, painting string) {
 // pagePaintings puts the paintings that the page prints into the catalogue.
 func (s *shop) pagePaintings() {
 	s.t.Helper()
-	check(s.t, s.store.importPaintings(s.t.Context(), []painting{
-		{id: "61a4debe4f5f6aa036bfec5f", artistID: "61a4debe4f5f6aa036bfec5d", artistName: "로키산맥", title: "파멸",
+	s.importPaintings(
+		painting{id: "61a4debe4f5f6aa036bfec5f", artistID: "61a4debe4f5f6aa036bfec5d", artistName: "로키산맥", title: "파멸",
 			image: "/images/owner/1.jpg", size: "163x131cm", canvas: 100, price: 469000, forSale: true},
-		{id: "61a58ed5eebb463c14eca0f9", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "날갯짓",
+		painting{id: "61a58ed5eebb463c14eca0f9", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "날갯짓",
 			image: "/images/bye/2.jpg", size: "146x112cm", canvas: 80, price: 310000, forSale: true},
-		{id: "61a4c895f59ea1b7a727a658", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "잠식",
+		painting{id: "61a4c895f59ea1b7a727a658", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "잠식",
 			image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true},
-	}))
+	)
 }
 
 const pageCartItems = `[{"info":{"size":"163x131cm","canvas":100},"_id":"61a4debe4f5f6aa036bfec5f",` +
@@ -788,8 +788,8 @@ func TestShowOrder(t *testing.T) {
 	}
 
 	// The snapshot is of that day.
-	check(t, s.store.importPaintings(t.Context(), []painting{{id: "61a4c895f59ea1b7a727a658", artistID: newTestID(), artistName: "다른 이",
-		title: "다른 제목", image: "/other.jpg", size: "1x1cm", canvas: 1, price: 1, forSale: true}}))
+	s.importPaintings(painting{id: "61a4c895f59ea1b7a727a658", artistID: newTestID(), artistName: "다른 이",
+		title: "다른 제목", image: "/other.jpg", size: "1x1cm", canvas: 1, price: 1, forSale: true})
 	s.wantBody(s.call(buyer, "GET", path, nil), 200, paid)
 	s.wantBody(s.call(buyer, "GET", "/api/orders/latest", nil), 200, "{"+delivery+details+orderer+`"_id":"`+made.OrderID+`"}`)
 }

@@ -209,7 +209,7 @@ func TestImport(t *testing.T) {
 	url := newTestDatabase(t)
 	first, second := newTestID(), newTestID()
 	out, err := command(t, url, "["+catalogueEntry(first, "", "")+","+catalogueEntry(second, "true", "false")+"]", "import", "-")
-	if err != nil || out != "2 paintings imported\n" { // before the first start
+	if err != nil || out != "2 paintings imported: 2 new, 0 put on sale, 0 taken off sale\n" { // before the first start
 		t.Fatalf("%v, %s", err, out)
 	}
 	for _, row := range []struct{ old, new, problem string }{
@@ -236,9 +236,9 @@ func TestImportKeepsHolds(t *testing.T) {
 	s := newShop(t)
 	painting := s.painting(99000)
 	s.order(buyerA, painting)
-	n, err := importCatalogue(t.Context(), s.store, strings.NewReader("["+catalogueEntry(painting, "잠식", "바뀐 제목")+"]"))
-	if err != nil || n != 1 || s.inStock(buyerB, painting) {
-		t.Fatalf("%d imported, %v, in stock %v", n, err, s.inStock(buyerB, painting))
+	result, err := importCatalogue(t.Context(), s.store, strings.NewReader("["+catalogueEntry(painting, "잠식", "바뀐 제목")+"]"))
+	if err != nil || result.loaded != 1 || s.inStock(buyerB, painting) {
+		t.Fatalf("%+v, %v, in stock %v", result, err, s.inStock(buyerB, painting))
 	}
 }
 
@@ -248,8 +248,8 @@ func TestImportManyPaintings(t *testing.T) {
 	for i := range entries {
 		entries[i] = catalogueEntry(fmt.Sprintf("%024x", i+1), "", "")
 	}
-	n, err := importCatalogue(context.Background(), s.store, strings.NewReader("["+strings.Join(entries, ",")+"]"))
-	if err != nil || n != len(entries) {
-		t.Fatalf("%d imported, %v", n, err)
+	result, err := importCatalogue(context.Background(), s.store, strings.NewReader("["+strings.Join(entries, ",")+"]"))
+	if err != nil || result.loaded != len(entries) {
+		t.Fatalf("%d imported, %v", result.loaded, err)
 	}
 }

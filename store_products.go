@@ -52,10 +52,21 @@ func (s *store) firstPaintingIDs(ctx context.Context, most int) ([]string, error
 	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
-// importPaintings loads or updates the catalogue by id, all or nothing. Who has a painting is not the catalogue's
-// to say: an order keeps what it holds.
-func (s *store) importPaintings(ctx context.Context, paintings []painting) error {
-	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+// importResult is what an import changed.
+type importResult struct {
+	loaded  int      // paintings in the file
+	added   int      // of those, paintings that are new
+	onSale  int      // paintings of before that were put on sale
+	offSale int      // paintings of before that were taken off sale
+	ordered []string // ids of paintings whose sale state was left alone, against the file, because an order has them
+}
+
+// importPaintings loads or updates the catalogue by id, all or nothing. It never changes who has a painting, nor whether
+// a painting is for sale while an order has it: cart-items says that a held painting is out of stock, and a catalogue made
+// from its answer must not take that painting off sale for good.
+func (s *store) importPaintings(ctx context.Context, paintings []painting) (result importResult, err error) {
+	result.loaded = len(paintings)
+	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `CREATE TEMPORARY TABLE incoming ON COMMIT DROP AS
 			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM products WITH NO DATA`); err != nil {
 			return err
@@ -67,13 +78,25 @@ func (s *store) importPaintings(ctx context.Context, paintings []painting) error
 		})); err != nil {
 			return err
 		}
-		// In id order, as everybody locks paintings.
+		// In id order, as everybody locks paintings. What is counted under these locks is what the next statement finds.
+		if err := tx.QueryRow(ctx, `
+			WITH existing AS MATERIALIZED (
+				SELECT p.id, p.order_id IS NOT NULL AS ordered, p.for_sale, i.for_sale AS wanted
+				FROM products p JOIN incoming i ON i.id = p.id ORDER BY p.id FOR NO KEY UPDATE OF p)
+			SELECT $1::bigint - count(*), count(*) FILTER (WHERE wanted AND NOT for_sale AND NOT ordered),
+				count(*) FILTER (WHERE NOT wanted AND for_sale AND NOT ordered),
+				array_agg(id ORDER BY id) FILTER (WHERE wanted <> for_sale AND ordered)
+			FROM existing`, len(paintings)).Scan(&result.added, &result.onSale, &result.offSale, &result.ordered); err != nil {
+			return err
+		}
 		_, err := tx.Exec(ctx, `
 			INSERT INTO products (id, artist_id, artist_name, title, image, size, canvas, price, for_sale)
 			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM incoming ORDER BY id
 			ON CONFLICT (id) DO UPDATE SET artist_id = excluded.artist_id, artist_name = excluded.artist_name,
 				title = excluded.title, image = excluded.image, size = excluded.size, canvas = excluded.canvas,
-				price = excluded.price, for_sale = excluded.for_sale`)
+				price = excluded.price,
+				for_sale = CASE WHEN products.order_id IS NULL THEN excluded.for_sale ELSE products.for_sale END`)
 		return err
 	})
+	return result, err
 }
