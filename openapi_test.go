@@ -52,6 +52,7 @@ type apiFile struct {
 
 type apiCall struct {
 	OperationID, Summary, Description string
+	Tags                              []string
 	Security                          *[]any // nil: with a token
 	Parameters                        []*apiText
 	RequestBody                       *apiBody

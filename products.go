@@ -122,6 +122,40 @@ func isProductID(key string) bool {
 	return ok && (index == "" || (index[0] == '[' && index[len(index)-1] == ']'))
 }
 
+// ---- PATCH /api/products/{id}
+
+// changeProduct answers PATCH /api/products/{id}: an administrator puts a painting on sale or takes it off sale.
+func (s *server) changeProduct(r *request) (any, error) {
+	var body struct {
+		ForSale *bool `json:"forSale"`
+	}
+	if err := decodeBody(r, &body); err != nil {
+		return nil, err
+	}
+	if body.ForSale == nil {
+		return nil, fieldError("forSale", "값이 필요합니다")
+	}
+	unknown := statusError(http.StatusNotFound, "존재하지 않는 작품입니다")
+	id, ok := parseID(r.PathValue("id"))
+	if !ok {
+		return nil, unknown
+	}
+	err := s.settler.changeSale(r.Context(), r.actor(), id, *body.ForSale)
+	switch {
+	case errors.Is(err, errNotFound):
+		return nil, unknown
+	case errors.Is(err, errSold):
+		return nil, statusError(http.StatusConflict, "결제된 주문의 작품은 판매 상태를 변경할 수 없습니다")
+	case errors.Is(err, errStale):
+		return nil, statusError(http.StatusConflict, "작품이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
+	case err != nil:
+		return nil, err
+	}
+	return message{"판매 상태가 변경되었습니다"}, nil
+}
+
+// ---- import
+
 // importCatalogue loads or updates paintings from a JSON array in the shape that cart-items answers, all or nothing. The
 // error names the entry that is wrong.
 func importCatalogue(ctx context.Context, store *store, file io.Reader) (importResult, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -99,4 +100,50 @@ func (s *store) importPaintings(ctx context.Context, paintings []painting) (resu
 		return err
 	})
 	return result, err
+}
+
+// ---- whether a painting is for sale
+
+// paintingOrder is the order that has a painting; the zero value when none has it.
+type paintingOrder struct {
+	id   string
+	paid bool
+}
+
+// findPaintingOrder returns the order that has painting id. errNotFound: there is no such painting.
+func (s *store) findPaintingOrder(ctx context.Context, id string) (o paintingOrder, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	err = s.pool.QueryRow(ctx, `SELECT coalesce(o.id, ''), coalesce(o.status >= 0, false)
+		FROM products p LEFT JOIN orders o ON o.id = p.order_id WHERE p.id = $1`, id).Scan(&o.id, &o.paid)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return o, errNotFound
+	}
+	return o, err
+}
+
+// setForSale puts painting id on sale or takes it off sale. errStale: another order than orderID (empty: none) has it.
+func (s *store) setForSale(ctx context.Context, id, orderID string, forSale bool) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	return exactlyOne(s.pool.QueryRow(ctx, `UPDATE products SET for_sale = $3
+		WHERE id = $1 AND order_id IS NOT DISTINCT FROM nullif($2, '') RETURNING id`, id, orderID, forSale))
+}
+
+// withdrawPainting ends the unpaid order orderID, takes painting id, which is one of its paintings, off sale, and frees the
+// others. The gateway is asked about the order again at nextLook. errStale: it is not unpaid any more.
+func (s *store) withdrawPainting(ctx context.Context, by actor, id, orderID string, now, nextLook time.Time) error {
+	batch := &pgx.Batch{}
+	batch.Queue(lockBuyerOf, by.setting(), orderID)
+	batch.Queue(`
+		WITH o AS (
+			UPDATE orders SET ended = 'withdrawn', updated_at = $3, next_look_at = $4 WHERE id = $2 AND status = -1 AND ended IS NULL
+			RETURNING id, product_ids
+		), theirs AS (
+			SELECT p.id FROM products p JOIN o ON p.id = ANY(o.product_ids) AND p.order_id = o.id ORDER BY p.id FOR NO KEY UPDATE OF p
+		), freed AS (
+			UPDATE products SET order_id = NULL, for_sale = for_sale AND products.id <> $1 FROM theirs WHERE products.id = theirs.id
+		)
+		SELECT id FROM o`, id, orderID, now, nextLook).QueryRow(exactlyOne)
+	return s.transact(ctx, batch)
 }
