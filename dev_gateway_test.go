@@ -60,6 +60,10 @@ func identifyCall(r *http.Request, body []byte) (name, id string) {
 		return "cancel", cancel.MerchantUID
 	case path[0] == "payments" && slices.Contains([]string{"find", "findAll"}, path[1]):
 		return path[1], path[2]
+	case path[0] == "payments" && path[1] == "status":
+		return "list", ""
+	case path[0] == "vbanks":
+		return "account", path[1]
 	case path[0] == "payments" && path[2] == "":
 		return "payment", path[1]
 	}

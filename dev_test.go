@@ -25,8 +25,8 @@ func TestPage(t *testing.T) {
 	house := &devEnv{gateway: s.fake.fakeGateway}
 	check(t, house.setUp(t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))
 	const odd = `<img src="/odd" onerror="alert(1)"> & "따옴표"`
-	check(t, s.store.importPaintings(t.Context(), []painting{{id: newTestID(), artistID: newTestID(), artistName: "<b>화가</b>", title: odd,
-		image: "/images/odd.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true}}))
+	s.importPaintings(painting{id: newTestID(), artistID: newTestID(), artistName: "<b>화가</b>", title: odd,
+		image: "/images/odd.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true})
 
 	b := openBrowser(t, s.url)
 	b.do("Page.navigate", object{"url": s.url + "/"})

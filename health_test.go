@@ -80,7 +80,7 @@ func TestNotReadyWithAnOlderSchema(t *testing.T) {
 
 func TestNotReadyWithAStuckReconciler(t *testing.T) {
 	s := newShop(t)
-	s.clock.advance(10 * s.config.reconcile)
+	s.clock.advance(max(10*s.config.reconcile, refundLease))
 	s.want(s.ready(), 200, "")
 	s.clock.advance(time.Second)
 	if a := s.want(s.ready(), 503, ""); !strings.Contains(a.body, "ten intervals") {

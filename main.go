@@ -231,7 +231,7 @@ func newLog(c config, to io.Writer) *slog.Logger {
 
 // ---- commands
 
-// importCommand loads the catalogue from the file called name, - being standard input.
+// importCommand loads the catalogue from the file called name, - being standard input, and prints what that changed.
 func importCommand(ctx context.Context, c config, name string, in io.Reader, out io.Writer) error {
 	if name != "-" {
 		file, err := os.Open(name)
@@ -242,11 +242,16 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 		in = file
 	}
 	return withStore(ctx, &c, func(store *store) error {
-		n, err := importCatalogue(ctx, store, in)
-		if err == nil {
-			fmt.Fprintf(out, "%d paintings imported\n", n)
+		result, err := importCatalogue(ctx, store, in)
+		if err != nil {
+			return err
 		}
-		return err
+		fmt.Fprintf(out, "%d paintings imported: %d new, %d put on sale, %d taken off sale\n",
+			result.loaded, result.added, result.onSale, result.offSale)
+		for _, id := range result.ordered {
+			fmt.Fprintf(out, "%s: an order has it, so whether it is for sale was not changed\n", id)
+		}
+		return nil
 	})
 }
 

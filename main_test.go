@@ -497,7 +497,14 @@ func (s *shop) catalogue(price int64, forSale bool, ids ...string) {
 		all = append(all, painting{id: id, artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희",
 			title: "잠식", image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: price, forSale: forSale})
 	}
-	check(s.t, s.store.importPaintings(context.Background(), all))
+	s.importPaintings(all...)
+}
+
+// importPaintings loads paintings into the catalogue.
+func (s *shop) importPaintings(paintings ...painting) {
+	s.t.Helper()
+	_, err := s.store.importPaintings(context.Background(), paintings)
+	check(s.t, err)
 }
 
 // orderBody is a good body of POST /api/orders for paintings of 99,000 won each; number is its result.id.
@@ -633,6 +640,18 @@ func (s *shop) refuseCancels() {
 		}
 		return fault{}
 	})
+}
+
+// stuckRefund is a paid order of user's whose cancel the gateway refuses until it needs a person. The gateway goes on refusing.
+func (s *shop) stuckRefund(user string) (order, impUID string) {
+	s.t.Helper()
+	order, impUID, _ = s.paid(user)
+	s.refuseCancels()
+	s.want(s.call(user, "DELETE", "/api/orders/"+order, nil), 502, messageRefundPending)
+	for range stuckAfter - 1 {
+		s.later(time.Hour)
+	}
+	return order, impUID
 }
 
 // status is the order's status as its buyer or the desk sees it.

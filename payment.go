@@ -457,3 +457,40 @@ func noticeImpUID(r *request) (string, error) {
 	}
 	return notice.ImpUID, nil
 }
+
+// errSold says that a paid order has the painting.
+var errSold = errors.New("a paid order has the painting")
+
+// changeSale puts a painting on sale or takes it off sale. An unpaid order that holds a painting taken off sale ends,
+// unless its money is at the gateway: then it is paid. errSold: a paid order has the painting. errNotFound: there is no
+// such painting. errStale: it kept changing hands.
+func (t *settler) changeSale(ctx context.Context, by actor, id string, forSale bool) error {
+	// Each change names the order that has the painting. When that has changed, the painting is looked at anew.
+	for range 5 {
+		order, err := t.store.findPaintingOrder(ctx, id)
+		if err != nil {
+			return err
+		}
+		t.testHook("painting read", id)
+		switch {
+		case order.paid:
+			return errSold
+		case forSale || order.id == "":
+			err = t.store.setForSale(context.WithoutCancel(ctx), id, order.id, forSale)
+		default:
+			if _, err := t.checkUnpaid(ctx, by, order.id); err != nil && !errors.Is(err, errNoPayment) {
+				return err
+			}
+			t.testHook("withdrawing", order.id)
+			now := t.now()
+			err = t.store.withdrawPainting(context.WithoutCancel(ctx), by, id, order.id, now, now.Add(t.hold))
+		}
+		if err == nil {
+			t.log.Info("sale state changed", "painting", id, "for_sale", forSale, "administrator", by.id, "request", by.request)
+		}
+		if !errors.Is(err, errStale) {
+			return err
+		}
+	}
+	return errStale
+}

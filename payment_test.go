@@ -205,7 +205,7 @@ func TestConsoleRefund(t *testing.T) {
 	check(t, s.fake.refundInConsole(impUID, 0))
 	s.want(s.notice(impUID), 200, "")
 	s.want(s.notice(impUID), 200, "")
-	if s.statusOf(order) != statusCancelled || s.row(impUID) != "refunded: "+reasonAtTheGateway || !s.inStock("", painting) {
+	if s.statusOf(order) != statusCancelled || s.row(impUID) != "refunded: "+reasonAtTheGateway || s.inStock("", painting) {
 		t.Fatalf("whole refund: status %d, %s", s.statusOf(order), s.row(impUID))
 	}
 }
@@ -400,5 +400,215 @@ func TestRefundsThatWaitDoNotFloodTheLog(t *testing.T) {
 	}
 	if n := len(s.movements()); n != 3*len(orders) {
 		t.Errorf("%d movements logged", n)
+	}
+}
+
+// ---- what the gateway may report besides
+
+// A status proves nothing: money came if the payment was ever paid.
+func TestPaymentThatNeverWasMoney(t *testing.T) {
+	s := newShop(t)
+	for name, p := range map[string]fakePayment{
+		"a virtual account ended before a deposit": {Status: "cancelled", Amount: 109000, PayMethod: "vbank"},
+		"a card that was registered":               {Status: "paid", Amount: 0, PaidAt: s.now()},
+		"paid, without a time":                     {Status: "cancelled", Amount: 109000, Cancelled: 0},
+	} {
+		for _, by := range []func(string) answer{s.report, s.notice} {
+			painting := s.painting(99000)
+			p.MerchantUID, p.ImpUID = s.order(newTestID(), painting), ""
+			impUID := s.fake.pay(p)
+			a := by(impUID)
+			if a.status != 400 && a.message() != "확인했습니다" {
+				t.Errorf("%s: answered %d %s", name, a.status, a.body)
+			}
+			s.later(time.Second)
+			if s.statusOf(p.MerchantUID) != statusUnpaid || s.row(impUID) != "none" {
+				t.Errorf("%s: status %d, %s", name, s.statusOf(p.MerchantUID), s.row(impUID))
+			}
+		}
+	}
+	s.wantBalanced()
+}
+
+// All of a payment may be back although its status does not say so.
+func TestPaymentRefundedWithoutSayingSo(t *testing.T) {
+	s := newShop(t)
+	order, impUID, painting := s.paid(buyerA)
+	s.fake.set(impUID, func(p *fakePayment) { p.Cancelled = p.Amount })
+	s.want(s.notice(impUID), 200, "확인했습니다")
+	if s.statusOf(order) != statusCancelled || s.row(impUID) != "refunded: "+reasonAtTheGateway || !s.inStock("", painting) {
+		t.Fatalf("status %d, %s", s.statusOf(order), s.row(impUID))
+	}
+	s.wantBalanced()
+}
+
+// A payment belongs to one order for ever.
+func TestPaymentThatNamesAnotherOrder(t *testing.T) {
+	s := newShop(t)
+	first, impUID, _ := s.paid(buyerA)
+	second := s.order(buyerB, s.painting(99000))
+	s.fake.set(impUID, func(p *fakePayment) { p.MerchantUID = second })
+	s.want(s.report(impUID), 409, "imp_uid: 이미 다른 주문에 사용된 결제입니다")
+	s.want(s.notice(impUID), 200, "확인했습니다")
+	s.later(time.Second)
+	s.later(31 * time.Minute) // the end of the second order's hold
+	if s.statusOf(first) != statusPaid || s.row(impUID) != "kept" {
+		t.Fatalf("status %d, %s", s.statusOf(first), s.row(impUID))
+	}
+	s.want(s.call(buyerB, "GET", "/api/orders/"+second, nil), 404, "")
+	report := s.audit()
+	if len(report.Mismatches) != 2 || report.Mismatches[0].Kind != mismatchOtherOrder.name || report.Mismatches[1].Kind != mismatchOtherOrder.name {
+		t.Fatalf("the audit finds %+v", report.Mismatches)
+	}
+
+	// It stands in the way of nothing else.
+	other, otherUID, _ := s.paid(buyerB)
+	s.charge(other, 109000)
+	s.later(time.Second)
+	if s.statusOf(other) != statusPaid || s.row(otherUID) != "kept" {
+		t.Fatalf("another order: status %d, %s", s.statusOf(other), s.row(otherUID))
+	}
+}
+
+// An ended order is no option on yesterday's price.
+func TestLateMoneyPaysTodaysPrice(t *testing.T) {
+	for name, row := range map[string]struct {
+		late    time.Duration // after the order's end
+		change  func(s *shop, painting string)
+		revived bool
+	}{
+		"at once":                 {time.Minute, nil, true},
+		"within a day":            {24*time.Hour - time.Minute, nil, true},
+		"after a day":             {24*time.Hour + time.Minute, nil, false},
+		"after 90 days":           {90 * 24 * time.Hour, nil, false},
+		"the price has changed":   {time.Minute, func(s *shop, painting string) { s.catalogue(990000, true, painting) }, false},
+		"no longer for sale":      {time.Minute, func(s *shop, painting string) { s.catalogue(99000, false, painting) }, false},
+		"another buyer's by now":  {time.Minute, func(s *shop, painting string) { s.order(buyerB, painting) }, false},
+		"the same buyer's unpaid": {time.Minute, func(s *shop, painting string) { s.order(buyerA, painting) }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newDirectShop(t)
+			painting := s.painting(99000)
+			order := s.order(buyerA, painting)
+			s.later(31 * time.Minute)
+			s.later(row.late)
+			if row.change != nil {
+				row.change(s, painting)
+			}
+			impUID := s.charge(order, 109000)
+			a := s.report(impUID)
+			if row.revived {
+				s.want(a, 200, "결제 성공")
+				s.wantMoney(impUID, 0)
+			} else {
+				s.want(a, 409, "주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다")
+				s.wantMoney(impUID, 109000)
+			}
+			s.wantBalanced()
+		})
+	}
+}
+
+// A whole refund at the gateway frees a painting only if it never left the shop.
+func TestRefundAtTheGatewayAfterDelivery(t *testing.T) {
+	s := newShop(t)
+	for status, free := range []bool{statusPaid: true, statusPreparing: true, statusShipping: false, statusDelivered: false, statusReturning: false} {
+		order, impUID, painting := s.orderAt(status)
+		check(t, s.fake.chargeback(impUID))
+		s.later(time.Second) // no notice comes
+		if s.statusOf(order) != statusCancelled || s.row(impUID) != "refunded: "+reasonAtTheGateway || s.inStock("", painting) != free {
+			t.Errorf("from %d: status %d, %s, in stock: %v", status, s.statusOf(order), s.row(impUID), s.inStock("", painting))
+		}
+		if free {
+			continue
+		}
+		s.want(s.call(buyerB, "POST", "/api/orders", orderBody(newNumber(), painting)), 409, "")
+		s.want(s.call(adminID, "PATCH", "/api/products/"+painting, `{"forSale":true}`), 200, "")
+		if !s.inStock("", painting) {
+			t.Errorf("from %d: the administrator's word did not put it on sale", status)
+		}
+	}
+	// The administrator's own cancel of a return says that the painting is back.
+	order, _, painting := s.orderAt(statusReturning)
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "")
+	if !s.inStock("", painting) {
+		t.Error("a painting that was returned is off sale")
+	}
+	s.wantBalanced()
+}
+
+// An issued virtual account is ended; a deposit that comes all the same is late money as any other.
+func TestVirtualAccount(t *testing.T) {
+	const refused = "가상계좌로는 결제할 수 없어 발급된 계좌를 해지했습니다. 다른 결제 수단을 이용해 주세요"
+	s := newShop(t)
+	painting := s.painting(99000)
+	order := s.order(buyerA, painting)
+	impUID := s.fake.issueAccount(order, 109000)
+	s.fake.faultOnce("account", fault{before: answer500})
+	if a := s.report(impUID); a.status < 500 {
+		t.Fatalf("a gateway that does not end the account: %d %s", a.status, a.body)
+	}
+	s.want(s.report(impUID), 409, refused)
+	if p, _ := s.fake.get(impUID); p.Status != "cancelled" {
+		t.Fatalf("the account is %s", p.Status)
+	}
+	s.want(s.report(impUID), 400, "imp_uid: 결제가 완료되지 않았습니다")
+	s.wantUntouched(order, painting)
+
+	issued := s.fake.issueAccount(order, 109000)
+	s.want(s.notice(issued), 200, "확인했습니다")
+	if p, _ := s.fake.get(issued); p.Status != "cancelled" {
+		t.Fatalf("the account of the notice is %s", p.Status)
+	}
+	others := s.fake.issueAccount("another-shop-1", 109000)
+	s.want(s.notice(others), 200, "확인했습니다")
+	if p, _ := s.fake.get(others); p.Status != "ready" {
+		t.Fatalf("another shop's account is %s", p.Status)
+	}
+
+	// Somebody has just paid in: the account is not ended, and its money counts.
+	deposited := s.fake.issueAccount(order, 109000)
+	s.fake.faultOnce("account", fault{before: func(http.ResponseWriter, *http.Request) bool { check(t, s.fake.deposit(deposited)); return false }})
+	s.want(s.report(deposited), 409, refused)
+	s.later(time.Second)
+	if s.statusOf(order) != statusPaid || s.row(deposited) != "kept" {
+		t.Fatalf("status %d, %s", s.statusOf(order), s.row(deposited))
+	}
+	s.wantBalanced()
+}
+
+// A cancel that is refused because something went back meanwhile is tried once more in the same call.
+func TestCancelWithAStaleRemainder(t *testing.T) {
+	s := newShop(t)
+	order, impUID, _ := s.paid(buyerA)
+	check(t, s.fake.refundInConsole(impUID, 9000)) // nobody was told
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "해당 주문의 결제 취소가 완료되었습니다")
+	s.wantMoney(impUID, 109000)
+	if n := s.fake.calls("cancel"); n != 2 {
+		t.Fatalf("%d cancels were asked for", n)
+	}
+	s.wantBalanced()
+}
+
+// One payment that cannot be read hides no other, and the gateway does not count as down because of it.
+func TestUnreadablePayment(t *testing.T) {
+	s := newShop(t)
+	bad, badUID, _ := s.paid(buyerA)
+	s.fake.set(badUID, func(p *fakePayment) { p.Amount = -1 })
+	good := s.order(buyerB, s.painting(99000))
+	goodUID := s.charge(good, 109000)
+	s.later(time.Second)
+	if s.statusOf(good) != statusPaid || s.row(goodUID) != "kept" || s.statusOf(bad) != statusPaid {
+		t.Fatalf("status %d, %s", s.statusOf(good), s.row(goodUID))
+	}
+	if a := s.want(s.ready(), 200, ""); strings.Contains(a.body, "not answering") {
+		t.Fatalf("ready: %s", a.body)
+	}
+	report, err := s.auditor().audit(t.Context(), s.now().Add(-time.Hour))
+	if err != nil || len(report.Mismatches) != 1 || report.Mismatches[0].Kind != mismatchUnreadable.name || report.Mismatches[0].Order != bad {
+		t.Fatalf("%+v, %v", report.Mismatches, err)
+	}
+	if n := strings.Count(s.logged.String(), `"payment not read"`); n != 1 {
+		t.Fatalf("%d lines of the log name it", n)
 	}
 }

@@ -122,34 +122,68 @@ func isProductID(key string) bool {
 	return ok && (index == "" || (index[0] == '[' && index[len(index)-1] == ']'))
 }
 
-// importCatalogue loads or updates paintings from a JSON array in the shape that cart-items answers, all or nothing, and
-// returns how many. The error names the entry that is wrong.
-func importCatalogue(ctx context.Context, store *store, file io.Reader) (int, error) {
+// ---- PATCH /api/products/{id}
+
+// changeProduct answers PATCH /api/products/{id}: an administrator puts a painting on sale or takes it off sale.
+func (s *server) changeProduct(r *request) (any, error) {
+	var body struct {
+		ForSale *bool `json:"forSale"`
+	}
+	if err := decodeBody(r, &body); err != nil {
+		return nil, err
+	}
+	if body.ForSale == nil {
+		return nil, fieldError("forSale", "값이 필요합니다")
+	}
+	unknown := statusError(http.StatusNotFound, "존재하지 않는 작품입니다")
+	id, ok := parseID(r.PathValue("id"))
+	if !ok {
+		return nil, unknown
+	}
+	err := s.settler.changeSale(r.Context(), r.actor(), id, *body.ForSale)
+	switch {
+	case errors.Is(err, errNotFound):
+		return nil, unknown
+	case errors.Is(err, errSold):
+		return nil, statusError(http.StatusConflict, "결제된 주문의 작품은 판매 상태를 변경할 수 없습니다")
+	case errors.Is(err, errStale):
+		return nil, statusError(http.StatusConflict, "작품이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
+	case err != nil:
+		return nil, err
+	}
+	return message{"판매 상태가 변경되었습니다"}, nil
+}
+
+// ---- import
+
+// importCatalogue loads or updates paintings from a JSON array in the shape that cart-items answers, all or nothing. The
+// error names the entry that is wrong.
+func importCatalogue(ctx context.Context, store *store, file io.Reader) (importResult, error) {
 	text, err := io.ReadAll(file)
 	if err != nil {
-		return 0, err
+		return importResult{}, err
 	}
 	var entries []json.RawMessage
 	if err := json.Unmarshal(bytes.TrimPrefix(text, []byte("\ufeff")), &entries); err != nil {
-		return 0, fmt.Errorf("the catalogue is not a JSON array: %w", err)
+		return importResult{}, fmt.Errorf("the catalogue is not a JSON array: %w", err)
 	}
 	if entries == nil {
-		return 0, errors.New("the catalogue is null, not a JSON array")
+		return importResult{}, errors.New("the catalogue is null, not a JSON array")
 	}
 	paintings := make([]painting, len(entries))
 	seen := make(map[string]int, len(entries))
 	for i, entry := range entries {
 		p, err := parsePainting(entry)
 		if err != nil {
-			return 0, fmt.Errorf("entry %d (_id %q): %w", i+1, p.id, err)
+			return importResult{}, fmt.Errorf("entry %d (_id %q): %w", i+1, p.id, err)
 		}
 		if first, ok := seen[p.id]; ok {
-			return 0, fmt.Errorf("entry %d (_id %q): the same _id as entry %d", i+1, p.id, first)
+			return importResult{}, fmt.Errorf("entry %d (_id %q): the same _id as entry %d", i+1, p.id, first)
 		}
 		seen[p.id] = i + 1
 		paintings[i] = p
 	}
-	return len(paintings), store.importPaintings(ctx, paintings)
+	return store.importPaintings(ctx, paintings)
 }
 
 // maxPrice bounds a painting's price, in won, so that no sum of prices overflows or leaves what JavaScript counts exactly.

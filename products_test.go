@@ -14,14 +14,14 @@ import (
 // pagePaintings puts the paintings that the page prints into the catalogue.
 func (s *shop) pagePaintings() {
 	s.t.Helper()
-	check(s.t, s.store.importPaintings(s.t.Context(), []painting{
+	s.importPaintings([]painting{
 		{id: "61a4debe4f5f6aa036bfec5f", artistID: "61a4debe4f5f6aa036bfec5d", artistName: "로키산맥", title: "파멸",
 			image: "/images/owner/1.jpg", size: "163x131cm", canvas: 100, price: 469000, forSale: true},
 		{id: "61a58ed5eebb463c14eca0f9", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "날갯짓",
 			image: "/images/bye/2.jpg", size: "146x112cm", canvas: 80, price: 310000, forSale: true},
 		{id: "61a4c895f59ea1b7a727a658", artistID: "61a4c82a2c1eaad2e0d0084c", artistName: "안영희", title: "잠식",
 			image: "/images/bye/1.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true},
-	}))
+	}...)
 }
 
 const pageCartItems = `[{"info":{"size":"163x131cm","canvas":100},"_id":"61a4debe4f5f6aa036bfec5f",` +
@@ -171,7 +171,7 @@ func TestImport(t *testing.T) {
 	url := newTestDatabase(t)
 	first, second := newTestID(), newTestID()
 	out, err := command(t, url, "["+catalogueEntry(first, "", "")+","+catalogueEntry(second, "true", "false")+"]", "import", "-")
-	if err != nil || out != "2 paintings imported\n" { // before the first start
+	if err != nil || out != "2 paintings imported: 2 new, 0 put on sale, 0 taken off sale\n" { // before the first start
 		t.Fatalf("%v, %s", err, out)
 	}
 	for _, row := range []struct{ old, new, problem string }{
@@ -198,9 +198,9 @@ func TestImportKeepsHolds(t *testing.T) {
 	s := newShop(t)
 	painting := s.painting(99000)
 	s.order(buyerA, painting)
-	n, err := importCatalogue(t.Context(), s.store, strings.NewReader("["+catalogueEntry(painting, "잠식", "바뀐 제목")+"]"))
-	if err != nil || n != 1 || s.inStock(buyerB, painting) {
-		t.Fatalf("%d imported, %v, in stock %v", n, err, s.inStock(buyerB, painting))
+	result, err := importCatalogue(t.Context(), s.store, strings.NewReader("["+catalogueEntry(painting, "잠식", "바뀐 제목")+"]"))
+	if err != nil || result.loaded != 1 || s.inStock(buyerB, painting) {
+		t.Fatalf("%d imported, %v, in stock %v", result.loaded, err, s.inStock(buyerB, painting))
 	}
 }
 
@@ -211,9 +211,9 @@ func TestImportManyPaintings(t *testing.T) {
 	for i := range entries {
 		entries[i] = catalogueEntry(fmt.Sprintf("%024x", i+1), "", "")
 	}
-	n, err := importCatalogue(context.Background(), s.store, strings.NewReader("["+strings.Join(entries, ",")+"]"))
-	if err != nil || n != len(entries) {
-		t.Fatalf("%d imported, %v", n, err)
+	result, err := importCatalogue(context.Background(), s.store, strings.NewReader("["+strings.Join(entries, ",")+"]"))
+	if err != nil || result.loaded != len(entries) {
+		t.Fatalf("%d imported, %v", result.loaded, err)
 	}
 }
 

@@ -392,6 +392,7 @@ func (s *server) routes() []route {
 	return []route{
 		{"GET /api/products/cart-items", public, 200, s.cartItems},
 		{"GET /api/products/total-price", authenticated, 200, s.totalPrice},
+		{"PATCH /api/products/{id}", admin, 200, s.changeProduct},
 		{"POST /api/orders", authenticated, 201, s.createOrder},
 		{"PATCH /api/orders/pay", public, 200, s.pay},
 		{"DELETE /api/orders/{id}", authenticated, 200, ofOrder(messageNoSuchOrder, s.deleteOrder)},
