@@ -738,7 +738,7 @@ func TestHistory(t *testing.T) {
 		"administrator " + adminID + " refunded: " + reasonShopCancel + " " + impUID + " 109000", "administrator " + adminID + " cancelled  0"}
 	sorted := func(lines []string) string { return strings.Join(lines, "\n") }
 	if got := lines(adminID); sorted(got) != sorted(want) {
-		t.Errorf("the desk sees\n%s\nwant\n%s", sorted(got), sorted(want))
+		t.Errorf("the administrator sees\n%s\nwant\n%s", sorted(got), sorted(want))
 	}
 	if got := sorted(lines(buyerA)); got != strings.ReplaceAll(sorted(want), adminID, "") {
 		t.Errorf("the buyer sees\n%s", got)

@@ -296,7 +296,7 @@ func (s *shop) sell(painting string) {
 }
 
 // movements are the log's lines about money: of which payment, how much of it had gone back, from which state to which,
-// and by which road.
+// and from which source.
 func (s *shop) movements() (all []string) {
 	for _, l := range s.lines("money") {
 		all = append(all, fmt.Sprintf("%s %v/%v %s>%s %s", l["imp_uid"], l["refunded"], l["amount"], l["from"], l["to"], l["source"]))
@@ -351,7 +351,7 @@ func TestEachMovementOfMoneyIsLoggedOnce(t *testing.T) {
 	}
 }
 
-// Whoever comes first, the log has as many lines as the history has entries about money.
+// Among concurrent calls too, the log has as many lines as the history has entries about money.
 func TestMovementsAtOnceAreLoggedOnce(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
