@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -514,39 +513,6 @@ func orderBody(number string, paintings ...string) map[string]any {
 		"ordererInfo":     map[string]any{"name": "홍길동", "phoneNum": "010-0000-0000", "email": "buyer@example.com", "refundTerms": "품절 시 결제수단으로 환불"},
 		"shippingPrice":   10000,
 		"totalPrice":      10000 + 99000*len(paintings),
-	}
-}
-
-// absent, put into a body, leaves the field out.
-var absent = new(struct{})
-
-// put sets the field at path (deliveryInfo.address, orderItems[0].price) of a body.
-func put(body map[string]any, path string, value any) {
-	keys := strings.Split(strings.NewReplacer("[", ".", "]", "").Replace(path), ".")
-	var at any = body
-	for i, key := range keys {
-		last := i == len(keys)-1
-		switch object := at.(type) {
-		case map[string]any:
-			switch {
-			case last && value == absent:
-				delete(object, key)
-			case last:
-				object[key] = value
-			}
-			at = object[key]
-		case []any:
-			n, err := strconv.Atoi(key)
-			if err != nil {
-				panic(err)
-			}
-			if last {
-				object[n] = value
-			}
-			at = object[n]
-		default:
-			panic("no such field: " + path)
-		}
 	}
 }
 
