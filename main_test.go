@@ -901,26 +901,27 @@ func TestMetricsAddress(t *testing.T) {
 	}
 	go io.Copy(io.Discard, io.MultiReader(lines.Buffered(), logged))
 	address, public := metrics.Address, strings.Replace(service.Address, "[::]", "127.0.0.1", 1)
-	response, err := http.Get("http://" + address + "/metrics")
+	get := func(url string) (answer, error) {
+		request, err := newCall(t.Context(), "GET", "http://"+url, "", nil)
+		check(t, err)
+		return exchange(http.DefaultClient.Do, request)
+	}
+	a, err := get(address + "/metrics")
 	check(t, err)
-	text, err := io.ReadAll(response.Body)
-	check(t, err)
-	response.Body.Close()
-	if _, err := parseMetrics(string(text)); err != nil {
+	if _, err := parseMetrics(a.body + "\n"); err != nil {
 		t.Error(err)
 	}
 	for url, status := range map[string]int{address + "/debug/pprof/goroutine?debug=1": 200, public + "/metrics": 404, public + "/debug/pprof/": 404, address + "/api/orders": 404} {
-		response, err := http.Get("http://" + url)
+		a, err := get(url)
 		check(t, err)
-		response.Body.Close()
-		if response.StatusCode != status {
-			t.Errorf("%s: %d", url, response.StatusCode)
+		if a.status != status {
+			t.Errorf("%s: %d", url, a.status)
 		}
 	}
 	http.DefaultClient.CloseIdleConnections()
 	stop()
 	check(t, <-ended)
-	if _, err := http.Get("http://" + address + "/metrics"); err == nil {
+	if _, err := get(address + "/metrics"); err == nil {
 		t.Error("the figures are served after the end")
 	}
 }
