@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-func TestDeskSteps(t *testing.T) {
+func TestAdvance(t *testing.T) {
 	s := newShop(t)
 	const wrong = "변경실패, 진행 단계가 알맞지 않습니다"
 	for _, row := range []struct {
@@ -53,7 +53,7 @@ func TestDeskSteps(t *testing.T) {
 	}
 }
 
-func TestTwoDesksAtOnce(t *testing.T) {
+func TestTwoAdministratorsAtOnce(t *testing.T) {
 	s := newShop(t)
 	order, _, _ := s.orderAt(0)
 	count := concurrently(20, func(int) answer { return s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`) })
@@ -62,7 +62,7 @@ func TestTwoDesksAtOnce(t *testing.T) {
 	}
 }
 
-func TestDeskList(t *testing.T) {
+func TestAdminList(t *testing.T) {
 	s := newShop(t)
 	var last string
 	for i := range 12 {

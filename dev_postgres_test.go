@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -13,7 +12,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -288,16 +286,10 @@ func TestPostgresOwnerKilled(t *testing.T) {
 	unlock, err := lockDir(dir)
 	check(t, err)
 	unlock()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	for {
-		if _, err := os.Stat(filepath.Join(server.data, "postmaster.pid")); os.IsNotExist(err) {
-			break
-		}
-		if pause(ctx, postgresPoll) != nil {
-			t.Fatal("the server outlives its owner")
-		}
-	}
+	waitUntil(t, "the server ends after its owner", func() bool {
+		_, err := os.Stat(filepath.Join(server.data, "postmaster.pid"))
+		return os.IsNotExist(err)
+	})
 	check(t, server.start(t.Context()))
 }
 

@@ -117,7 +117,7 @@ func TestPage(t *testing.T) {
 		t.Errorf("pasted, %s\nanswers %s\nnot     %s", recorded.Curl, got, compact.String())
 	}
 
-	// The desk finds the order by its number and sends it; the buyer returns it, and gets the money back.
+	// The administrator finds the order by its number and sends it; the buyer returns it, and gets the money back.
 	var number string
 	b.run(`document.querySelector('h1').innerText.replace('주문 ', '')`, &number)
 	b.click("^관리자$")
@@ -142,8 +142,8 @@ func TestPage(t *testing.T) {
 	b.click("^반품 확인 · 환불$")
 	b.see(".status", "결제취소")
 
-	// Two buyers want one painting. The first one's window dies, and nobody tells of his payment: it is held for him until
-	// the reconciler finds it. The second one does with what he can have.
+	// Two buyers want one painting. The first one's payment window closes before it reports the payment: the painting stays held
+	// until the reconciler finds the payment. The second buyer orders another one.
 	b.click("^가람$")
 	b.click("^갤러리$")
 	b.click("^담기 ‘첫눈’$")

@@ -33,7 +33,7 @@ func TestReadyWithoutAGateway(t *testing.T) {
 	if a := s.want(s.ready(), 200, ""); a.body != `{"database":"ok","reconciler":"ok","gateway":"ok"}` {
 		t.Fatalf("answered %s", a.body)
 	}
-	// Whoever notices the silence, it is said until somebody gets an answer.
+	// A silence that any call has met is reported until a call is answered again.
 	for name, ask := range map[string]func(){
 		"a browser's report": func() { s.report(impUID) },
 		"a notice":           func() { s.notice(impUID) },

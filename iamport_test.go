@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// gatewayTest is a client before a double, on one clock.
+// gatewayTest is a client and the gateway that it calls, on one clock.
 type gatewayTest struct {
 	*iamportClient
 	fake     *testGateway

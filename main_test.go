@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -194,7 +193,7 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// waitUntil looks until it is so.
+// waitUntil waits until so reports true, for a minute at most.
 func waitUntil(t *testing.T, what string, so func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -207,7 +206,7 @@ func waitUntil(t *testing.T, what string, so func() bool) {
 }
 
 // findTool is a program that some tests need beside PostgreSQL, by any of its names or paths. Without it they are skipped,
-// since nobody needs it to work on the rest; where TEST_ALL is set, as in .ci/run, that is a failure.
+// since the rest can be worked on without it; where TEST_ALL is set, as in .ci/run, that is a failure.
 func findTool(t testing.TB, names ...string) string {
 	t.Helper()
 	for _, name := range names {
@@ -285,7 +284,7 @@ const (
 	adminID = "61a4e52b4f5f6aa036bfecad"
 )
 
-// shop is the whole service of one test: its own database, a gateway double and a clock that moves when told to. The
+// shop is the whole service of one test: its own database, a gateway and a clock that moves when told to. The
 // reconciler runs when a test calls its Round.
 type shop struct {
 	*server
@@ -313,7 +312,7 @@ func newShop(t testing.TB, change ...func(*config)) *shop {
 }
 
 // newDirectShop opens a shop without a network, for tests of many calls: they go straight to ServeHTTP, and the gateway's
-// client straight to its double.
+// client straight to the test gateway.
 func newDirectShop(t testing.TB) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
@@ -366,7 +365,7 @@ func (s *shop) issueToken(c caller, at time.Time) string {
 	return token
 }
 
-// as is the Authorization header of a user: a buyer, or desk, the administrator. "" is nobody.
+// as returns the Authorization header of a user, a buyer or adminID; "" for the user "".
 func (s *shop) as(user string) string {
 	if user == "" {
 		return ""
@@ -388,7 +387,7 @@ func (a answer) message() string {
 	return m.Message
 }
 
-// call makes a request as user ("": nobody). body is sent as it is when it is a string, as JSON otherwise.
+// call makes a request as user; as "" without a token. body is sent as it is when it is a string, as JSON otherwise.
 func (s *shop) call(user, method, path string, body any) answer {
 	s.t.Helper()
 	return s.callWith(s.as(user), method, path, body)
@@ -524,39 +523,6 @@ func orderBody(number string, paintings ...string) map[string]any {
 	}
 }
 
-// absent, put into a body, leaves the field out.
-var absent = new(struct{})
-
-// put sets the field at path (deliveryInfo.address, orderItems[0].price) of a body.
-func put(body map[string]any, path string, value any) {
-	keys := strings.Split(strings.NewReplacer("[", ".", "]", "").Replace(path), ".")
-	var at any = body
-	for i, key := range keys {
-		last := i == len(keys)-1
-		switch object := at.(type) {
-		case map[string]any:
-			switch {
-			case last && value == absent:
-				delete(object, key)
-			case last:
-				object[key] = value
-			}
-			at = object[key]
-		case []any:
-			n, err := strconv.Atoi(key)
-			if err != nil {
-				panic(err)
-			}
-			if last {
-				object[n] = value
-			}
-			at = object[n]
-		default:
-			panic("no such field: " + path)
-		}
-	}
-}
-
 // order makes an order of user's for paintings of 99,000 won and returns its id.
 func (s *shop) order(user string, paintings ...string) string {
 	s.t.Helper()
@@ -566,7 +532,7 @@ func (s *shop) order(user string, paintings ...string) string {
 	return made.OrderID
 }
 
-// charge has the gateway take amount for an order and returns the imp_uid; nobody is told.
+// charge has the gateway take amount for an order and returns the imp_uid. The service is not told.
 func (s *shop) charge(order string, amount int64) string {
 	return s.fake.pay(fakePayment{MerchantUID: order, Amount: amount})
 }
@@ -576,9 +542,6 @@ func (s *shop) report(impUID string) answer {
 	s.t.Helper()
 	return s.call("", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
 }
-
-// Money by every road: the browser's report, the gateway's notice, the reconciler, a deletion; and every way in which the
-// gateway can fail beside them.
 
 // notice tells the service of a payment as the gateway does.
 func (s *shop) notice(impUID string) answer {
@@ -654,7 +617,7 @@ func (s *shop) stuckRefund(user string) (order, impUID string) {
 	return order, impUID
 }
 
-// status is the order's status as its buyer or the desk sees it.
+// statusOf returns the order's status as the administrator sees it.
 func (s *shop) statusOf(order string) int {
 	s.t.Helper()
 	var detail struct{ Result struct{ Status int } }
@@ -730,7 +693,7 @@ func (s *shop) wantUntouched(order, painting string) {
 	}
 }
 
-// auditor is one that takes no pauses.
+// auditor returns an auditor that takes no pauses.
 func (s *shop) auditor() *auditor {
 	return &auditor{store: s.store, gateway: s.settler.gateway, now: s.clock.Now, progress: io.Discard, progressEvery: time.Hour,
 		pause: func(context.Context) error { return nil }}
@@ -957,26 +920,27 @@ func TestMetricsAddress(t *testing.T) {
 	}
 	go io.Copy(io.Discard, io.MultiReader(lines.Buffered(), logged))
 	address, public := metrics.Address, strings.Replace(service.Address, "[::]", "127.0.0.1", 1)
-	response, err := http.Get("http://" + address + "/metrics")
+	get := func(url string) (answer, error) {
+		request, err := newCall(t.Context(), "GET", "http://"+url, "", nil)
+		check(t, err)
+		return exchange(http.DefaultClient.Do, request)
+	}
+	a, err := get(address + "/metrics")
 	check(t, err)
-	text, err := io.ReadAll(response.Body)
-	check(t, err)
-	response.Body.Close()
-	if _, err := parseMetrics(string(text)); err != nil {
+	if _, err := parseMetrics(a.body + "\n"); err != nil {
 		t.Error(err)
 	}
 	for url, status := range map[string]int{address + "/debug/pprof/goroutine?debug=1": 200, public + "/metrics": 404, public + "/debug/pprof/": 404, address + "/api/orders": 404} {
-		response, err := http.Get("http://" + url)
+		a, err := get(url)
 		check(t, err)
-		response.Body.Close()
-		if response.StatusCode != status {
-			t.Errorf("%s: %d", url, response.StatusCode)
+		if a.status != status {
+			t.Errorf("%s: %d", url, a.status)
 		}
 	}
 	http.DefaultClient.CloseIdleConnections()
 	stop()
 	check(t, <-ended)
-	if _, err := http.Get("http://" + address + "/metrics"); err == nil {
+	if _, err := get(address + "/metrics"); err == nil {
 		t.Error("the figures are served after the end")
 	}
 }

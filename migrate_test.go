@@ -13,7 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// The schema's steps: from the first release's database to today's, with replicas of both at work.
+// The migrations: from the first release's database to today's, with replicas of both at work.
 
 // ---- a replica of the first release
 
@@ -144,7 +144,7 @@ func (r *oldReplica) ended(why string) oldOrder {
 // gone is the status of an order that is over without having been paid.
 const gone = -2
 
-// works does all that a replica of the first release does on step 1, and returns its orders by what they should be.
+// works does all that a replica of the first release does on migration 1, and returns its orders by what they should be.
 func (r *oldReplica) works() map[int][]oldOrder {
 	cancelled := r.cancelling()
 	r.settle(cancelled, r.book(cancelled, "refunded", reasonBuyerCancel, 109000, 109000), send("cancel", cancelled.id, r.now))
@@ -168,7 +168,7 @@ func (r *oldReplica) works() map[int][]oldOrder {
 	}
 }
 
-// lists does what a replica of the first release does on step 2 alone.
+// lists does what a replica of the first release does on migration 2 alone.
 func (r *oldReplica) lists(o oldOrder) {
 	r.transact(send("fold tally"), send("list for desk", 0, 10), send("list status for desk", 0, 0, 10), send("count mine", o.buyer),
 		send("list mine", o.buyer, 0, 3), send("read history", o.id, o.buyer, false))
@@ -197,7 +197,7 @@ func (s *shop) wantOldOrders(orders map[int][]oldOrder) {
 	}
 }
 
-// finishOldOrders does with old orders what their buyers and the desk do next.
+// finishOldOrders does with old orders what their buyers and the administrator do next.
 func (s *shop) finishOldOrders(orders map[int][]oldOrder) {
 	s.t.Helper()
 	unpaid, paid, preparing, returning, late := orders[statusUnpaid][0], orders[statusPaid][0], orders[statusPreparing][0], orders[statusReturning][0], orders[gone][0]
@@ -334,7 +334,7 @@ func TestNewerSchemaIsLeftAlone(t *testing.T) {
 	s.want(s.call("", "GET", "/readyz", nil), 200, "")
 }
 
-func TestStepIsAppliedWholeOrNotAtAll(t *testing.T) {
+func TestMigrationIsAppliedWholeOrNotAtAll(t *testing.T) {
 	s := newShop(t)
 	steps := append(migrations(), `CREATE TABLE half (); SELECT 1/0`)
 	if err := s.store.migrate(t.Context(), steps); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema step %d: ", len(steps))) {
@@ -348,23 +348,23 @@ func TestStepIsAppliedWholeOrNotAtAll(t *testing.T) {
 	}
 }
 
-func TestStepLetsOthersBy(t *testing.T) {
+func TestMigrationLetsOthersBy(t *testing.T) {
 	s := newShop(t)
 	report, err := pgx.Connect(t.Context(), s.config.databaseURL)
 	check(t, err)
 	defer report.Close(context.Background())
-	const begin = `BEGIN; SELECT count(*) FROM orders` // a long look at the table, which a step wants to change
+	const begin = `BEGIN; SELECT count(*) FROM orders` // a long look at the table, which a migration wants to change
 	_, err = report.Exec(t.Context(), begin)
 	check(t, err)
 	steps := append(migrations(), `ALTER TABLE orders ADD COLUMN note text`)
 	s.store.migrationLockWait = time.Second
 	migrated := make(chan error, 1)
 	go func() { migrated <- s.store.migrate(t.Context(), steps) }()
-	waitUntil(t, "the step waits for its lock", func() bool {
+	waitUntil(t, "the migration waits for its lock", func() bool {
 		return queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
 			AND relation = 'orders'::regclass`) != "0"
 	})
-	s.order(buyerA, s.painting(99000)) // it comes after the step, and would wait for as long as the report
+	s.order(buyerA, s.painting(99000)) // it comes after the migration, and would wait for as long as the report
 	_, err = report.Exec(t.Context(), `ROLLBACK`)
 	check(t, err)
 	check(t, <-migrated)

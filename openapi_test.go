@@ -370,7 +370,7 @@ func (f *apiFile) call(pattern string) *apiCall {
 func (f *apiFile) exchange(r *http.Request, asked []byte, status int, header http.Header, answered []byte) []string {
 	var i inspection
 	switch call := f.call(r.Pattern); {
-	case r.Pattern == "GET /panic", status == 499: // a test's own; nobody is there to read it
+	case r.Pattern == "GET /panic", status == 499: // a test's own; the caller has gone
 	case call != nil:
 		i.answer(call, status, header, answered)
 		if status < 300 {
@@ -467,7 +467,7 @@ func (s *apiSchema) example() any {
 	return object
 }
 
-// callExample makes the request that a call's examples make, as the desk.
+// callExample makes the request that a call's examples make, as the administrator.
 func (s *shop) callExample(c *apiCall) answer {
 	s.t.Helper()
 	method, at, _ := strings.Cut(c.name, " ")

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -162,6 +163,39 @@ func TestWholeWay(t *testing.T) {
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "해당 주문의 결제 취소가 완료되었습니다")
 	if s.statusOf(order) != 5 || !s.inStock(buyerB, painting) {
 		t.Fatal("not cancelled")
+	}
+}
+
+// absent, put into a body, leaves the field out.
+var absent = new(struct{})
+
+// put sets the field at path (deliveryInfo.address, orderItems[0].price) of a body.
+func put(body map[string]any, path string, value any) {
+	keys := strings.Split(strings.NewReplacer("[", ".", "]", "").Replace(path), ".")
+	var at any = body
+	for i, key := range keys {
+		last := i == len(keys)-1
+		switch object := at.(type) {
+		case map[string]any:
+			switch {
+			case last && value == absent:
+				delete(object, key)
+			case last:
+				object[key] = value
+			}
+			at = object[key]
+		case []any:
+			n, err := strconv.Atoi(key)
+			if err != nil {
+				panic(err)
+			}
+			if last {
+				object[n] = value
+			}
+			at = object[n]
+		default:
+			panic("no such field: " + path)
+		}
 	}
 }
 
@@ -739,7 +773,7 @@ func TestHistory(t *testing.T) {
 		"administrator " + adminID + " refunded: " + reasonShopCancel + " " + impUID + " 109000", "administrator " + adminID + " cancelled  0"}
 	sorted := func(lines []string) string { return strings.Join(lines, "\n") }
 	if got := lines(adminID); sorted(got) != sorted(want) {
-		t.Errorf("the desk sees\n%s\nwant\n%s", sorted(got), sorted(want))
+		t.Errorf("the administrator sees\n%s\nwant\n%s", sorted(got), sorted(want))
 	}
 	if got := sorted(lines(buyerA)); got != strings.ReplaceAll(sorted(want), adminID, "") {
 		t.Errorf("the buyer sees\n%s", got)

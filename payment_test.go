@@ -296,7 +296,7 @@ func (s *shop) sell(painting string) {
 }
 
 // movements are the log's lines about money: of which payment, how much of it had gone back, from which state to which,
-// and by which road.
+// and from which source.
 func (s *shop) movements() (all []string) {
 	for _, l := range s.lines("money") {
 		all = append(all, fmt.Sprintf("%s %v/%v %s>%s %s", l["imp_uid"], l["refunded"], l["amount"], l["from"], l["to"], l["source"]))
@@ -351,7 +351,7 @@ func TestEachMovementOfMoneyIsLoggedOnce(t *testing.T) {
 	}
 }
 
-// Whoever comes first, the log has as many lines as the history has entries about money.
+// Among concurrent calls too, the log has as many lines as the history has entries about money.
 func TestMovementsAtOnceAreLoggedOnce(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
@@ -537,13 +537,18 @@ func TestRefundAtTheGatewayAfterDelivery(t *testing.T) {
 	s.wantBalanced()
 }
 
+// account has the gateway issue a virtual account for an order of one painting, and returns the imp_uid.
+func (s *shop) account(order string) string {
+	return s.fake.pay(fakePayment{MerchantUID: order, Amount: 109000, Status: "ready", PayMethod: "vbank"})
+}
+
 // An issued virtual account is ended; a deposit that comes all the same is late money as any other.
 func TestVirtualAccount(t *testing.T) {
 	const refused = "가상계좌로는 결제할 수 없어 발급된 계좌를 해지했습니다. 다른 결제 수단을 이용해 주세요"
 	s := newShop(t)
 	painting := s.painting(99000)
 	order := s.order(buyerA, painting)
-	impUID := s.fake.issueAccount(order, 109000)
+	impUID := s.account(order)
 	s.fake.faultOnce("account", fault{before: answer500})
 	if a := s.report(impUID); a.status < 500 {
 		t.Fatalf("a gateway that does not end the account: %d %s", a.status, a.body)
@@ -555,19 +560,19 @@ func TestVirtualAccount(t *testing.T) {
 	s.want(s.report(impUID), 400, "imp_uid: 결제가 완료되지 않았습니다")
 	s.wantUntouched(order, painting)
 
-	issued := s.fake.issueAccount(order, 109000)
+	issued := s.account(order)
 	s.want(s.notice(issued), 200, "확인했습니다")
 	if p, _ := s.fake.get(issued); p.Status != "cancelled" {
 		t.Fatalf("the account of the notice is %s", p.Status)
 	}
-	others := s.fake.issueAccount("another-shop-1", 109000)
+	others := s.account("another-shop-1")
 	s.want(s.notice(others), 200, "확인했습니다")
 	if p, _ := s.fake.get(others); p.Status != "ready" {
 		t.Fatalf("another shop's account is %s", p.Status)
 	}
 
 	// Somebody has just paid in: the account is not ended, and its money counts.
-	deposited := s.fake.issueAccount(order, 109000)
+	deposited := s.account(order)
 	s.fake.faultOnce("account", fault{before: func(http.ResponseWriter, *http.Request) bool { check(t, s.fake.deposit(deposited)); return false }})
 	s.want(s.report(deposited), 409, refused)
 	s.later(time.Second)

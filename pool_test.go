@@ -161,7 +161,7 @@ auth_type = any
 }
 
 // Behind PgBouncer in transaction mode a connection is another one after each transaction: the schema, the import, and
-// every call of buyers and the desk live with that, many at a time.
+// every call of buyers and the administrator live with that, many at a time.
 func TestPgBouncer(t *testing.T) {
 	heavy(t)
 	databaseURL := newTestDatabase(t)
@@ -283,7 +283,7 @@ func TestFailover(t *testing.T) {
 	s.wantBalanced()
 }
 
-// tcpProxy passes connections on to a server until it is shut. Then nothing comes through, and nobody is told.
+// tcpProxy passes connections on to a server until it is shut. Then nothing comes through, and no connection is closed.
 type tcpProxy struct {
 	net.Listener
 	shut atomic.Bool
@@ -386,7 +386,7 @@ func TestReadOnlyServer(t *testing.T) {
 	check(t, store.migrate(t.Context(), migrations()[:1]))
 }
 
-// queryStub is the query of a batcher queries are seen: each takes its answer from the test.
+// queryStub is a batcher whose queries the test sees and answers.
 type queryStub struct {
 	*batcher[int, string]
 	t       *testing.T
@@ -417,7 +417,7 @@ func names(keys []int) (map[int]string, error) {
 	return found, nil
 }
 
-// query has a caller ask for keys; what he is answered comes from the channel. It returns once his keys are in a query.
+// query has a caller ask for keys; the answer comes from the channel. It returns once the keys wait for a query.
 func (f *queryStub) query(ctx context.Context, keys ...int) <-chan any {
 	answer := make(chan any, 1)
 	before := f.collected()
@@ -450,7 +450,7 @@ func (f *queryStub) collected() (n int) {
 	return n
 }
 
-// first has a caller ask alone, and returns once his query is under way.
+// first has a caller ask alone, and returns once its query is under way.
 func (f *queryStub) first() <-chan any {
 	answer := make(chan any, 1)
 	go func() {
@@ -563,7 +563,7 @@ func testBatchIsBounded(t *testing.T) {
 	}
 }
 
-// What a caller has written, or seen written, before he asks is in what he is answered.
+// An answer includes everything that was written before its question.
 func TestBatchIsNeverOlderThanItsQuestion(t *testing.T) {
 	var written atomic.Int64
 	g := newBatcher(func(_ context.Context, keys []int) (map[int]int64, error) {

@@ -99,7 +99,7 @@ func TestRefundGoesOnAfterTheProcessDied(t *testing.T) {
 		t.Fatal(row)
 	}
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 409, messageCancelling)
-	s.later(time.Second) // somebody may still be at it
+	s.later(time.Second) // another process may still be at it
 	if s.back(impUID) != 0 {
 		t.Fatal("the lease was not kept")
 	}

@@ -49,19 +49,18 @@ func TestHeadersOfEveryAnswer(t *testing.T) {
 		{"https://else.example", "GET", "/api/products/cart-items", 200, false},
 		{"https://else.example", "OPTIONS", "/api/orders", 405, false},
 	} {
-		request, err := http.NewRequest(row.method, s.url+row.path, nil)
+		request, err := newCall(t.Context(), row.method, s.url+row.path, "", nil)
 		check(t, err)
 		request.Header.Set("Origin", row.origin)
 		if row.method == "OPTIONS" {
 			request.Header.Set("Access-Control-Request-Method", "DELETE")
 		}
-		response, err := http.DefaultClient.Do(request)
+		a, err := exchange(s.send, request)
 		check(t, err)
-		response.Body.Close()
-		h := response.Header
-		if response.StatusCode != row.status || (h.Get("Access-Control-Allow-Origin") == row.origin) != row.allowed || h.Get("Vary") != "Origin" ||
+		h := a.header
+		if a.status != row.status || (h.Get("Access-Control-Allow-Origin") == row.origin) != row.allowed || h.Get("Vary") != "Origin" ||
 			h.Get("X-Content-Type-Options") != "nosniff" {
-			t.Errorf("%+v: %d %v", row, response.StatusCode, h)
+			t.Errorf("%+v: %d %v", row, a.status, h)
 		}
 		if row.status == 204 && (h.Get("Access-Control-Max-Age") != "600" || h.Get("Access-Control-Allow-Methods") != "GET, POST, PATCH, DELETE" ||
 			h.Get("Access-Control-Allow-Headers") != "Authorization, Content-Type") {

@@ -59,7 +59,7 @@ func (t *tracer) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData
 // state that an order is found in:
 //   - an order for a painting that is taken asks how, once it has lost;
 //   - pay reads the books under their locks, decides, and writes: two, in one transaction;
-//   - a step reads the order's state, which says whether this caller may move it there, and then changes it from that state;
+//   - advancing an order reads its state, which says whether this caller may move it there, and then changes it from that state;
 //   - the deletion of an unpaid order does the same, with the gateway asked in between;
 //   - a cancel reads the state, books the refund before the gateway is asked for it, and then settles like pay.
 func TestTrips(t *testing.T) {
@@ -105,7 +105,7 @@ func TestTrips(t *testing.T) {
 
 // Planning some of the statements takes longer than executing them. PostgreSQL keeps the plan of a prepared statement once
 // it has planned it five times, unless a plan for the arguments at hand always looks cheaper: so no estimate may hang on
-// them, but for the desk's pages, where it is worth knowing how many to skip. And none reads a whole table that grows with
+// them, but for the administrator's pages, where it is worth knowing how many to skip. And none reads a whole table that grows with
 // the years.
 func TestPlans(t *testing.T) {
 	s := newShop(t)

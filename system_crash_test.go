@@ -38,8 +38,8 @@ const (
 )
 
 // crash is a shop in which everything breaks: two replicas of the real binary before a PostgreSQL that really writes,
-// and a gateway double. Every actor (buyer, desk, misfortune, the gateway's faults) has dice of his own, so that a seed
-// gives each the same choices again; which of them comes first is the machine's choice.
+// and a gateway. Every actor (buyer, administrator, the faults of the machine and of the gateway) has a random number
+// generator of its own, so that a seed gives each the same choices again; their order in time is the machine's choice.
 type crash struct {
 	t         *testing.T
 	seed      uint64
@@ -118,8 +118,8 @@ func openCrash(t *testing.T) *crash {
 	check(t, <-built)
 
 	c.fake = newTestGateway(time.Now)
-	faultDice := c.newRNG(3)
-	c.fake.setFaults(func(call, _ string) fault { return c.chooseFault(faultDice, call) })
+	faultRNG := c.newRNG(3)
+	c.fake.setFaults(func(call, _ string) fault { return c.chooseFault(faultRNG, call) })
 	gateway := httptest.NewServer(c.fake)
 	t.Cleanup(gateway.Close)
 	c.env = append(os.Environ(), "DATABASE_URL="+c.postgres.url, "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
@@ -253,14 +253,14 @@ func (c *crash) wait(left func() string) {
 
 // injectFault kills a replica, now and then both or one that is just starting, whenever the service has given so many answers,
 // and ends PostgreSQL in immediate mode twice, in a long run once in half a minute. In the end the actors go home.
-func (c *crash) injectFault(dice *rand.Rand, goHome func()) {
+func (c *crash) injectFault(rng *rand.Rand, goHome func()) {
 	defer goHome()
 	crashes, crashed, start := max(2, int(*crashFor/(30*time.Second))), 0, time.Now()
 	for {
 		// However slow the machine, the service comes to something between two blows and in all.
 		answered, orders := c.progress()
 		waiting := time.Now()
-		for next := answered + dice.IntN(150); answered < next; answered, orders = c.progress() {
+		for next := answered + rng.IntN(150); answered < next; answered, orders = c.progress() {
 			if time.Since(waiting) > 3*time.Minute {
 				c.t.Error("the service answers nothing any more")
 				return
@@ -271,7 +271,7 @@ func (c *crash) injectFault(dice *rand.Rand, goHome func()) {
 		if done >= 1 {
 			return
 		}
-		victim, both, starting := dice.IntN(2), dice.IntN(5) == 0, dice.IntN(4) == 0
+		victim, both, starting := rng.IntN(2), rng.IntN(5) == 0, rng.IntN(4) == 0
 		for i, r := range c.replicas {
 			if (i == victim || both) && (starting || r.url() != "") && r.kill() {
 				c.count("replicas killed", 1)
@@ -301,9 +301,9 @@ func (c *crash) progress() (answers, orders int) {
 }
 
 // chooseFault has one call in four go wrong, and every call take its time.
-func (c *crash) chooseFault(dice *rand.Rand, call string) fault {
+func (c *crash) chooseFault(rng *rand.Rand, call string) fault {
 	slow := waitFor(func(ctx context.Context) { pause(ctx, crashLatency) })
-	roll, hanging := dice.IntN(32), time.Duration(dice.Int64N(int64(min(*crashFor/10, 10*time.Second))))
+	roll, hanging := rng.IntN(32), time.Duration(rng.Int64N(int64(min(*crashFor/10, 10*time.Second))))
 	select {
 	case <-c.calm:
 		return fault{before: slow}
@@ -352,7 +352,7 @@ type crashBuyer struct {
 	*crash
 	id    string
 	rng   *rand.Rand
-	pages int // of his orders
+	pages int // of the buyer's list of orders
 }
 
 // live comes back to the shop until it closes.
@@ -420,15 +420,15 @@ func (b *crashBuyer) pay(order string, p fakePayment) {
 	p.MerchantUID = order
 	impUID := b.fake.pay(p)
 	for range []int{0, 0, 1, 1, 2}[b.rng.IntN(5)] {
-		b.later(func(dice *rand.Rand) {
-			body := []string{`{"imp_uid":"` + impUID + `"}`, "imp_uid=" + impUID + "&status=paid"}[dice.IntN(2)]
-			b.call(dice, "", "POST", "/api/payments/webhook", body)
+		b.later(func(rng *rand.Rand) {
+			body := []string{`{"imp_uid":"` + impUID + `"}`, "imp_uid=" + impUID + "&status=paid"}[rng.IntN(2)]
+			b.call(rng, "", "POST", "/api/payments/webhook", body)
 		})
 	}
 	switch b.rng.IntN(6) {
 	case 0: // closes the tab
 	case 1:
-		b.later(func(dice *rand.Rand) { b.report(dice, order, impUID) })
+		b.later(func(rng *rand.Rand) { b.report(rng, order, impUID) })
 		fallthrough
 	default:
 		b.report(b.rng, order, impUID)
@@ -436,13 +436,13 @@ func (b *crashBuyer) pay(order string, p fakePayment) {
 }
 
 // simulation is the shop as one who calls it sees it.
-func (c *crash) simulation(dice *rand.Rand) simulation {
-	return simulation{&c.promises, func(user, method, path string, body any) answer { return c.call(dice, user, method, path, body) }}
+func (c *crash) simulation(rng *rand.Rand) simulation {
+	return simulation{&c.promises, func(user, method, path string, body any) answer { return c.call(rng, user, method, path, body) }}
 }
 
 // report tells the service of a payment, and keeps what it says of the money.
-func (c *crash) report(dice *rand.Rand, order, impUID string) {
-	a := c.simulation(dice).report(order, impUID)
+func (c *crash) report(rng *rand.Rand, order, impUID string) {
+	a := c.simulation(rng).report(order, impUID)
 	paid := a.status == 200
 	if paid {
 		c.count("reports answered 200", 1)
@@ -454,7 +454,7 @@ func (c *crash) report(dice *rand.Rand, order, impUID string) {
 	}
 }
 
-// giveBack cancels or returns most of what he has bought, now and then twice at once.
+// giveBack cancels or returns most of what the buyer has bought, now and then twice at once.
 func (b *crashBuyer) giveBack() {
 	var mine myOrders
 	a := b.call(b.rng, b.id, "GET", fmt.Sprintf("/api/orders/mine?pageNumber=%d", 1+b.rng.IntN(max(1, b.pages))), nil)
@@ -466,18 +466,18 @@ func (b *crashBuyer) giveBack() {
 			continue
 		}
 		if b.rng.IntN(5) == 0 {
-			b.later(func(dice *rand.Rand) { b.remove(b.id, dice, o.ID, body) })
+			b.later(func(rng *rand.Rand) { b.remove(b.id, rng, o.ID, body) })
 		}
 		b.remove(b.id, b.rng, o.ID, body)
 	}
 }
 
 // remove deletes, cancels or returns an order, as the body says, and keeps what the service says.
-func (c *crash) remove(user string, dice *rand.Rand, order, body string) {
+func (c *crash) remove(user string, rng *rand.Rand, order, body string) {
 	if !strings.Contains(body, "4") {
 		c.change(order, func(o *crashOrder) { o.cancelAsked = true })
 	}
-	switch a := c.simulation(dice).remove(user, order, body); {
+	switch a := c.simulation(rng).remove(user, order, body); {
 	case a.status != 200:
 	case a.message() == "해당 주문의 결제 취소가 완료되었습니다":
 		c.count("cancels answered 200", 1)
@@ -490,39 +490,39 @@ func (c *crash) remove(user string, dice *rand.Rand, order, body string) {
 }
 
 // runAdmin moves orders on, and cancels what was returned and now and then what was just paid.
-func (c *crash) runAdmin(dice *rand.Rand) {
+func (c *crash) runAdmin(rng *rand.Rand) {
 	for c.over.Err() == nil {
 		var list adminOrders
-		query := []string{"pageNumber=1", "pageNumber=2", "status=0", "status=4"}[dice.IntN(4)]
-		a := c.call(dice, adminID, "GET", "/api/orders?"+query, nil)
+		query := []string{"pageNumber=1", "pageNumber=2", "status=0", "status=4"}[rng.IntN(4)]
+		a := c.call(rng, adminID, "GET", "/api/orders?"+query, nil)
 		json.Unmarshal([]byte(a.body), &list)
 		for _, o := range list.Orders {
 			switch status := o.Result.Status; {
-			case status == statusReturning && dice.IntN(4) > 0, status == statusPaid && dice.IntN(20) == 0:
-				c.remove(adminID, dice, o.ID, "")
-			case status <= statusShipping && dice.IntN(3) == 0:
-				if c.call(dice, adminID, "PATCH", "/api/orders/"+o.ID, map[string]int{"status": status + 1}).status == 200 {
+			case status == statusReturning && rng.IntN(4) > 0, status == statusPaid && rng.IntN(20) == 0:
+				c.remove(adminID, rng, o.ID, "")
+			case status <= statusShipping && rng.IntN(3) == 0:
+				if c.call(rng, adminID, "PATCH", "/api/orders/"+o.ID, map[string]int{"status": status + 1}).status == 200 {
 					c.said(o.ID, status+1)
 				}
 			}
 		}
-		pause(c.over, time.Duration(dice.IntN(50))*time.Millisecond)
+		pause(c.over, time.Duration(rng.IntN(50))*time.Millisecond)
 	}
 }
 
-// later runs an errand after up to two holds, with dice of its own; its actor does not wait for it.
+// later runs an errand after up to two holds, with a generator of its own; its actor does not wait for it.
 func (b *crashBuyer) later(errand func(*rand.Rand)) {
-	dice := rand.New(rand.NewPCG(b.rng.Uint64(), 0))
-	delay := time.Duration(dice.IntN(2)) * time.Duration(dice.Int64N(int64(2*crashHold)))
+	rng := rand.New(rand.NewPCG(b.rng.Uint64(), 0))
+	delay := time.Duration(rng.IntN(2)) * time.Duration(rng.Int64N(int64(2*crashHold)))
 	b.errands.Go(func() {
 		pause(b.over, delay)
-		errand(dice)
+		errand(rng)
 	})
 }
 
 // call makes a request as user. The zero answer says that none came.
-func (c *crash) call(dice *rand.Rand, user, method, path string, body any) answer {
-	a, err := c.send(dice, user, method, path, body)
+func (c *crash) call(rng *rand.Rand, user, method, path string, body any) answer {
+	a, err := c.send(rng, user, method, path, body)
 	if err != nil {
 		a = answer{}
 	}
@@ -530,8 +530,8 @@ func (c *crash) call(dice *rand.Rand, user, method, path string, body any) answe
 	c.answers[a.status]++
 	c.mu.Unlock()
 	switch a.status {
-	case 0, http.StatusServiceUnavailable: // nobody tries again at once
-		pause(c.over, time.Duration(50+dice.IntN(200))*time.Millisecond)
+	case 0, http.StatusServiceUnavailable: // no client tries again at once
+		pause(c.over, time.Duration(50+rng.IntN(200))*time.Millisecond)
 	case http.StatusInternalServerError:
 		c.t.Errorf("%s %s, request %s: %s", method, path, a.header.Get("X-Request-Id"), a.body)
 	}
@@ -539,8 +539,8 @@ func (c *crash) call(dice *rand.Rand, user, method, path string, body any) answe
 }
 
 // send makes a request of either replica, that which serves if only one does.
-func (c *crash) send(dice *rand.Rand, user, method, path string, body any) (a answer, err error) {
-	replica, address := dice.IntN(2), fmt.Sprintf("10.0.%d.%d", dice.IntN(256), dice.IntN(256))
+func (c *crash) send(rng *rand.Rand, user, method, path string, body any) (a answer, err error) {
+	replica, address := rng.IntN(2), fmt.Sprintf("10.0.%d.%d", rng.IntN(256), rng.IntN(256))
 	authorization := ""
 	if user != "" {
 		token, err := newTokens([]byte(testSecret), time.Now).issue(caller{id: user, admin: user == adminID}, time.Now(), time.Hour)
@@ -574,8 +574,8 @@ func (c *crash) change(order string, do func(*crashOrder)) {
 
 // ---- when the dust settles
 
-// endLeases makes the next round of the reconciler the one at which everything planned is due. That is impatience, no
-// help: whoever held the leases is dead, what is due later would come by itself, and what nobody has planned stays so.
+// endLeases makes the next round of the reconciler the one at which everything planned is due. It only
+// saves time: the holders of the leases are dead, what is due later would come by itself, and what is not planned stays so.
 func (c *crash) endLeases() {
 	execSQL(c.t, c.postgres.url, `UPDATE payments SET next_attempt_at = now(), leased_until = now() WHERE state = 'refunding'`)
 	execSQL(c.t, c.postgres.url, `UPDATE orders SET next_look_at = now() WHERE next_look_at IS NOT NULL`)

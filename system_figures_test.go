@@ -360,7 +360,7 @@ func (f *baseline) oneForAll(g *loadTest) {
 }
 
 // lists are the calls that page through orders.
-var lists = []string{"mine", "desk", "desk, status"}
+var lists = []string{"mine", "admin", "admin, status"}
 
 // growth compares each call's median over tables of growing size.
 func (f *baseline) growth(galleries []*loadTest) {
@@ -456,7 +456,7 @@ func BenchmarkCalls(b *testing.B) {
 			_, _, err := s.store.listBuyerOrders(ctx, some().Buyer, 0, minePageSize)
 			return err
 		}},
-		{"desk", func(ctx context.Context) error {
+		{"admin", func(ctx context.Context) error {
 			_, _, err := s.store.listAllOrders(ctx, orderFilter{}, 0, adminPageSize)
 			return err
 		}},
@@ -511,7 +511,7 @@ type loadTest struct {
 	shown    []shownOrder // some of the orders
 
 	mu   sync.Mutex
-	free []string // some of the paintings that nobody has
+	free []string // some of the free paintings
 }
 
 // shownOrder is an order that its buyer sees.
@@ -577,7 +577,7 @@ var galleryOrders = []string{`
 	INSERT INTO order_tally SELECT status, count(*) FROM pg_temp.orders($1, $2, $3) WHERE status >= 0 GROUP BY status`,
 }
 
-// fill writes the orders in steps, and says how far it is when that takes long.
+// fill writes the orders a batch at a time, and prints how far it is when that takes long.
 func (g *loadTest) fill(conn *pgx.Conn) {
 	const step = 50000
 	ctx, paintings := g.t.Context(), g.orders/5
@@ -712,7 +712,7 @@ func (g *loadTest) token(user string) string {
 	return token
 }
 
-// takeFree is a painting that nobody has.
+// takeFree returns a painting that is free.
 func (g *loadTest) takeFree() string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -724,7 +724,7 @@ func (g *loadTest) takeFree() string {
 	return id
 }
 
-// giveBack says that nobody has the painting any more; "" is none.
+// giveBack notes that a painting is free again; "" is none.
 func (g *loadTest) giveBack(painting string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -741,7 +741,7 @@ func (g *loadTest) cart() []string {
 
 // requests are one call's questions, about many orders and paintings.
 func (g *loadTest) requests(name string) [][]byte {
-	byDesk := g.token(adminID)
+	byAdmin := g.token(adminID)
 	ask := map[string]func(o shownOrder) []byte{
 		"cart-items": func(shownOrder) []byte {
 			return wireRequest("GET", "/api/products/cart-items?productId="+strings.Join(g.cart(), "&productId="), "", "")
@@ -753,10 +753,10 @@ func (g *loadTest) requests(name string) [][]byte {
 		"history": func(o shownOrder) []byte {
 			return wireRequest("GET", "/api/orders/"+o.ID+"/history", g.token(o.Buyer), "")
 		},
-		"latest":       func(o shownOrder) []byte { return wireRequest("GET", "/api/orders/latest", g.token(o.Buyer), "") },
-		"mine":         func(o shownOrder) []byte { return wireRequest("GET", "/api/orders/mine", g.token(o.Buyer), "") },
-		"desk":         func(shownOrder) []byte { return wireRequest("GET", "/api/orders", byDesk, "") },
-		"desk, status": func(shownOrder) []byte { return wireRequest("GET", "/api/orders?status=0", byDesk, "") },
+		"latest":        func(o shownOrder) []byte { return wireRequest("GET", "/api/orders/latest", g.token(o.Buyer), "") },
+		"mine":          func(o shownOrder) []byte { return wireRequest("GET", "/api/orders/mine", g.token(o.Buyer), "") },
+		"admin":         func(shownOrder) []byte { return wireRequest("GET", "/api/orders", byAdmin, "") },
+		"admin, status": func(shownOrder) []byte { return wireRequest("GET", "/api/orders?status=0", byAdmin, "") },
 	}[name]
 	requests := make([][]byte, len(g.shown))
 	for i, o := range g.shown {
@@ -800,12 +800,12 @@ func life(c *checkoutClient) {
 	buyer := newTestID()
 	order := c.order(buyer, c.painting)
 	c.pay(buyer, order)
-	path, byBuyer, byDesk := "/api/orders/"+order, c.token(buyer), c.token(adminID)
+	path, byBuyer, byAdmin := "/api/orders/"+order, c.token(buyer), c.token(adminID)
 	for status := statusPreparing; status <= statusDelivered; status++ {
-		c.call("step", wireRequest("PATCH", path, byDesk, fmt.Sprintf(`{"status":%d}`, status)), 200)
+		c.call("advance", wireRequest("PATCH", path, byAdmin, fmt.Sprintf(`{"status":%d}`, status)), 200)
 	}
 	c.call("return", wireRequest("DELETE", path, byBuyer, `{"status":4}`), 200)
-	c.call("cancel", wireRequest("DELETE", path, byDesk, ""), 200)
+	c.call("cancel", wireRequest("DELETE", path, byAdmin, ""), 200)
 	order = c.order(buyer, c.painting)
 	c.call("delete", wireRequest("DELETE", "/api/orders/"+order, byBuyer, ""), 200)
 }

@@ -12,22 +12,22 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Two roads over one order, every interleaving of them: the first is stopped at each of its steps in turn, the second runs
+// Two actions on one order, in every interleaving: the first is stopped at each of its test points in turn, the second runs
 // through, the first goes on. Whatever came of it, the answers given are true, and once the reconciler has had its time the
 // money and the paintings are where the order says.
 
-// crossing is where the two roads meet: an order of buyer A's, and what the roads need.
+// crossing is one interleaving: the order that both actions are about, and what they need.
 type crossing struct {
 	*shop
 	buyer, rival    string
-	deleter         string // who may cancel the order: its buyer, or the desk
+	deleter         string // who may cancel the order: its buyer, or the administrator
 	painting, order string
 	first           string // the payment that pays for the order; the gateway has its money in most situations
 	paidBefore      int    // how many payments the gateway had already
 	begun           time.Time
 }
 
-// situations are what a crossing may be like when the roads set out. Each order's hold has just ended.
+// situations are the states of an order before the actions. Each order's hold has just ended.
 var situations = []struct {
 	name  string
 	setUp func(*crossing)
@@ -57,14 +57,14 @@ var situations = []struct {
 	}},
 }
 
-// source is a way over an order: what its last call was answered, and of which payment or order the answer speaks.
-type source func(*crossing) (a answer, about string)
+// action does something about an order. It returns the answer of its last call, and the payment or order that it is about.
+type action func(*crossing) (a answer, about string)
 
-// sources are all there are. Those that only are second have no steps to be stopped at, or the same as another.
-var sources = []struct {
+// actions are all that can be done. Those that are only second have no points to be stopped at, or the same as another.
+var actions = []struct {
 	name       string
 	onlySecond bool
-	travel     source
+	do         action
 }{
 	{"report", false, func(c *crossing) (answer, string) { c.payOnce(); return c.report(c.first), c.first }},
 	{"notice", true, func(c *crossing) (answer, string) { c.payOnce(); return c.notice(c.first), c.first }},
@@ -154,7 +154,7 @@ var trueWhen = map[string]struct {
 	"변경실패, 진행 단계가 알맞지 않습니다":                         {}, // the two say what the call did not do
 	"이미 판매되었거나 다른 구매자가 결제 중인 작품이 있습니다":              {},
 	"확인했습니다": {}, // the gateway is told nothing
-	"":       {}, // the reconciler tells nobody
+	"":       {}, // the reconciler answers no call
 }
 
 // changesAnyway are refusals of calls that have changed the order.
@@ -218,12 +218,12 @@ func (c *crossing) wantWhole() {
 	c.lines(`UPDATE orders SET next_look_at = NULL WHERE next_look_at IS NOT NULL RETURNING id`)
 }
 
-// cross lets the second road run through when the first has come to its step number stop.
-func cross(c *crossing, first, second source, stop int) {
+// cross runs the whole second action when the first has come to its test point number stop.
+func cross(c *crossing, first, second action, stop int) {
 	arrived, release := make(chan struct{}), make(chan struct{})
-	var steps atomic.Int32
+	var reached atomic.Int32
 	c.settler.onTestHook = func(string, string) {
-		if steps.Add(1) == int32(stop) {
+		if reached.Add(1) == int32(stop) {
 			close(arrived)
 			<-release
 		}
@@ -236,7 +236,7 @@ func cross(c *crossing, first, second source, stop int) {
 	select {
 	case <-arrived:
 	case <-done:
-		c.t.Fatal("the first road has no such step this time")
+		c.t.Fatal("the first action has no such point this time")
 	}
 	wantSecond := c.run("second", second)
 	close(release)
@@ -246,23 +246,23 @@ func cross(c *crossing, first, second source, stop int) {
 	wantSecond()
 }
 
-// run has a road run through under a name of its own, and returns what checks its answer.
-func (c *crossing) run(name string, r source) (wantTrue func()) {
+// run does an action under a request id of its own, and returns what checks its answer.
+func (c *crossing) run(name string, do action) (wantTrue func()) {
 	alone, own := *c, *c.shop
 	alone.shop, own.called = &own, name+"-"+c.order
-	a, about := r(&alone)
+	a, about := do(&alone)
 	return func() { c.wantTrue(own.called, a, about) }
 }
 
-// steps are those that a road has.
-func (c *crossing) steps(r source) (names []string) {
+// points returns the test points that an action comes to.
+func (c *crossing) points(do action) (names []string) {
 	var mu sync.Mutex
 	c.settler.onTestHook = func(name, _ string) {
 		mu.Lock()
 		defer mu.Unlock()
 		names = append(names, name)
 	}
-	wantTrue := c.run("alone", r)
+	wantTrue := c.run("alone", do)
 	c.settler.onTestHook = nil
 	wantTrue()
 	return names
@@ -284,20 +284,20 @@ func TestInterleavings(t *testing.T) {
 				return c
 			}
 			crossings := 0
-			for _, first := range sources {
+			for _, first := range actions {
 				if first.onlySecond {
 					continue
 				}
 				c := next()
-				steps := c.steps(first.travel)
+				points := c.points(first.do)
 				c.wantWhole()
-				for i, step := range steps {
-					for _, second := range sources {
+				for i, point := range points {
+					for _, second := range actions {
 						c := next()
-						cross(c, first.travel, second.travel, i+1)
+						cross(c, first.do, second.do, i+1)
 						c.wantWhole()
 						if t.Failed() {
-							t.Fatalf("%s, stopped at its step %d (%s), crossed by %s", first.name, i+1, step, second.name)
+							t.Fatalf("%s, stopped at its point %d (%s), crossed by %s", first.name, i+1, point, second.name)
 						}
 						crossings++
 					}

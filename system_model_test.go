@@ -15,16 +15,16 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Random lives of a small shop. Each step goes to the service and to the model of model_test.go; the answer, the books, the
+// Random lives of a small shop. Each move goes to the service and to the model below; the answer, the books, the
 // history and the money at the gateway must then be what the model says. A failure prints the seed of the one life in which
-// it happened and that life's steps.
+// it happened and that life's moves.
 
 var (
 	modelSeed  = flag.Uint64("model.seed", 0, "seed of the first life that TestModel plays; 0: another each time")
-	modelSteps = flag.Int("model.steps", 2000, "how many random steps TestModel plays")
+	modelSteps = flag.Int("model.steps", 2000, "how many random moves TestModel plays")
 )
 
-// runMoves is how many steps a life has before all is settled; the next one begins with new buyers and paintings.
+// runMoves is how many moves a life has before all is settled; the next one begins with new buyers and paintings.
 const runMoves = 60
 
 func TestModel(t *testing.T) {
@@ -71,7 +71,7 @@ func newModelRun(s *shop, seed uint64) *modelRun {
 		l.model.paintings = append(l.model.paintings, &modelPainting{id: id, forSale: true})
 		l.names = append(l.names, id, fmt.Sprintf("painting%d", i+1))
 	}
-	l.names = append(l.names, adminID, "desk")
+	l.names = append(l.names, adminID, "administrator")
 	return l
 }
 
@@ -94,7 +94,7 @@ var moves = []struct {
 	{10, "reconcile", (*modelRun).playReconcile},
 }
 
-// step plays a random move and compares.
+// move plays a random move and compares.
 func (l *modelRun) move() {
 	l.t.Helper()
 	l.tick(5 * time.Second) // a look-up repeated within 3 seconds may be answered from the one before
@@ -118,7 +118,7 @@ func (l *modelRun) move() {
 	l.compare()
 }
 
-// faults is the trouble as the gateway's double has it.
+// faults returns the trouble as a fault function of the test gateway.
 func (t trouble) faults() func(call, id string) fault {
 	cancelled := map[string]bool{}
 	return func(call, id string) fault {
@@ -148,7 +148,7 @@ func lately[T any](l *modelRun, from []*T) *T {
 	return pick(l, from[max(0, len(from)-10):])
 }
 
-// user is mostly the order's buyer, or else the desk, another or nobody.
+// user is mostly the order's buyer, or else the administrator, another buyer or "".
 func (l *modelRun) user(o *modelOrder) string {
 	switch n := l.random.IntN(20); {
 	case n < 13 && o != nil:
@@ -342,7 +342,7 @@ func (l *modelRun) playShow() {
 		want = fmt.Sprint(newest(his, 3), count[0], count[1], count[2], count[3])
 		got = fmt.Sprint(list.ids(), list.Status["paid"], list.Status["ready"], list.Status["coming"], list.Status["done"])
 	case 3:
-		l.say("the desk lists the orders")
+		l.say("the administrator lists the orders")
 		ids, list := newest(func(o *modelOrder) bool { return o.status >= 0 }, 10), l.list(adminID, "/api/orders").ids()
 		want, got = fmt.Sprint(ids), fmt.Sprint(list[:min(len(ids), len(list))]) // those of earlier lives follow
 	case 4:
@@ -366,7 +366,7 @@ func (l *modelRun) playShow() {
 	}
 }
 
-// playCharge has a payment window end in one of the ways there are; nobody is told.
+// playCharge has a payment window end in one of the ways there are. The service is not told.
 func (l *modelRun) playCharge() {
 	p := &modelPayment{order: lately(l, l.model.orders), status: "paid", changed: l.model.now}
 	for _, waiting := range l.model.payments {
@@ -590,7 +590,7 @@ type modelPayment struct {
 	booked        int64  // of back, what our books know
 }
 
-// trouble is how the gateway fails for the length of a step.
+// trouble is how the gateway fails for the length of a move.
 type trouble struct {
 	name   string
 	lookUp bool  // look-ups answer 500
@@ -631,7 +631,7 @@ func (o *modelOrder) unpaid() bool { return o.status == -1 && o.ended == "" }
 
 func (o *modelOrder) note(why string) { o.history = append(o.history, why) }
 
-// seenBy reports whether the order exists for user: its buyer and the desk.
+// seenBy reports whether the order exists for user: its buyer and the administrator.
 func (o *modelOrder) seenBy(user string) bool {
 	return o != nil && o.ended == "" && (user == o.buyer || user == adminID)
 }
