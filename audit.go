@@ -342,7 +342,7 @@ func (o *auditedOrder) comparePayment(row auditPayment, p gatewayPayment, known 
 	case row.state == stateRefunded:
 	case !known:
 		o.mismatch(mismatchUnknown, row.impUID, left)
-	case !p.moved:
+	case !p.moved, p.status != gatewayPaid && p.status != gatewayCancelled:
 		o.mismatch(mismatchNoMoney, row.impUID, left)
 	case p.fullyRefunded:
 		o.mismatch(mismatchCancelled, row.impUID, left)

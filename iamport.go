@@ -70,7 +70,9 @@ type cancelRequest struct {
 }
 
 // Format keeps the account out of what fmt prints, which does not ask the account itself when that is a field.
-func (c cancelRequest) Format(f fmt.State, _ rune) { fmt.Fprintf(f, "(the cancel of payment %q)", c.impUID) }
+func (c cancelRequest) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "(the cancel of payment %q)", c.impUID)
+}
 
 // refundAccount is a buyer's bank account, as an administrator names it and the ledger keeps it until the money is back. It
 // has to stay out of every log and error, so neither fmt nor slog prints it. In a struct it has to be a pointer, whose

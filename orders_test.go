@@ -554,6 +554,7 @@ func TestLatestOrder(t *testing.T) {
 	var second orderCreated
 	check(t, json.Unmarshal([]byte(s.want(s.call(buyerA, "POST", "/api/orders", body), 201, "").body), &second))
 	s.wantBody(latest(buyerA), 200, `{"deliveryInfo":{"address":"[00000] 어느시 어느로 1","detailedAddress":"101호","receiver":"홍길동","contactNum":"010-0000-0000"},`+
+		`"deliveryDetails":{"receiveAt":"","requestedTerms":""},`+
 		`"ordererInfo":{"name":"홍길동","phoneNum":"010-0000-0000","email":"buyer@example.com","refundTerms":"품절 시 결제수단으로 환불"},"_id":"`+second.OrderID+`"}`)
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+second.OrderID, nil), 200, "")
 	if id() != first {

@@ -87,7 +87,7 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 			return decision{state: stateRefunded, reason: reasonAtTheGateway}
 		case known != nil && p.cancelled > known.refunded:
 			return decision{state: known.state, reason: known.reason}
-		case known != nil:
+		case known != nil, p.status != gatewayPaid && p.status != gatewayCancelled:
 			return decision{}
 		case !p.isKRW() || p.amount != l.total || p.cancelled != 0:
 			return decision{state: stateRefunding, reason: reasonAmount}

@@ -46,34 +46,104 @@ func TestHoldWaitsForTheGateway(t *testing.T) {
 	}
 }
 
-// A notice may be lost of anything that happens to an order: the reconciler looks at each once more.
-func TestPaidOrdersAreLookedAtOnceMore(t *testing.T) {
+// A notice may be lost of anything that happens, however old its order is: the gateway's lists have it.
+func TestLostNotices(t *testing.T) {
 	s := newShop(t)
+	s.fake.listDelay = 5 * time.Minute
 	order, kept, painting := s.paid(buyerA)
-	refunded, _, freed := s.paid(buyerB)
-	second := s.charge(order, 109000)
-	check(t, s.fake.refundInConsole(queryText(t, s.config.databaseURL, `SELECT imp_uid FROM payments WHERE order_id = '`+refunded+`'`), 0))
-	s.later(29 * time.Minute)
-	if s.row(second) != "none" || s.statusOf(refunded) != statusPaid {
-		t.Fatal("looked at early")
+	refunded, refundedUID, freed := s.paid(buyerB)
+	partly, partlyUID, _ := s.paid(buyerB)
+	unpaid := s.order(buyerA, s.painting(99000))
+	for _, age := range []time.Duration{time.Minute, 40 * time.Hour, 100 * 24 * time.Hour} {
+		s.later(age)
+		second := s.charge(order, 109000)
+		late := s.charge(unpaid, 109000)
+		wrong := s.charge(unpaid, 1000)
+		foreign := s.charge("another-shop-1", 109000)
+		if age > time.Hour && refunded != "" {
+			check(t, s.fake.refundInConsole(refundedUID, 0))
+			check(t, s.fake.refundInConsole(partlyUID, 9000))
+		}
+		s.later(4 * time.Minute)
+		if s.row(second) != "none" {
+			t.Fatalf("after %v: found before the list shows it", age)
+		}
+		s.later(time.Minute)
+		s.later(time.Second)
+		if s.row(second) != "refunded: "+reasonDuplicate || s.back(second) != 109000 || s.row(kept) != "kept" || s.inStock("", painting) {
+			t.Errorf("after %v, a second payment: %s, the first %s", age, s.row(second), s.row(kept))
+		}
+		if s.row(wrong) != "refunded: "+reasonAmount || s.back(wrong) != 1000 || s.back(foreign) != 0 {
+			t.Errorf("after %v, a wrong amount: %s", age, s.row(wrong))
+		}
+		want := map[bool]string{true: "kept", false: "refunded: " + reasonDuplicate}[age == time.Minute]
+		if s.row(late) != want || s.statusOf(unpaid) != statusPaid {
+			t.Errorf("after %v, an order nobody reported: %s, status %d", age, s.row(late), s.statusOf(unpaid))
+		}
+		if age > time.Hour && refunded != "" {
+			if s.statusOf(refunded) != statusCancelled || !s.inStock("", freed) {
+				t.Errorf("after %v, refunded in the console: status %d", age, s.statusOf(refunded))
+			}
+			if s.statusOf(partly) != statusPaid || queryText(t, s.config.databaseURL, `SELECT refunded FROM payments WHERE imp_uid = '`+partlyUID+`'`) != "9000" {
+				t.Errorf("after %v, partly refunded in the console: status %d", age, s.statusOf(partly))
+			}
+			refunded = ""
+		}
 	}
-	s.later(time.Minute)
-	if s.row(second) != "refunded: "+reasonDuplicate || s.back(second) != 109000 || s.row(kept) != "kept" || s.inStock("", painting) {
-		t.Errorf("a second payment: %s, the first %s", s.row(second), s.row(kept))
-	}
-	if s.statusOf(refunded) != statusCancelled || !s.inStock("", freed) {
-		t.Errorf("refunded in the console: status %d", s.statusOf(refunded))
-	}
-	third := s.charge(order, 109000)
-	s.later(30 * time.Minute) // not yet
-	s.later(23 * time.Hour)
-	if s.back(third) != 109000 || s.statusOf(order) != statusPaid {
-		t.Errorf("a third payment: %s", s.row(third))
-	}
-	s.later(time.Hour)
 	if n := queryText(t, s.config.databaseURL, `SELECT count(*) FROM orders WHERE next_look_at IS NOT NULL`); n != "0" {
-		t.Errorf("%s orders are looked at for ever", n)
+		t.Errorf("%s orders are checked for ever", n)
 	}
+	s.wantBalanced()
+}
+
+// What the lists cost does not grow with the orders: one call a list and round, and no call about a single order.
+func TestListsCostACall(t *testing.T) {
+	s := newShop(t)
+	for range 20 {
+		s.paid(newTestID())
+		s.charge("another-shop-1", 5000)
+	}
+	s.later(time.Second) // the first reading
+	lists, others := s.fake.calls("list"), s.fake.calls("findAll")+s.fake.calls("payment")
+	for range 3 {
+		s.later(time.Hour)
+	}
+	if n := s.fake.calls("list") - lists; n != 6 {
+		t.Errorf("%d lists were asked for in 3 rounds", n)
+	}
+	if n := s.fake.calls("findAll") + s.fake.calls("payment") - others; n != 0 {
+		t.Errorf("%d orders or payments were asked about", n)
+	}
+}
+
+// A list that was not read whole is read again from where the reading ended, by one replica at a time.
+func TestListReadingGoesOn(t *testing.T) {
+	s := newShop(t)
+	order, _, _ := s.paid(buyerA)
+	s.later(time.Second)
+	second := s.charge(order, 109000)
+	s.fake.setFaults(func(call, _ string) fault {
+		if call == "list" {
+			return fault{before: answer500}
+		}
+		return fault{}
+	})
+	for range 30 {
+		s.later(24 * time.Hour)
+	}
+	s.fake.setFaults(nil)
+	now := s.now()
+	_, err := s.store.claimList(t.Context(), gatewayPaid, now)
+	check(t, err)
+	s.later(time.Second) // another replica reads the list
+	if s.row(second) != "none" {
+		t.Fatal("two replicas read one list")
+	}
+	s.later(refundLease) // it vanished
+	if s.row(second) != "refunded: "+reasonDuplicate {
+		t.Fatalf("the payment is %s", s.row(second))
+	}
+	s.wantBalanced()
 }
 
 // A right payment behind a wrong one, both unreported: the newest is not the only one.

@@ -184,6 +184,8 @@ func (s *shop) countPlans() *atomic.Int64 {
 func TestMoneyReadsNoWholeTable(t *testing.T) {
 	s := newShop(t)
 	execSQL(t, s.config.databaseURL, `
+		ALTER TABLE orders DISABLE TRIGGER orders_have_their_paintings, DISABLE TRIGGER new_orders_agree_with_payments;
+		ALTER TABLE payments DISABLE TRIGGER payments_agree_with_orders;
 		INSERT INTO orders (id, user_id, number, status, created_at, updated_at, paid_at, held_until, shipping_price, total_price, product_ids,
 			items, delivery_info, orderer_info)
 		SELECT lpad(i::text, 24, '0'), lpad(i::text, 24, '0'), i, CASE WHEN i % 500 = 0 THEN -1 ELSE 3 END, now(), now(),
@@ -192,7 +194,7 @@ func TestMoneyReadsNoWholeTable(t *testing.T) {
 		SELECT id, id, CASE WHEN n % 500 = 1 THEN 'refunding' ELSE 'kept' END, CASE WHEN n % 500 = 1 THEN 'amount differs' END, 'KRW', 1, now(), now(), now(), now()
 		FROM (SELECT id, row_number() OVER () AS n FROM orders WHERE status = 3) o;
 		ANALYZE orders; ANALYZE payments`)
-	rows, err := s.store.pool.Query(t.Context(), "EXPLAIN "+openBalancesQuery, s.now(), cancelReasons)
+	rows, err := s.store.pool.Query(t.Context(), "EXPLAIN "+openBalancesQuery, s.now(), cancelReasons, stuckAfter)
 	check(t, err)
 	plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	check(t, err)
@@ -310,7 +312,7 @@ func TestSchemaDefendsItselfAgainstTwo(t *testing.T) {
 			t.Errorf("%s: %v", sql, err)
 		}
 	}
-	s.wantMismatches(mismatchUnknown, mismatchNoOrder)
+	s.wantMismatches(mismatchUnknown)
 }
 
 // constraintOf names the constraint that a statement ran into.
