@@ -294,11 +294,11 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 // development it first completes c with the addresses and keys of the private PostgreSQL and the fake gateway.
 func withStore(ctx context.Context, c *config, fn func(*store) error) (err error) {
 	if c.local {
-		closeEnv, err := joinDevEnv(ctx, c)
+		leave, err := joinDevEnv(ctx, c)
 		if err != nil {
 			return err
 		}
-		defer closeEnv()
+		defer leave()
 	}
 	store, err := openMigratedStore(ctx, c.databaseURL)
 	if err != nil {
