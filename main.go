@@ -195,12 +195,12 @@ func runServer(ctx context.Context, s *server, listener, metricsListener net.Lis
 	background.Go(func() { s.settler.reconcile(backgroundCtx) })
 	if metricsListener != nil {
 		background.Go(func() {
-			if err := serveHTTP(backgroundCtx, httpServer(s.metricsHandler(), s.log), metricsListener); err != nil {
+			if err := serveAndDrain(backgroundCtx, httpServer(s.metricsHandler(), s.log), metricsListener); err != nil {
 				s.log.Error("metrics server failed", "error", err)
 			}
 		})
 	}
-	err := serveHTTP(ctx, httpServer(s, s.log), listener)
+	err := serveAndDrain(ctx, httpServer(s, s.log), listener)
 	stop()
 	waitAtMost(&background, backgroundStopTime)
 	s.log.Info("stopped")
@@ -242,9 +242,9 @@ func httpServer(handler http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// serveHTTP serves until ctx ends, then waits up to drainTime for the requests under way. It returns nil after such a
+// serveAndDrain serves until ctx ends, then waits up to drainTime for the requests under way. It returns nil after such a
 // shutdown.
-func serveHTTP(ctx context.Context, server *http.Server, listener net.Listener) error {
+func serveAndDrain(ctx context.Context, server *http.Server, listener net.Listener) error {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	select {
