@@ -11,49 +11,51 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 )
 
-// caller is who a request comes from; the zero Caller is nobody.
+// caller is the user that a request comes from. It is zero when the user is unknown.
 type caller struct {
-	id    string // the user's ObjectId, lower case
+	id    string // the user's ObjectId, in lower case
 	admin bool
 }
 
-// tokens reads and makes the bearer tokens of the Lumiere login service: HS256, claims id, isAdmin, iat, exp.
+// tokens verifies and issues the bearer tokens of the Lumiere login service: JWTs signed with HS256, with the claims id,
+// isAdmin, iat and exp. A tokens is safe for concurrent use.
 type tokens struct {
 	secret []byte
 	parser *jwt.Parser
 	now    func() time.Time
 
-	mu   sync.Mutex
-	good map[[sha256.Size]byte]goodToken // verified before: a page makes many calls with one token
+	mu       sync.Mutex
+	verified map[[sha256.Size]byte]verifiedToken // by the token's hash; a front end sends one token many times
 }
 
-// goodToken is what a verified token says.
-type goodToken struct {
+// verifiedToken is the content of a token whose signature was correct.
+type verifiedToken struct {
 	caller  caller
 	expires time.Time
 }
 
-// goodTokens bounds how many are remembered; beyond, all are forgotten and verified anew.
-const goodTokens = 10_000
+// maxVerifiedTokens bounds tokens.verified. A full map is emptied.
+const maxVerifiedTokens = 10_000
 
-// newTokens uses secret and tells the time with now.
+// newTokens returns tokens signed with secret. now is the clock.
 func newTokens(secret []byte, now func() time.Time) *tokens {
 	parser := jwt.NewParser(jwt.WithValidMethods([]string{"HS256"}), jwt.WithExpirationRequired(), jwt.WithTimeFunc(now))
-	return &tokens{secret: secret, parser: parser, now: now, good: map[[sha256.Size]byte]goodToken{}}
+	return &tokens{secret: secret, parser: parser, now: now, verified: map[[sha256.Size]byte]verifiedToken{}}
 }
 
-// claims are what a token says. IsAdmin is any so that only the JSON boolean true makes an administrator, without a
-// string or a number in its place making the token a bad one.
+// claims are the claims of a token. Only the JSON boolean true in isAdmin makes an administrator. IsAdmin is an any so
+// that a token with another type there is still valid, as a buyer's.
 type claims struct {
 	ID      string `json:"id"`
 	IsAdmin any    `json:"isAdmin"`
 	jwt.RegisteredClaims
 }
 
+// errNoToken says that a request has no bearer token.
 var errNoToken = errors.New("no bearer token")
 
-// caller is who the request's Authorization header says, or an error that says why nobody. The error is not for logs
-// or clients: it may quote the token.
+// caller returns the user whose valid token is in the request's Authorization header, or an error. The error may quote the
+// token, so it must not be logged or sent to a client.
 func (t *tokens) caller(r *http.Request) (caller, error) {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
@@ -62,10 +64,10 @@ func (t *tokens) caller(r *http.Request) (caller, error) {
 	token = strings.TrimSpace(token)
 	hash := sha256.Sum256([]byte(token))
 	t.mu.Lock()
-	known, ok := t.good[hash]
+	cached, ok := t.verified[hash]
 	t.mu.Unlock()
-	if ok && t.now().Before(known.expires) {
-		return known.caller, nil
+	if ok && t.now().Before(cached.expires) {
+		return cached.caller, nil
 	}
 	verified, err := t.verify(token)
 	if err != nil {
@@ -73,30 +75,31 @@ func (t *tokens) caller(r *http.Request) (caller, error) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if len(t.good) >= goodTokens {
-		clear(t.good)
+	if len(t.verified) >= maxVerifiedTokens {
+		clear(t.verified)
 	}
-	t.good[hash] = verified
+	t.verified[hash] = verified
 	return verified.caller, nil
 }
 
-// verify reads a token that has not been seen before.
-func (t *tokens) verify(token string) (goodToken, error) {
+// verify checks the token's signature, its expiry and that its id is an ObjectId.
+func (t *tokens) verify(token string) (verifiedToken, error) {
 	var c claims
 	if _, err := t.parser.ParseWithClaims(token, &c, func(*jwt.Token) (any, error) { return t.secret, nil }); err != nil {
-		return goodToken{}, err
+		return verifiedToken{}, err
 	}
 	id, ok := parseID(c.ID)
 	if !ok {
-		return goodToken{}, errors.New("the token's id is not an ObjectId")
+		return verifiedToken{}, errors.New("the token's id is not an ObjectId")
 	}
-	return goodToken{caller{id: id, admin: c.IsAdmin == true}, c.ExpiresAt.Time}, nil
+	return verifiedToken{caller: caller{id: id, admin: c.IsAdmin == true}, expires: c.ExpiresAt.Time}, nil
 }
 
-// issue makes a token for caller that is good for ttl from now.
-func (t *tokens) issue(who caller, now time.Time, ttl time.Duration) (string, error) {
+// issue returns a token for c that is valid from now for ttl.
+func (t *tokens) issue(c caller, now time.Time, ttl time.Duration) (string, error) {
 	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims{
-		ID: who.id, IsAdmin: who.admin,
+		ID:               c.id,
+		IsAdmin:          c.admin,
 		RegisteredClaims: jwt.RegisteredClaims{IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(ttl))},
 	}).SignedString(t.secret)
 }

@@ -101,11 +101,11 @@ func TestTokens(t *testing.T) {
 	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), 200, "")
 	s.clock.advance(time.Millisecond)
 	s.want(s.callWith(good, "GET", "/api/orders/"+order, nil), http.StatusUnauthorized, messageSignIn)
-	for i := len(s.tokens.good); i < goodTokens; i++ {
-		s.tokens.good[sha256.Sum256([]byte{byte(i), byte(i >> 8)})] = goodToken{}
+	for i := len(s.tokens.verified); i < maxVerifiedTokens; i++ {
+		s.tokens.verified[sha256.Sum256([]byte{byte(i), byte(i >> 8)})] = verifiedToken{}
 	}
 	s.want(s.call(buyerA, "GET", "/api/orders/"+order, nil), 200, "")
-	if n := len(s.tokens.good); n != 1 {
+	if n := len(s.tokens.verified); n != 1 {
 		t.Errorf("%d tokens are remembered", n)
 	}
 }

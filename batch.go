@@ -9,84 +9,98 @@ import (
 	"time"
 )
 
-// batcher lets calls that arrive together share one query: while a query runs, the next callers' keys collect, and the
-// moment it returns they go out as one. A lone caller waits for nothing, nothing is cached, and no answer is older
-// than its question, since a query never takes keys after it has started.
+// batcher combines concurrent look-ups by key into one query. While a query runs, the keys of further callers collect in the
+// next batch, which runs as soon as the query returns. A lone caller does not wait, and nothing is cached: a query takes no
+// keys after it has started, so a result is never older than the call that asked for it.
+//
+// A batcher is safe for concurrent use.
 type batcher[K comparable, V any] struct {
 	query   func(context.Context, []K) (map[K]V, error)
-	mu      sync.Mutex
-	running bool
-	waiting []*batch[K, V]
+	mu      sync.Mutex     // guards what follows, and the keys of waiting batches
+	running bool           // a goroutine is in run
+	waiting []*batch[K, V] // batches that have not started, oldest first
 }
 
-// batch is one query under way or about to be, and its answer once done is closed.
+// batch is one query and its result, which may be read once done is closed.
 type batch[K comparable, V any] struct {
-	keys   []K
-	until  time.Time // it gives up then, and with it whoever waits, however long the flights before it took
-	done   chan struct{}
-	answer map[K]V
-	err    error
+	keys     []K
+	deadline time.Time // of the query; it counts from the batch's first caller, however long earlier batches take
+	done     chan struct{}
+	result   map[K]V
+	err      error
 }
 
-// maxBatchKeys bounds the keys of one query, so that no caller waits for a crowd's worth of rows.
+// maxBatchKeys bounds the keys of one query, so that a caller does not wait for the rows of very many others. A single call
+// may exceed it.
 const maxBatchKeys = 1000
 
+// newBatcher returns a batcher that calls query, one call at a time. Keys without a value are missing from query's map. The
+// keys that it is given may repeat.
 func newBatcher[K comparable, V any](query func(context.Context, []K) (map[K]V, error)) *batcher[K, V] {
 	return &batcher[K, V]{query: query}
 }
 
-// get answers the values of keys; an unknown key is missing from the map, which is shared and must not be changed.
-// A caller that goes away leaves the others' query alone. An error is everybody's who shares the query, so keys must be
-// checked before: none may be one that the database refuses.
-func (g *batcher[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
-	g.mu.Lock()
-	var f *batch[K, V]
-	if n := len(g.waiting); n > 0 && len(g.waiting[n-1].keys)+len(keys) <= maxBatchKeys {
-		f = g.waiting[n-1]
-	} else {
-		f = &batch[K, V]{until: time.Now().Add(dbTimeout), done: make(chan struct{})}
-		g.waiting = append(g.waiting, f)
-	}
-	f.keys = append(f.keys, keys...)
-	if !g.running {
-		g.running = true
-		go g.run()
-	}
-	g.mu.Unlock()
+// get returns the values of keys. Keys without a value are missing from the map. The map may hold other callers' keys too,
+// is shared with them, and must not be changed.
+//
+// When ctx ends, get returns its error and the query continues for the others. An error of the query is returned to every
+// caller in the batch, so callers must check beforehand that the database accepts their keys. get gives up dbTimeout after
+// the batch's first caller.
+func (b *batcher[K, V]) get(ctx context.Context, keys ...K) (map[K]V, error) {
+	joined := b.join(keys)
 	select {
-	case <-f.done:
-		return f.answer, f.err
+	case <-joined.done:
+		return joined.result, joined.err
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 }
 
-// run sends out flights until none is waiting.
-func (g *batcher[K, V]) run() {
+// join adds keys to a batch that has not started and returns the batch.
+func (b *batcher[K, V]) join(keys []K) *batch[K, V] {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var last *batch[K, V]
+	if n := len(b.waiting); n > 0 && len(b.waiting[n-1].keys)+len(keys) <= maxBatchKeys {
+		last = b.waiting[n-1]
+	} else {
+		last = &batch[K, V]{deadline: time.Now().Add(dbTimeout), done: make(chan struct{})}
+		b.waiting = append(b.waiting, last)
+	}
+	last.keys = append(last.keys, keys...)
+	if !b.running {
+		b.running = true
+		go b.run()
+	}
+	return last
+}
+
+// run executes batches until none is waiting.
+func (b *batcher[K, V]) run() {
 	for {
-		runtime.Gosched() // whoever is about to ask joins; nobody else waits
-		g.mu.Lock()
-		if len(g.waiting) == 0 {
-			g.running = false
-			g.mu.Unlock()
+		runtime.Gosched() // goroutines that are about to call get join this batch
+		b.mu.Lock()
+		if len(b.waiting) == 0 {
+			b.running = false
+			b.mu.Unlock()
 			return
 		}
-		f := g.waiting[0]
-		g.waiting = g.waiting[1:]
-		g.mu.Unlock()
-		g.exec(f)
+		next := b.waiting[0]
+		b.waiting = b.waiting[1:]
+		b.mu.Unlock()
+		b.exec(next)
 	}
 }
 
-// ask sends one flight's query and lets go of whoever waits for it, whatever happens.
-func (g *batcher[K, V]) exec(f *batch[K, V]) {
-	defer close(f.done)
+// exec runs the query of one batch and releases its callers, also when the query panics.
+func (b *batcher[K, V]) exec(next *batch[K, V]) {
+	defer close(next.done)
 	defer func() {
 		if p := recover(); p != nil {
-			f.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+			next.err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	ctx, cancel := context.WithDeadline(context.Background(), f.until)
+	ctx, cancel := context.WithDeadline(context.Background(), next.deadline)
 	defer cancel()
-	f.answer, f.err = g.query(ctx, f.keys)
+	next.result, next.err = b.query(ctx, next.keys)
 }

@@ -20,106 +20,120 @@ import (
 	"time"
 )
 
-// Local development: everything that the service stands on, on one machine, for nobody else. None of it can be switched
-// on in a configured deployment: it is there only when DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET are all unset.
+// Local development: everything that the service depends on, run on this machine and reachable from this machine only. It
+// runs when DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET are all unset, and cannot be enabled otherwise.
 
+// devCatalogueFile is the sample catalogue, in the format of the import command.
+//
 //go:embed dev_catalogue.json
 var devCatalogueFile []byte
 
+// devPage is the page at /.
+//
 //go:embed dev_page.html
 var devPage []byte
 
-// devPagePolicy lets the page be what it is, one file that talks to this service alone. With trusted types the browser
-// itself refuses to make HTML of a text.
+// devPagePolicy is the Content-Security-Policy of devPage. The page is a single file that calls only this service. Trusted
+// types make the browser reject any text that would be inserted as HTML.
 const devPagePolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; " +
 	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 
-// devUsers are the users whose tokens are handed out.
+// devUsers are the users whose tokens the banner and the page show: two buyers and an administrator.
 var devUsers = []devUser{
 	{ID: "61a4e52b4f5f6aa036bfec61", Name: "가람", Variable: "BUYER"},
 	{ID: "61a4e52b4f5f6aa036bfec62", Name: "나래", Variable: "BUYER2"},
 	{ID: "61a4e52b4f5f6aa036bfec6a", Name: "관리자", Variable: "DESK", Admin: true},
 }
 
+// devUser is a user of local development, as the page gets it.
 type devUser struct {
 	ID       string `json:"id"`
 	Name     string `json:"name"`
-	Variable string `json:"variable"` // the shell variable that keeps the token, in what is printed and shown to be pasted
+	Variable string `json:"variable"` // the shell variable that holds the token in the examples
 	Admin    bool   `json:"admin"`
 	Token    string `json:"token"`
 }
 
-// devTokenTTL is long enough for a day's work.
+// devTokenTTL is how long those tokens are valid: a working day.
 const devTokenTTL = 12 * time.Hour
 
 // devEnv is what local development runs beside the service.
 type devEnv struct {
-	dir     string
-	unlock  func()
-	server  *postgresServer
-	gateway *fakeGateway
-	http    *http.Server // the gateway's
+	dir           string // keeps everything between runs
+	unlock        func() // releases dir for other processes
+	server        *postgresServer
+	gateway       *fakeGateway
+	gatewayServer *http.Server
 }
 
-// openDevEnv starts the private PostgreSQL and the fake gateway, and completes the configuration with them.
-func openDevEnv(ctx context.Context, c *config) (env *devEnv, err error) {
-	h := &devEnv{}
+// openDevEnv starts the private PostgreSQL and the fake gateway, and sets their addresses and keys in c. It fails when
+// another process has done so already. The caller closes the devEnv.
+func openDevEnv(ctx context.Context, c *config) (_ *devEnv, err error) {
+	env := &devEnv{}
 	defer func() {
 		if err != nil {
-			h.close()
+			env.close()
 		}
 	}()
-	if h.dir, err = cacheDir(); err != nil {
+	if env.dir, err = cacheDir(); err != nil {
 		return nil, err
 	}
-	if h.unlock, err = lockDir(h.dir); err != nil {
+	if env.unlock, err = lockDir(env.dir); err != nil {
 		return nil, fmt.Errorf("local development: %w", err)
 	}
-	if h.server, err = startPostgres(ctx, postgresConfig{dir: filepath.Join(h.dir, "postgres")}); err != nil {
+	if env.server, err = startPostgres(ctx, postgresConfig{dir: filepath.Join(env.dir, "postgres")}); err != nil {
 		return nil, err
 	}
+	c.databaseURL = env.server.url
 	if c.jwtSecret, err = devSecret(); err != nil {
 		return nil, err
 	}
-	h.gateway = newFakeGateway(time.Now)
-	if err := h.gateway.persist(filepath.Join(h.dir, "payments.json")); err != nil {
-		return nil, err
-	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	h.http = httpServer(h.gateway, slog.Default())
-	go h.http.Serve(listener)
-	c.databaseURL, c.iamportURL = h.server.url, "http://"+listener.Addr().String()
-	c.iamportKey, c.iamportSecret = h.gateway.key, h.gateway.secret
-	where, _ := json.Marshal(devGatewayAddress{c.iamportURL, c.iamportKey, c.iamportSecret})
-	if err := os.WriteFile(filepath.Join(h.dir, devGatewayFile), where, 0o600); err != nil {
+	if err := env.startGateway(c); err != nil {
 		return nil, err
 	}
 	if len(c.origins) == 0 {
-		c.origins = []string{"http://localhost:3000"} // where the front end is developed
+		c.origins = []string{"http://localhost:3000"} // where front ends are usually developed
 	}
-	return h, nil
+	return env, nil
+}
+
+// startGateway starts the fake gateway, sets its address and keys in c, and writes them to devGatewayFile.
+func (env *devEnv) startGateway(c *config) error {
+	env.gateway = newFakeGateway(time.Now)
+	if err := env.gateway.persist(filepath.Join(env.dir, "payments.json")); err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	env.gatewayServer = httpServer(env.gateway, slog.Default())
+	go env.gatewayServer.Serve(listener)
+	c.iamportURL, c.iamportKey, c.iamportSecret = "http://"+listener.Addr().String(), env.gateway.key, env.gateway.secret
+	text, err := json.Marshal(devGatewayAddress{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(env.dir, devGatewayFile), text, 0o600)
 }
 
 // close stops what openDevEnv started.
-func (h *devEnv) close() (err error) {
-	if h.http != nil {
-		err = h.http.Close()
+func (env *devEnv) close() (err error) {
+	if env.gatewayServer != nil {
+		err = env.gatewayServer.Close()
 	}
-	if h.server != nil {
-		err = errors.Join(err, h.server.stop())
+	if env.server != nil {
+		err = errors.Join(err, env.server.stop())
 	}
-	if h.unlock != nil {
-		h.unlock()
+	if env.unlock != nil {
+		env.unlock()
 	}
 	return err
 }
 
-// setUp loads the sample catalogue into an empty database, adds the calls that only local development has, and prints
-// how to use it all.
-func (h *devEnv) setUp(ctx context.Context, s *server, address string, out io.Writer) error {
+// setUp loads the sample catalogue into an empty database, adds the calls that only local development has to s, and prints
+// the banner. address is the host and port of s. It must be called before s serves.
+func (env *devEnv) setUp(ctx context.Context, s *server, address string, out io.Writer) error {
 	ids, err := s.store.firstPaintingIDs(ctx, 200)
 	if err != nil {
 		return err
@@ -129,33 +143,34 @@ func (h *devEnv) setUp(ctx context.Context, s *server, address string, out io.Wr
 			return err
 		}
 	}
-	h.gateway.notify = func(impUID, merchantUID, status string) {
+	env.gateway.notify = func(impUID, merchantUID, status string) {
 		text, _ := json.Marshal(map[string]string{"imp_uid": impUID, "merchant_uid": merchantUID, "status": status})
 		response, err := http.Post("http://"+address+"/api/payments/webhook", "application/json", bytes.NewReader(text))
 		if err != nil {
-			s.log.Warn("fake gateway: notice not delivered", "error", err)
+			s.log.Warn("fake gateway: webhook not delivered", "error", err)
 			return
 		}
 		response.Body.Close()
 	}
-	s.mux.HandleFunc("POST /local/payments", h.gateway.window)
-	s.mux.HandleFunc("POST /local/payments/{imp_uid}", h.gateway.console)
+	s.mux.HandleFunc("POST /local/payments", env.gateway.window)
+	s.mux.HandleFunc("POST /local/payments/{imp_uid}", env.gateway.console)
 	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.Header().Set("Cache-Control", "no-store")
 		w.Header().Set("Content-Security-Policy", devPagePolicy)
 		w.Write(devPage)
 	})
-	s.add(route{"GET /local/catalogue", public, http.StatusOK, s.showDevCatalogue})
-	return h.printBanner(s, address, out)
+	s.add(route{pattern: "GET /local/catalogue", access: public, success: http.StatusOK, handle: s.showDevCatalogue})
+	return env.printBanner(s, address, out)
 }
 
-// devCatalogue is what the page starts from.
+// devCatalogue is what the page needs to start.
 type devCatalogue struct {
-	IDs    []string  `json:"ids"`
-	People []devUser `json:"people"`
+	IDs   []string  `json:"ids"` // of paintings
+	Users []devUser `json:"people"`
 }
 
+// showDevCatalogue answers GET /local/catalogue.
 func (s *server) showDevCatalogue(r *request) (any, error) {
 	ids, err := s.store.firstPaintingIDs(r.Context(), 200)
 	if err != nil {
@@ -164,20 +179,21 @@ func (s *server) showDevCatalogue(r *request) (any, error) {
 	return devCatalogue{ids, s.devUsersWithTokens()}, nil
 }
 
-// devUsersWithTokens are the devUsers, each with a new token.
+// devUsersWithTokens returns devUsers, each with a new token.
 func (s *server) devUsersWithTokens() []devUser {
-	people := slices.Clone(devUsers)
-	for i, p := range people {
-		var err error
-		if people[i].Token, err = s.tokens.issue(caller{id: p.ID, admin: p.Admin}, s.now(), devTokenTTL); err != nil {
+	users := slices.Clone(devUsers)
+	for i, u := range users {
+		token, err := s.tokens.issue(caller{id: u.ID, admin: u.Admin}, s.now(), devTokenTTL)
+		if err != nil {
 			panic(err) // HS256 signs with any secret
 		}
+		users[i].Token = token
 	}
-	return people
+	return users
 }
 
-// devSecret is the secret of local development's tokens, made at the first run and kept, so that a command in another
-// terminal makes tokens that the running service accepts.
+// devSecret returns the secret of local development's tokens. It is created at the first run and kept in the cache
+// directory, so that the token command issues tokens which the running service accepts.
 func devSecret() ([]byte, error) {
 	dir, err := cacheDir()
 	if err != nil {
@@ -193,11 +209,11 @@ func devSecret() ([]byte, error) {
 	return secret, os.WriteFile(name, secret, 0o600)
 }
 
-// joinDevEnv finds what a command stands on in local development: the private PostgreSQL and the fake gateway of
-// the running service, or those that it starts itself until leave.
+// joinDevEnv sets in c the addresses and keys of the private PostgreSQL and the fake gateway. They are those of the running
+// service; when none runs, joinDevEnv starts its own, which leave stops.
 func joinDevEnv(ctx context.Context, c *config) (leave func() error, err error) {
-	env, problem := openDevEnv(ctx, c)
-	if problem == nil {
+	env, openErr := openDevEnv(ctx, c)
+	if openErr == nil {
 		return env.close, nil
 	}
 	dir, err := cacheDir()
@@ -205,31 +221,32 @@ func joinDevEnv(ctx context.Context, c *config) (leave func() error, err error) 
 		return nil, err
 	}
 	if c.databaseURL, err = runningPostgres(filepath.Join(dir, "postgres")); err != nil {
-		return nil, problem
+		return nil, openErr
 	}
 	text, err := os.ReadFile(filepath.Join(dir, devGatewayFile))
 	if err != nil {
 		return nil, err
 	}
-	var at devGatewayAddress
-	if err := json.Unmarshal(text, &at); err != nil {
+	var gateway devGatewayAddress
+	if err := json.Unmarshal(text, &gateway); err != nil {
 		return nil, err
 	}
-	c.iamportURL, c.iamportKey, c.iamportSecret = at.URL, at.Key, at.Secret
+	c.iamportURL, c.iamportKey, c.iamportSecret = gateway.URL, gateway.Key, gateway.Secret
 	return func() error { return nil }, nil
 }
 
-// devGatewayAddress is where a running service has its fake gateway, kept in devGatewayFile for commands in another
-// terminal. Its keys are made anew at each start.
+// devGatewayAddress is the content of devGatewayFile: where the running service has its fake gateway. The keys are new at
+// every start.
 type devGatewayAddress struct{ URL, Key, Secret string }
 
+// devGatewayFile is the name of a file in the cache directory, for commands in another terminal.
 const devGatewayFile = "gateway.json"
 
-// printBanner prints where the service is, tokens, and the lines that walk from a cart to a cancelled order.
-func (h *devEnv) printBanner(s *server, address string, out io.Writer) error {
+// printBanner prints the service's address, tokens, and examples that lead from a cart to a cancelled order.
+func (env *devEnv) printBanner(s *server, address string, out io.Writer) error {
 	var tokens strings.Builder
-	for _, p := range s.devUsersWithTokens() {
-		fmt.Fprintf(&tokens, "%s=%s\n", p.Variable, p.Token)
+	for _, u := range s.devUsersWithTokens() {
+		fmt.Fprintf(&tokens, "%s=%s\n", u.Variable, u.Token)
 	}
 	_, err := fmt.Fprint(out, strings.NewReplacer("{url}", "http://"+address, "{tokens}", tokens.String()).Replace(`
 Lumiere's order service, in local development: {url}

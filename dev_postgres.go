@@ -26,23 +26,23 @@ import (
 )
 
 const (
-	oldestPostgres     = 13 // the major version from which on everything we use is there
-	postgresName       = "lumiere"
-	postgresPort       = "5432"           // only part of the socket's name
-	postgresStartLimit = time.Minute      // for a start, the recovery after a crash included
-	postgresStopLimit  = 30 * time.Second // for a shutdown, before the server is killed
+	oldestPostgres     = 13               // the first major version that has everything this program uses
+	postgresName       = "lumiere"        // of the database and its user
+	postgresPort       = "5432"           // part of the socket's file name; no TCP port is opened
+	postgresStartLimit = time.Minute      // for a start, including the recovery after a crash
+	postgresStopLimit  = 30 * time.Second // for a shutdown; then the server is killed
 	postgresPoll       = 20 * time.Millisecond
 	orphanGrace        = time.Second // for a server without a socket to finish starting or stopping
-	maxSocketDir       = 89          // bytes: macOS allows a socket's path 103, "/.s.PGSQL.5432" included
+	maxSocketDir       = 89          // bytes; macOS allows 103 for the path of a socket, with "/.s.PGSQL.5432"
 )
 
-// findPostgres returns the directory that holds the server programs (initdb, postgres) of the newest PostgreSQL on
-// this machine, and its major version. When there is none the error says how to install one.
+// findPostgres returns the directory with the server programs (initdb, postgres) of the newest PostgreSQL on this machine,
+// and its major version. When there is none, the error says how to install it.
 func findPostgres() (bin string, major int, err error) {
 	return newestPostgres(postgresPlaces())
 }
 
-// postgresPlaces lists the directories where PostgreSQL's programs may be.
+// postgresPlaces returns the directories where PostgreSQL's server programs may be.
 func postgresPlaces() []string {
 	places := filepath.SplitList(os.Getenv("PATH"))
 	if bindir, err := exec.Command("pg_config", "--bindir").Output(); err == nil {
@@ -60,14 +60,14 @@ func postgresPlaces() []string {
 	return places
 }
 
-// newestPostgres is findPostgres over the given places.
+// newestPostgres does what findPostgres does, in the given directories only.
 func newestPostgres(places []string) (bin string, major int, err error) {
 	var newest []int
 	for _, place := range places {
 		if !filepath.IsAbs(place) {
 			continue
 		}
-		// The programs find their own files relative to where they really are, so a link in PATH is followed.
+		// The programs find their files relative to their real location, so symbolic links are resolved.
 		initdb, err := filepath.EvalSymlinks(filepath.Join(place, "initdb"))
 		if err != nil {
 			continue
@@ -88,9 +88,11 @@ func newestPostgres(places []string) (bin string, major int, err error) {
 	return bin, newest[0], nil
 }
 
+// versionPattern matches the major and minor version in the output of postgres --version.
 var versionPattern = regexp.MustCompile(`\) (\d+)(?:\.(\d+))?`)
 
-// postgresVersion asks the server program for its version, major and minor: "postgres (PostgreSQL) 17.2 (Debian …)".
+// postgresVersion returns the major and minor version that the server program prints, such as
+// "postgres (PostgreSQL) 17.2 (Debian …)".
 func postgresVersion(program string) ([]int, error) {
 	out, err := exec.Command(program, "--version").Output()
 	if err != nil {
@@ -104,13 +106,12 @@ func postgresVersion(program string) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	minor, _ := strconv.Atoi(string(match[2])) // a beta has none
+	minor, _ := strconv.Atoi(string(match[2])) // a beta has none, which counts as 0
 	return []int{major, minor}, nil
 }
 
-// cacheDir returns the directory where local development keeps what it makes, and makes it when missing.
-// For root it is in /var/cache unless XDG_CACHE_HOME says otherwise: PostgreSQL runs as another user then, who
-// cannot reach root's home.
+// cacheDir returns the directory where local development keeps its files, and creates it when missing. For root it is below
+// XDG_CACHE_HOME or /var/cache, because PostgreSQL then runs as a user that cannot reach root's home.
 func cacheDir() (string, error) {
 	base, err := os.UserCacheDir()
 	if os.Geteuid() == 0 {
@@ -126,7 +127,8 @@ func cacheDir() (string, error) {
 	return dir, nil
 }
 
-// makeDir makes dir, its parents too, private to us; root's can be passed through by the user PostgreSQL runs as.
+// makeDir creates dir and its parents, accessible to this user only. When the user is root, other users may pass through it,
+// because PostgreSQL runs as another user.
 func makeDir(dir string) error {
 	var mode fs.FileMode = 0o700
 	if os.Geteuid() == 0 {
@@ -135,11 +137,11 @@ func makeDir(dir string) error {
 	if err := os.MkdirAll(dir, mode); err != nil {
 		return err
 	}
-	return os.Chmod(dir, mode) // whatever the umask took away
+	return os.Chmod(dir, mode) // not narrowed by the umask
 }
 
-// lockDir keeps every other process out of dir until unlock is called or this process ends, however it ends.
-// When another one is in, the error says so and names its process id.
+// lockDir takes an exclusive lock on dir. It lasts until unlock is called or this process ends, in whatever way. When another
+// process holds the lock, the error says so and has its process id.
 func lockDir(dir string) (unlock func(), err error) {
 	file, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -154,35 +156,35 @@ func lockDir(dir string) (unlock func(), err error) {
 		return nil, fmt.Errorf("lock %s: %w", file.Name(), err)
 	}
 	if err := file.Truncate(0); err == nil {
-		fmt.Fprintln(file, os.Getpid()) // only for the message above
+		fmt.Fprintln(file, os.Getpid()) // for the error message above
 	}
 	return func() { file.Close() }, nil
 }
 
-// postgresConfig says what private cluster to run.
+// postgresConfig describes a private cluster.
 type postgresConfig struct {
-	dir      string            // where the cluster lives, one for each major version; made when missing
-	settings map[string]string // PostgreSQL's settings, beside and before ours: "fsync": "off"
+	dir      string            // holds a data directory for each major version; created when missing
+	settings map[string]string // PostgreSQL settings, such as "fsync": "off"; they override those of arguments
 }
 
-// postgresServer is a private PostgreSQL cluster, reached by its Unix socket alone. Its methods are for one
-// goroutine at a time.
+// postgresServer is a private PostgreSQL cluster. It is reached through its Unix socket only. It is not safe for concurrent
+// use.
 type postgresServer struct {
 	url string // connection string of the database "lumiere"
 
 	config  postgresConfig
-	bin     string
+	bin     string              // directory of the server programs
 	data    string              // the cluster's data directory
 	socket  string              // the socket's directory
-	account *syscall.Credential // whom to run it as; nil for ourselves
+	account *syscall.Credential // the user that the server runs as; nil for the user of this process
 
 	process *os.Process // nil while stopped
-	exited  chan error  // gets the outcome of the process, once
+	exited  chan error  // receives the result of the process, once
 }
 
-// startPostgres starts the cluster in cfg.Dir and waits until it answers. A cluster is made when there is none, so is
-// the database; what a crash left behind, a server still running too, is cleared away first. Keeping a second living
-// process out of cfg.Dir is the caller's part: see lockDir.
+// startPostgres starts the cluster in cfg.dir and waits until it accepts connections. It creates the cluster and the
+// database when they are missing. It first removes what a crash left behind, and ends a server that is still running
+// there, so the caller must keep other processes out of cfg.dir: see lockDir.
 func startPostgres(ctx context.Context, cfg postgresConfig) (*postgresServer, error) {
 	bin, major, err := findPostgres()
 	if err != nil {
@@ -228,7 +230,8 @@ func startPostgres(ctx context.Context, cfg postgresConfig) (*postgresServer, er
 	return p, nil
 }
 
-// postgresAccount returns the user to run PostgreSQL as when we are root, since it refuses root; nil when we are not.
+// postgresAccount returns the user that PostgreSQL runs as when this process is root, because PostgreSQL refuses to run as
+// root. It returns nil when this process is not root.
 func postgresAccount() (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil
@@ -251,7 +254,8 @@ func postgresAccount() (*syscall.Credential, error) {
 	return nil, errors.New("PostgreSQL does not run as root, and there is no user postgres or nobody to run it as")
 }
 
-// checkReachable tells whether another user can get to dir, and names what is in the way.
+// checkReachable returns an error unless every user can pass through dir and its parents. The error names the directory that
+// cannot be passed.
 func checkReachable(dir string) error {
 	for ; ; dir = filepath.Dir(dir) {
 		info, err := os.Stat(dir)
@@ -268,6 +272,7 @@ func checkReachable(dir string) error {
 	}
 }
 
+// databaseURL returns the connection string of the named database.
 func (p *postgresServer) databaseURL(name string) string {
 	u := url.URL{
 		Scheme:   "postgres",
@@ -280,8 +285,8 @@ func (p *postgresServer) databaseURL(name string) string {
 
 func (p *postgresServer) logFile() string { return filepath.Join(p.config.dir, "log") }
 
-// command prepares one of PostgreSQL's programs to run as its user and out of reach of the terminal's Ctrl-C, which
-// is meant for us: we stop it when nothing needs it any more.
+// command prepares one of PostgreSQL's programs to run as p.account. The program has a process group of its own, so that the
+// terminal's Ctrl-C reaches this process only, which stops the server when nothing needs it any more.
 func (p *postgresServer) command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, filepath.Join(p.bin, program), args...)
 	cmd.Dir = p.config.dir
@@ -290,7 +295,7 @@ func (p *postgresServer) command(ctx context.Context, program string, args ...st
 	return cmd
 }
 
-// own gives path to the user PostgreSQL runs as.
+// own makes the user that PostgreSQL runs as the owner of path.
 func (p *postgresServer) own(path string) error {
 	if p.account == nil {
 		return nil
@@ -298,8 +303,8 @@ func (p *postgresServer) own(path string) error {
 	return os.Chown(path, int(p.account.Uid), int(p.account.Gid))
 }
 
-// makeCluster makes the data directory unless it is there. It gets its name when it is whole, so what an interrupted
-// run left has another name, and is removed.
+// makeCluster creates the data directory unless it exists. The directory has a temporary name until it is complete. Those that
+// interrupted runs left behind are removed.
 func (p *postgresServer) makeCluster(ctx context.Context) error {
 	if _, err := os.Stat(p.data); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -323,14 +328,14 @@ func (p *postgresServer) makeCluster(ctx context.Context) error {
 	}
 	if out, err := p.command(ctx, "initdb", args...).CombinedOutput(); err != nil {
 		if ctx.Err() != nil {
-			return ctx.Err() // interrupted; the next start makes it anew
+			return ctx.Err() // interrupted; the next start begins anew
 		}
 		return fmt.Errorf("initdb: %w\n%s", err, lastLines(out))
 	}
 	return os.Rename(dir, p.data)
 }
 
-// start starts a stopped server again and waits until it answers.
+// start starts a stopped server and waits until it accepts connections, for at most postgresStartLimit.
 func (p *postgresServer) start(ctx context.Context) error {
 	if p.process != nil {
 		return errors.New("PostgreSQL is already running")
@@ -342,7 +347,7 @@ func (p *postgresServer) start(ctx context.Context) error {
 	}
 	for {
 		err := p.launch(ctx)
-		// After a SIGKILL of the server its sessions may finish what they are at, and until then nobody else gets in.
+		// After a SIGKILL of the server its sessions may still run. Until they end, a new server cannot start.
 		if err == nil || !strings.Contains(err.Error(), "pre-existing shared memory block") {
 			return err
 		}
@@ -352,8 +357,8 @@ func (p *postgresServer) start(ctx context.Context) error {
 	}
 }
 
-// makeSocketDir makes the socket's directory anew: a lock file of a dead server would keep the next one from starting
-// when another process has its id now.
+// makeSocketDir creates the socket's directory and removes an old one. In an old one, the lock file of a dead server would
+// keep the new server from starting if another process now has the dead server's id.
 func (p *postgresServer) makeSocketDir() error {
 	if err := os.RemoveAll(p.socket); err != nil {
 		return err
@@ -364,7 +369,7 @@ func (p *postgresServer) makeSocketDir() error {
 	return p.own(p.socket)
 }
 
-// launch starts the server and waits until the database is there. The error carries what the server logged.
+// launch starts the server and waits until the database exists. The error contains the end of what the server logged.
 func (p *postgresServer) launch(ctx context.Context) error {
 	if err := p.makeSocketDir(); err != nil {
 		return err
@@ -403,6 +408,7 @@ func (p *postgresServer) launch(ctx context.Context) error {
 	return nil
 }
 
+// arguments returns the command line of the server.
 func (p *postgresServer) arguments() []string {
 	settings := map[string]string{
 		"listen_addresses":        "",
@@ -418,9 +424,12 @@ func (p *postgresServer) arguments() []string {
 	return args
 }
 
-// startWatchdog has the server shut down when this process dies without doing so (SIGKILL, a panic, a test out of time):
-// a shell waits at a pipe whose other end is ours alone. The parent-death signal would be Linux's only, and it follows
-// the thread that started the server, not the process. stop ends the watchdog.
+// startWatchdog starts a shell that shuts the server pid down when this process ends without stopping it: by SIGKILL, a panic
+// or a test's timeout. The shell waits for the end of a pipe whose other end only this process has. stop ends the shell and
+// leaves the server alone.
+//
+// The parent-death signal is no alternative: only Linux has it, and it is sent at the end of the thread that started the
+// server, not of the process.
 func (p *postgresServer) startWatchdog(pid int) (stop func(), err error) {
 	watchdog := exec.Command("/bin/sh", "-c", `read -r _ || kill -INT "$0"`, strconv.Itoa(pid))
 	watchdog.Dir = "/"
@@ -438,7 +447,7 @@ func (p *postgresServer) startWatchdog(pid int) (stop func(), err error) {
 	}, nil
 }
 
-// makeDatabase waits until the server answers, and makes the database unless it is there.
+// makeDatabase waits until the server accepts connections and creates the database unless it exists.
 func (p *postgresServer) makeDatabase(ctx context.Context) error {
 	conn, err := p.connect(ctx)
 	if err != nil {
@@ -454,7 +463,7 @@ func (p *postgresServer) makeDatabase(ctx context.Context) error {
 	return err
 }
 
-// connect tries until the server lets us in, ends, or ctx does.
+// connect retries until the server accepts a connection. It fails when the server or ctx ends.
 func (p *postgresServer) connect(ctx context.Context) (*pgx.Conn, error) {
 	for {
 		conn, err := pgx.Connect(ctx, p.databaseURL("postgres"))
@@ -472,15 +481,17 @@ func (p *postgresServer) connect(ctx context.Context) (*pgx.Conn, error) {
 	}
 }
 
-// stop shuts the server down in order (PostgreSQL's "fast" mode) and waits for it. Stopping a stopped one is no error.
+// stop shuts the server down (PostgreSQL's fast shutdown) and waits until it has ended. It does nothing when the server is
+// stopped already.
 func (p *postgresServer) stop() error { return p.end(syscall.SIGINT) }
 
-// end sends the server a signal and waits until it is gone.
+// end sends the server a signal and waits until it has ended. A server that takes longer than postgresStopLimit is killed,
+// which is an error.
 func (p *postgresServer) end(signal syscall.Signal) error {
 	if p.process == nil {
 		return nil
 	}
-	p.process.Signal(signal) // fails only when it is gone already, which the outcome tells
+	p.process.Signal(signal) // fails only when the server has ended, and then exited says how
 	var err error
 	select {
 	case err = <-p.exited:
@@ -492,11 +503,11 @@ func (p *postgresServer) end(signal syscall.Signal) error {
 	return errors.Join(err, os.RemoveAll(p.socket))
 }
 
-// endOrphan ends a server that still runs on our data directory though the process that started it is gone. Whether it
-// runs is told by its socket, not by the process id in its file: that may be anybody's by now.
+// endOrphan ends a server that still runs in the data directory although the process that started it has ended. A server that
+// runs is recognized by its socket: the process id in its file may belong to another process by now.
 func (p *postgresServer) endOrphan(ctx context.Context) error {
 	path := filepath.Join(p.data, "postmaster.pid")
-	patience := time.Now().Add(orphanGrace)
+	deadline := time.Now().Add(orphanGrace)
 	for {
 		pid, socket, err := readPIDFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -507,14 +518,14 @@ func (p *postgresServer) endOrphan(ctx context.Context) error {
 		}
 		switch {
 		case pid <= 0 || errors.Is(syscall.Kill(pid, 0), syscall.ESRCH):
-			return nil // PostgreSQL clears up after a dead one by itself
+			return nil // a new server removes the file of a dead one
 		case listening(socket):
-			// PostgreSQL's immediate shutdown: nobody is left to wait for, and its log has everything.
+			// PostgreSQL's immediate shutdown. It loses nothing: the next start recovers from the write-ahead log.
 			if err := syscall.Kill(pid, syscall.SIGQUIT); err != nil && !errors.Is(err, syscall.ESRCH) {
 				return fmt.Errorf("end the PostgreSQL left running as process %d: %w", pid, err)
 			}
-		case time.Now().After(patience):
-			return os.Remove(path) // the id is another process's by now
+		case time.Now().After(deadline):
+			return os.Remove(path) // the process with this id is not a server of this directory
 		}
 		if err := pause(ctx, postgresPoll); err != nil {
 			return fmt.Errorf("the PostgreSQL left running as process %d does not end: %w", pid, err)
@@ -522,22 +533,24 @@ func (p *postgresServer) endOrphan(ctx context.Context) error {
 	}
 }
 
-// readPIDFile reads PostgreSQL's postmaster.pid: its process id in the first line, port and socket directory in the
-// fourth and fifth. While the server is coming up the later ones are missing; the socket is "" then.
+// readPIDFile reads PostgreSQL's postmaster.pid and returns the process id and the path of the socket. Line 1 has the process
+// id, line 4 the port and line 5 the socket's directory. While the server starts, the later lines are missing; the socket is
+// "" then.
 func readPIDFile(path string) (pid int, socket string, err error) {
 	content, err := os.ReadFile(path)
 	if err != nil {
 		return 0, "", err
 	}
 	lines := strings.Split(string(content), "\n")
-	pid, _ = strconv.Atoi(strings.TrimSpace(lines[0])) // a cut-off file belongs to no living server
+	pid, _ = strconv.Atoi(strings.TrimSpace(lines[0])) // a truncated file belongs to no running server
 	if len(lines) > 5 && lines[4] != "" {
 		socket = filepath.Join(lines[4], ".s.PGSQL."+lines[3])
 	}
 	return pid, socket, nil
 }
 
-// listening tells whether a process listens on the Unix socket.
+// listening reports whether a process listens on the Unix socket. Errors other than a refused connection and a missing socket
+// count as listening.
 func listening(socket string) bool {
 	if socket == "" {
 		return false
@@ -549,7 +562,7 @@ func listening(socket string) bool {
 	return !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist)
 }
 
-// pause waits for d, or for the end of ctx, which is an error.
+// pause waits for d. It returns ctx's error when ctx ends first.
 func pause(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():
@@ -559,13 +572,13 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// lastLines returns the end of a program's output, short enough for an error.
+// lastLines returns the last 10 lines of a program's output.
 func lastLines(output []byte) string {
 	lines := strings.Split(strings.TrimSpace(string(output)), "\n")
 	return strings.Join(lines[max(0, len(lines)-10):], "\n")
 }
 
-// runningPostgres is the connection string of the server that another process runs in dir.
+// runningPostgres returns the connection string of the server that another process runs in dir.
 func runningPostgres(dir string) (databaseURL string, err error) {
 	files, _ := filepath.Glob(filepath.Join(dir, "data-*", "postmaster.pid"))
 	for _, file := range files {

@@ -8,23 +8,23 @@ import (
 	"time"
 )
 
-// health is what readyz answers: a word on each thing that the service stands on.
+// health is the body of /readyz: "ok" or a problem for each part that the service depends on.
 type health struct {
 	Database   string `json:"database"`
 	Reconciler string `json:"reconciler"`
 	Gateway    string `json:"gateway"`
 }
 
-// healthz answers as long as the process can: it fails only by not answering, and then the process should be restarted.
+// healthz answers GET /healthz, always with 200. A process that does not respond to it should be restarted.
 func (s *server) healthz(*request) (any, error) {
 	return struct {
 		Status string `json:"status"`
 	}{"ok"}, nil
 }
 
-// readyz answers 200 when orders can be taken: the database answers a statement within a second, its schema is not
-// older than the program, and the reconciler gets through its rounds. A silent gateway is only said: carts and orders
-// go on without it.
+// readyz answers GET /readyz. It is 200 when orders can be taken: the database answers a statement within a second, its
+// schema is not older than the program, and the reconciler is not stalled. Otherwise it is 503. An unresponsive gateway is
+// reported in the body but stays 200, because carts and new orders do not need it.
 func (s *server) readyz(r *request) (any, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 	defer cancel()
@@ -48,28 +48,29 @@ func (s *server) readyz(r *request) (any, error) {
 	return state, nil
 }
 
-// observeGateway is told of every call to the gateway (iamportConfig.Observe).
-func (s *server) observeGateway(call, outcome string, err error, took time.Duration) {
-	s.log.Debug("gateway", "call", call, "outcome", outcome, "ms", float64(took.Microseconds())/1000)
-	s.metrics.gatewayCall(call, outcome, took)
+// observeGateway logs and counts one call to the gateway. It is the observe function of iamportConfig.
+func (s *server) observeGateway(call, outcome string, err error, elapsed time.Duration) {
+	s.log.Debug("gateway", "call", call, "outcome", outcome, "ms", float64(elapsed.Microseconds())/1000)
+	s.metrics.gatewayCall(call, outcome, elapsed)
 	s.outage.observe(s.log, s.now(), err)
 }
 
-// outageEvery is how often at most the log says that the gateway does not answer: one that fails every other call must
-// not flood it.
-const outageEvery = time.Minute
+// outageInterval is the shortest time between two log lines that say that an outage began. Without it a gateway that fails
+// every other call would flood the log.
+const outageInterval = time.Minute
 
-// outage knows whether the gateway answers, and says so in the log when that begins and when it ends.
+// outage tracks whether the gateway responds, and logs when it stops and when it starts again. The zero outage is ready to
+// use, also concurrently.
 type outage struct {
-	mu     sync.Mutex
-	silent bool      // the last call got no usable answer
-	since  time.Time // when that began
-	failed int       // calls since the log last said that it ended
-	said   bool      // the log has a beginning without its end
-	saidAt time.Time // when it last had a beginning
+	mu       sync.Mutex
+	silent   bool      // the last call got no usable response
+	since    time.Time // when silent last became true
+	failed   int       // failed calls since an end was last logged
+	logged   bool      // a beginning was logged and its end was not
+	loggedAt time.Time // when a beginning was last logged
 }
 
-// observe takes note of how one call to the gateway ended.
+// observe records the result of one call to the gateway: the call's error, or nil.
 func (o *outage) observe(log *slog.Logger, now time.Time, err error) {
 	silent := !gatewayResponded(err)
 	o.mu.Lock()
@@ -82,16 +83,16 @@ func (o *outage) observe(log *slog.Logger, now time.Time, err error) {
 		o.failed++
 	}
 	switch {
-	case silent && !o.said && now.Sub(o.saidAt) >= outageEvery:
-		o.said, o.saidAt = true, now
+	case silent && !o.logged && now.Sub(o.loggedAt) >= outageInterval:
+		o.logged, o.loggedAt = true, now
 		log.Error("the gateway does not answer; payments, refunds and expiries wait", "cause", err)
-	case !silent && o.said:
+	case !silent && o.logged:
 		log.Info("the gateway answers again", "seconds", now.Sub(o.since).Seconds(), "failed", o.failed)
-		o.said, o.failed = false, 0
+		o.logged, o.failed = false, 0
 	}
 }
 
-// lasts reports whether the last call to the gateway got no usable answer.
+// lasts reports whether the last call to the gateway got no usable response.
 func (o *outage) lasts() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -6,163 +6,178 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 )
 
-// limiter bounds what strangers can make the service ask of the gateway: reports and notices of payments are open to
-// everybody, and each means a look-up.
+// limiter bounds the payment look-ups at the gateway that callers can cause. PATCH /api/orders/pay and the webhook are
+// public, and each call of them means one look-up.
 //
-// A look-up is wasted when it finds no money of ours, or repeats one just made. Each client pays for what he wastes: after a
-// few his look-ups share a few slots, after many he is refused for a while. Once very many were wasted in all, everybody
-// who wasted any is refused. A payment that is true costs nothing, so that neither the gateway's notices nor many buyers
-// behind one address are ever refused for their number. However many addresses a flood has, it leaves slots to buyers who
-// report with their token.
+// A look-up is wasted when it finds no payment of ours or repeats one just made. Only wasted look-ups cost a client
+// anything, in two ways:
 //
-// What is refused is not lost: the reconciler asks about every order at its hold's end.
+//   - Each client has a leaky bucket of them. From throttleAfter on the client's look-ups share a few slots; while the
+//     bucket is full they are refused.
+//   - All clients together have one such bucket. While it is full, every client that wasted a look-up within
+//     penaltyMemory is refused.
+//
+// Reports of real payments are free. So the gateway's webhooks are never refused for their number, and neither are many
+// buyers behind one address. A flood from many addresses cannot take the slots that are kept for buyers with a token.
+//
+// A refused report loses nothing: the reconciler asks the gateway about every order when its hold ends.
+//
+// A limiter is safe for concurrent use.
 type limiter struct {
-	now   func() time.Time
-	slots [len(tierSlots)]chan struct{} // by tier: a look-up takes one of its tier's and one of each before
+	now func() time.Time
+	// slots has a semaphore for each tier. A look-up takes a slot of its own tier and one of each tier before it.
+	slots [len(tierSlots)]chan struct{}
 
-	mu        sync.Mutex
+	mu        sync.Mutex                 // guards what follows
 	lookUps   recent[string, lastLookUp] // by imp_uid
-	penalties recent[client, bucket]
-	total     bucket
+	penalties recent[client, bucket]     // the clients' wasted look-ups
+	total     bucket                     // the wasted look-ups of all clients
 }
 
-// client is who is charged: the buyer when he is signed in, else the address.
+// client is the one that wasted look-ups are charged to: the buyer when the request has a valid token, else the address.
+// The other field is zero.
 type client struct {
 	buyer   string
-	address netip.Prefix
+	address netip.Prefix // as clientAddress returns it
 }
 
-// Tiers of clients.
+// The tiers of clients. A later tier has fewer slots.
 const (
-	tierBuyer     = iota // signed in
-	tierAnonymous        // anybody; so is the gateway with its notices
-	tierThrottled        // who has just wasted some
+	tierBuyer     = iota // requests with a valid token
+	tierAnonymous        // requests without one, the gateway's webhooks among them
+	tierThrottled        // clients with throttleAfter or more wasted look-ups
 )
 
-// tierSlots are how many look-ups of a tier and those after it there may be at once. Of the gateway client's ten the
-// strangers leave some to buyers, and these one to refunds, deletions and the reconciler.
+// tierSlots is how many look-ups of a tier and of those after it may run at once. The gateway client has ten slots in all:
+// anonymous callers leave some of them to buyers, and buyers leave one to refunds, deletions and the reconciler.
 var tierSlots = [...]int{tierBuyer: 9, tierAnonymous: 6, tierThrottled: 2}
 
 const (
-	// Two failed payments make nobody a suspect, and a hundred addresses are suspects after 300 look-ups.
+	// throttleAfter is the number of wasted look-ups from which a client is throttled. Two failed payments are normal.
 	throttleAfter = 3
-	// A look-up is done within 5 seconds; who has waited that long for a slot would only be kept longer.
+	// lookUpWait is how long a look-up waits for its slots. A look-up itself takes at most as long.
 	lookUpWait = 5 * time.Second
-	// The browser may come before the gateway knows its payment, but hardly by so much.
+	// unknownFor is how long the gateway's answer that it has no such payment is reused, and how soon a second look-up of
+	// one payment is a repetition. A browser may report a payment before the gateway knows it, but hardly by more.
 	unknownFor = 3 * time.Second
-	// Who wasted a look-up is refused for so long when too many are wasted in all.
+	// penaltyMemory is how long a client that wasted a look-up is refused while the bucket of all clients is full.
 	penaltyMemory = 10 * time.Minute
-	// Twice as many clients and payments are remembered at most: a few MB.
+	// rememberMost is the size of each half of lookUps and of penalties: a few MB in all.
 	rememberMost = 10_000
 )
 
 var (
-	// One client may waste 100 look-ups at once, an office full of clumsy buyers, and then one each 5 seconds.
+	// clientLimit lets a client waste 100 look-ups at once, as an office full of clumsy buyers might, and then one every
+	// 5 seconds.
 	clientLimit = bucketLimit{burst: 100, refill: 5 * time.Second}
-	// All together may waste 500 at once and then 5 a second: most of their slots, when the gateway takes a second to answer.
+	// totalLimit lets all clients together waste 500 look-ups at once and then 5 a second. Those 5 occupy most of the
+	// anonymous slots when the gateway takes a second to answer.
 	totalLimit = bucketLimit{burst: 500, refill: 200 * time.Millisecond}
 )
 
-// errTooMany says that a look-up was refused; after clientLimit.forgiven it may be tried again.
+// errTooMany says that a look-up was refused. It may be tried again after clientLimit.refill.
 var errTooMany = errors.New("too many look-ups that found nothing")
 
+// newLimiter returns a limiter that has seen no look-up. now is the clock.
 func newLimiter(now func() time.Time) *limiter {
 	l := &limiter{
 		now:       now,
 		lookUps:   recent[string, lastLookUp]{keep: unknownFor, most: rememberMost},
 		penalties: recent[client, bucket]{keep: penaltyMemory, most: rememberMost},
 	}
-	for tier, most := range tierSlots {
-		l.slots[tier] = make(chan struct{}, most)
+	for tier, n := range tierSlots {
+		l.slots[tier] = make(chan struct{}, n)
 	}
 	return l
 }
 
-// lastLookUp is how the newest look-up of a payment ended.
+// lastLookUp is the newest look-up of a payment.
 type lastLookUp struct {
-	source  actorKind
+	source  actorKind // who reported the payment
 	at      time.Time
-	unknown bool
+	unknown bool // the gateway had no such payment
 }
 
-// lookUp has ask look up payment impUID for somebody. A payment that the gateway has just not known on the same source is
-// errNoPayment without asking: another source may know more, the browser coming too early and then the gateway's notice.
-// errTooMany: whoever asks is refused.
+// lookUp returns the payment impUID as fetch does, once there is a slot for c. Beside fetch's errors it returns
+//   - errNoPayment without a call of fetch, when the gateway did not know the payment within unknownFor and source is the
+//     same. Another source may know more: after a browser that was too early comes the gateway's webhook.
+//   - errTooMany when c is refused, or no slot was free within lookUpWait; ctx's error when ctx ended first.
 func (l *limiter) lookUp(
-	ctx context.Context, who client, source actorKind, impUID string, ask func(context.Context, string) (gatewayPayment, error),
+	ctx context.Context, c client, source actorKind, impUID string, fetch func(context.Context, string) (gatewayPayment, error),
 ) (gatewayPayment, error) {
-	tier, err := l.enter(ctx, who, source, impUID)
+	tier, err := l.acquire(ctx, c, source, impUID)
 	if err != nil {
 		return gatewayPayment{}, err
 	}
-	defer l.leave(tier, tierBuyer)
-	p, err := ask(ctx, impUID)
-	l.note(who, source, impUID, err)
+	defer l.release(tier, tierBuyer)
+	p, err := fetch(ctx, impUID)
+	l.record(c, source, impUID, err)
 	return p, err
 }
 
-// enter waits for the slots of who's tier. While somebody waits, others of his address find out about theirs: what is true
-// of him counts when the slots are there.
-func (l *limiter) enter(ctx context.Context, who client, source actorKind, impUID string) (tier int, err error) {
+// acquire takes the slots of c's tier and returns the tier. While it waits, look-ups of the same client end and may change
+// the client's tier, so the tier is checked again once the slots are taken.
+func (l *limiter) acquire(ctx context.Context, c client, source actorKind, impUID string) (tier int, err error) {
 	wait, cancel := context.WithTimeout(ctx, lookUpWait)
 	defer cancel()
 	for {
-		if tier, err = l.tierOf(who, source, impUID); err != nil {
+		if tier, err = l.tierOf(c, source, impUID); err != nil {
 			return tier, err
 		}
 		for next := tier; next >= tierBuyer; next-- {
 			select {
 			case l.slots[next] <- struct{}{}:
 			case <-wait.Done():
-				l.leave(tier, next+1)
+				l.release(tier, next+1)
 				return tier, cmp.Or(ctx.Err(), errTooMany)
 			}
 		}
-		if again, err := l.tierOf(who, source, impUID); err == nil && again == tier {
+		if current, err := l.tierOf(c, source, impUID); err == nil && current == tier {
 			return tier, nil
 		}
-		l.leave(tier, tierBuyer)
+		l.release(tier, tierBuyer)
 	}
 }
 
-// leave gives back the slots of the tiers from one down to the lowest that were taken.
-func (l *limiter) leave(tier, lowest int) {
+// release gives back one slot of each tier from tier down to lowest.
+func (l *limiter) release(tier, lowest int) {
 	for ; tier >= lowest; tier-- {
 		<-l.slots[tier]
 	}
 }
 
-// tierOf is who's, or why he gets no look-up.
-func (l *limiter) tierOf(who client, source actorKind, impUID string) (int, error) {
+// tierOf returns c's tier, or errNoPayment or errTooMany when there is to be no look-up: see lookUp.
+func (l *limiter) tierOf(c client, source actorKind, impUID string) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
 	if last, ok := l.lookUps.get(impUID); ok && last.unknown && last.source == source && now.Sub(last.at) < unknownFor {
 		return 0, errNoPayment
 	}
-	own, ok := l.penalties.get(who)
-	switch n := clientLimit.level(own, now); {
-	case n > clientLimit.burst-1:
+	own, ok := l.penalties.get(c)
+	switch level := clientLimit.level(own, now); {
+	case level > clientLimit.burst-1:
 		return 0, errTooMany
 	case ok && now.Sub(own.updated) < penaltyMemory && totalLimit.level(l.total, now) > totalLimit.burst-1:
 		return 0, errTooMany
-	case n >= throttleAfter:
+	case level >= throttleAfter:
 		return tierThrottled, nil
-	case who.buyer == "":
+	case c.buyer == "":
 		return tierAnonymous, nil
 	default:
 		return tierBuyer, nil
 	}
 }
 
-// note remembers how a look-up ended and charges what was wasted: no payment, a repetition, or a caller who hung up. The
-// gateway's silence says nothing.
-func (l *limiter) note(who client, source actorKind, impUID string, err error) {
+// record remembers a look-up that ended with err. It charges c when the look-up was wasted: there was no such payment, it
+// was a repetition, or the caller hung up. A gateway that did not respond costs nothing.
+func (l *limiter) record(c client, source actorKind, impUID string, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now, unknown := l.now(), errors.Is(err, errNoPayment)
@@ -172,47 +187,52 @@ func (l *limiter) note(who client, source actorKind, impUID string, err error) {
 		l.lookUps.put(impUID, lastLookUp{source, now, unknown}, now)
 	}
 	if unknown || repeated || errors.Is(err, context.Canceled) {
-		l.charge(who, now)
+		l.charge(c, now)
 	}
 }
 
-// penalize charges who for a look-up that found a payment, but no money of ours.
-func (l *limiter) penalize(who client) {
+// penalize charges c for a look-up whose payment turned out to be none of ours.
+func (l *limiter) penalize(c client) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.charge(who, l.now())
+	l.charge(c, l.now())
 }
 
-func (l *limiter) charge(who client, now time.Time) {
-	own, _ := l.penalties.get(who)
-	l.penalties.put(who, clientLimit.charge(own, now), now)
+// charge adds one wasted look-up of c. l.mu must be held.
+func (l *limiter) charge(c client, now time.Time) {
+	own, _ := l.penalties.get(c)
+	l.penalties.put(c, clientLimit.charge(own, now), now)
 	l.total = totalLimit.charge(l.total, now)
 }
 
-// bucketLimit is how much may be wasted: so many at once, and one more whenever one is forgiven.
+// bucketLimit is the limit of a leaky bucket of wasted look-ups.
 type bucketLimit struct {
-	burst  float64
-	refill time.Duration
+	burst  float64       // how many an empty bucket takes
+	refill time.Duration // how long one takes to leak away
 }
 
-// bucket are what was wasted and not forgiven, as of since, when something was last wasted.
+// bucket is a leaky bucket. The zero bucket is empty.
 type bucket struct {
-	level   float64
+	level   float64 // wasted look-ups in the bucket at updated
 	updated time.Time
 }
 
-// level is what is not forgiven by now.
-func (a bucketLimit) level(r bucket, now time.Time) float64 {
-	return max(0, r.level-float64(now.Sub(r.updated))/float64(a.refill))
+// level returns how many look-ups are in b now.
+func (l bucketLimit) level(b bucket, now time.Time) float64 {
+	return max(0, b.level-float64(now.Sub(b.updated))/float64(l.refill))
 }
 
-// charge is r with one more wasted; never more than the most, so that it is forgiven soon.
-func (a bucketLimit) charge(r bucket, now time.Time) bucket {
-	return bucket{min(a.level(r, now)+1, a.burst), now}
+// charge returns b with one look-up more. The level stops at burst, so that look-ups under way when the bucket fills do not
+// prolong the refusal.
+func (l bucketLimit) charge(b bucket, now time.Time) bucket {
+	return bucket{level: min(l.level(b, now)+1, l.burst), updated: now}
 }
 
-// recent remembers values for at least keep, as long as there are not more than most. It has two halves; when the newer
-// one is old or full, it takes the older one's place. What get answers may be older than keep.
+// recent is a map that forgets. A value is kept for at least keep, unless more than most others are put after it. It may be
+// kept for longer, so callers that need an exact age store the time with the value.
+//
+// The map has two halves. When the newer half is keep old or has most values, it becomes the older half, and what was in the
+// older half is forgotten.
 type recent[K comparable, V any] struct {
 	keep         time.Duration
 	most         int
@@ -235,29 +255,34 @@ func (r *recent[K, V]) put(key K, value V, now time.Time) {
 	r.newer[key] = value
 }
 
-// ---- whose request it is
+// ---- the address of a request
 
-// clientAddress is where r comes from, as far as it is known for sure: the peer, or, when that is one of our proxies, the
-// last address in X-Forwarded-For that is none. An IPv6 client is its /64, since it can have all addresses of that.
+// clientAddress returns the address that r is known to come from. That is the peer's, or, when the peer is one of proxies,
+// the last address in X-Forwarded-For that is not one of them. An IPv6 address is returned as its /64, since a client
+// usually has all addresses of one. A peer without an IP address, as on a Unix socket, has the zero prefix.
 func clientAddress(r *http.Request, proxies []netip.Prefix) netip.Prefix {
-	peer, _ := parseAddress(r.RemoteAddr)
+	isProxy := func(address netip.Addr) bool {
+		return slices.ContainsFunc(proxies, func(p netip.Prefix) bool { return p.Contains(address) })
+	}
+	address, _ := parseAddress(r.RemoteAddr)
 	forwarded := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-	for i := len(forwarded) - 1; i >= 0 && isAmong(peer, proxies); i-- {
-		next, ok := parseAddress(forwarded[i])
-		if !ok {
+	for _, text := range slices.Backward(forwarded) {
+		next, ok := parseAddress(text)
+		if !isProxy(address) || !ok {
 			break
 		}
-		peer = next
+		address = next
 	}
 	bits := 32
-	if peer.Is6() {
+	if address.Is6() {
 		bits = 64
 	}
-	prefix, _ := peer.Prefix(bits) // without an address, as of a Unix socket, all are one
+	prefix, _ := address.Prefix(bits)
 	return prefix
 }
 
-// parseAddress reads an IP address, with a port or without.
+// parseAddress returns the IP address in text, which may have a port. An IPv4 address mapped to IPv6 becomes IPv4, and an
+// IPv6 zone is dropped.
 func parseAddress(text string) (netip.Addr, bool) {
 	text = strings.TrimSpace(text)
 	address, err := netip.ParseAddr(strings.Trim(text, "[]"))
@@ -269,16 +294,7 @@ func parseAddress(text string) (netip.Addr, bool) {
 	return address.Unmap().WithZone(""), err == nil
 }
 
-func isAmong(address netip.Addr, prefixes []netip.Prefix) bool {
-	for _, prefix := range prefixes {
-		if prefix.Contains(address) {
-			return true
-		}
-	}
-	return false
-}
-
-// parseProxy reads an address or a network of addresses.
+// parseProxy returns the network in text, such as 10.0.0.0/8. A single address becomes a network of one.
 func parseProxy(text string) (netip.Prefix, error) {
 	if prefix, err := netip.ParsePrefix(text); err == nil {
 		return prefix.Masked(), nil

@@ -1,4 +1,4 @@
-// Command lumiere is the order service of the Lumiere gallery: it checks a cart, makes orders that hold one-of-a-kind
+// Command lumiere is the order service of the Lumiere gallery. It checks carts, makes orders that hold one-of-a-kind
 // paintings, and confirms, cancels and refunds their Iamport payments.
 package main
 
@@ -26,18 +26,18 @@ const usage = `lumiere is the order service of the Lumiere gallery.
 Usage:
   lumiere                                    serve
   lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
-  lumiere audit [-since 24h] [-json]         compare the books with the gateway; exit 0 only when they balance
+  lumiere audit [-since 24h] [-json]         compare the ledger with the gateway; exit 0 only when they balance
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
   lumiere healthcheck                        exit 0 when the running service is ready
   lumiere version                            print the version
 
-Without DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET it runs in local development: a private PostgreSQL,
+Without DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET it runs in local development, with a private PostgreSQL,
 a sample catalogue and a fake gateway. README.md describes the configuration.
 `
 
 func main() {
 	time.Local = time.UTC
-	debug.SetGCPercent(300) // a request leaves nothing behind: the heap stays small, and is collected a third as often
+	debug.SetGCPercent(300) // requests keep no memory, so the heap stays small and a third of the collections is enough
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
 	stop()
@@ -47,10 +47,11 @@ func main() {
 	}
 }
 
-// errUsage says that the command line was wrong; the usage has been printed.
+// errUsage says that the command line was wrong. The usage has been printed by then.
 var errUsage = errors.New("see the usage above")
 
-// run is the program with its surroundings as arguments. It returns once ctx has ended and all that was begun is done.
+// run executes the command line args (without the program's name). Serving ends when ctx does; run returns once what it
+// started has stopped. Tests call it with an environment and streams of their own.
 func run(ctx context.Context, args []string, getenv func(string) string, in io.Reader, out, errOut io.Writer) error {
 	command := ""
 	if len(args) > 0 {
@@ -59,25 +60,25 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 	flags := flag.NewFlagSet(command, flag.ContinueOnError)
 	flags.SetOutput(errOut)
 	flags.Usage = func() { fmt.Fprint(errOut, usage) }
-	var do func(config) error
+	var execute func(config) error
 	wantArgs := 0
 	switch command {
 	case "":
-		do = func(c config) error { return serve(ctx, c, out, errOut) }
+		execute = func(c config) error { return serve(ctx, c, out, errOut) }
 	case "import":
 		wantArgs = 1
-		do = func(c config) error { return importCommand(ctx, c, flags.Arg(0), in, out) }
+		execute = func(c config) error { return importCommand(ctx, c, flags.Arg(0), in, out) }
 	case "audit":
-		within, asJSON := flags.Duration("since", 24*time.Hour, ""), flags.Bool("json", false, "")
-		do = func(c config) error { return auditCommand(ctx, c, *within, *asJSON, out, errOut) }
+		since, asJSON := flags.Duration("since", 24*time.Hour, ""), flags.Bool("json", false, "")
+		execute = func(c config) error { return auditCommand(ctx, c, *since, *asJSON, out, errOut) }
 	case "token":
 		user, isAdmin := flags.String("user", "", ""), flags.Bool("admin", false, "")
 		ttl := flags.Duration("ttl", 3*time.Hour, "")
-		do = func(c config) error { return tokenCommand(c, *user, *isAdmin, *ttl, out) }
+		execute = func(c config) error { return tokenCommand(c, *user, *isAdmin, *ttl, out) }
 	case "healthcheck":
-		do = func(c config) error { return healthcheckCommand(ctx, c) }
+		execute = func(c config) error { return healthcheckCommand(ctx, c) }
 	case "version":
-		do = func(config) error { _, err := fmt.Fprintln(out, "lumiere", version()); return err }
+		execute = func(config) error { _, err := fmt.Fprintln(out, "lumiere", version()); return err }
 	case "-h", "-help", "--help", "help":
 		_, err := fmt.Fprint(out, usage)
 		return err
@@ -98,10 +99,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 	if err != nil {
 		return err
 	}
-	return do(c)
+	return execute(c)
 }
 
-// version is the commit that the program was built from, or a word for a build without one.
+// version returns the commit that the program was built from and its time. A build without version control returns the
+// module's version, or "unknown".
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -125,28 +127,27 @@ func version() string {
 	return revision + " " + setting("vcs.time")
 }
 
-// serve runs the service until ctx ends, then lets what is under way finish for 10 seconds.
+// serve runs the service until ctx ends. Requests under way then have drainTime to finish, and the reconciler and the
+// metrics server another backgroundStopTime.
 func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	log := newLog(c, errOut)
-	var env *devEnv
-	host := ""
+	var env *devEnv // nil outside local development
 	if c.local {
 		if env, err = openDevEnv(ctx, &c); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, env.close()) }()
-		host = "127.0.0.1"
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
+	listener, err := listen(c)
 	if err != nil {
 		return err
 	}
 	defer listener.Close()
-	var metricsListener net.Listener
-	if c.metricsAddress != "" {
-		if metricsListener, err = net.Listen("tcp", c.metricsAddress); err != nil {
-			return err
-		}
+	metricsListener, err := listenMetrics(c)
+	if err != nil {
+		return err
+	}
+	if metricsListener != nil {
 		defer metricsListener.Close()
 	}
 	store, err := openMigratedStore(ctx, c.databaseURL)
@@ -160,51 +161,90 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 			return err
 		}
 	}
-	if metricsListener != nil {
-		log.Info("serving metrics", "address", metricsListener.Addr().String())
-	}
-	log.Info("serving", "address", listener.Addr().String(), "version", version())
+	return runServer(ctx, s, listener, metricsListener)
+}
 
-	besides, stop := context.WithCancel(ctx)
-	defer stop()
-	var beside sync.WaitGroup
-	beside.Go(func() { s.settler.reconcile(besides) })
+// listen opens the port of the API. In local development only this machine can reach it.
+func listen(c config) (net.Listener, error) {
+	host := ""
+	if c.local {
+		host = "127.0.0.1"
+	}
+	return net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
+}
+
+// listenMetrics opens METRICS_ADDR. The listener is nil when METRICS_ADDR is not set.
+func listenMetrics(c config) (net.Listener, error) {
+	if c.metricsAddress == "" {
+		return nil, nil
+	}
+	return net.Listen("tcp", c.metricsAddress)
+}
+
+// runServer serves the API until ctx ends, with the reconciler and, when its listener is not nil, the metrics server in
+// the background.
+func runServer(ctx context.Context, s *server, listener, metricsListener net.Listener) error {
 	if metricsListener != nil {
-		beside.Go(func() {
-			if err := serveHTTP(besides, httpServer(s.metricsHandler(), log), metricsListener); err != nil {
-				log.Error("metrics", "error", err)
+		s.log.Info("serving metrics", "address", metricsListener.Addr().String())
+	}
+	s.log.Info("serving", "address", listener.Addr().String(), "version", version())
+
+	backgroundCtx, stop := context.WithCancel(ctx)
+	defer stop()
+	var background sync.WaitGroup
+	background.Go(func() { s.settler.reconcile(backgroundCtx) })
+	if metricsListener != nil {
+		background.Go(func() {
+			if err := serveAndDrain(backgroundCtx, httpServer(s.metricsHandler(), s.log), metricsListener); err != nil {
+				s.log.Error("metrics server failed", "error", err)
 			}
 		})
 	}
-	err = serveHTTP(ctx, httpServer(s, log), listener)
+	err := serveAndDrain(ctx, httpServer(s, s.log), listener)
 	stop()
-	ended := make(chan struct{})
-	go func() {
-		beside.Wait()
-		close(ended)
-	}()
-	select {
-	case <-ended:
-	case <-time.After(2 * time.Second): // what the reconciler left is leased, and goes on elsewhere
-	}
-	log.Info("stopped")
+	waitAtMost(&background, backgroundStopTime)
+	s.log.Info("stopped")
 	return err
 }
 
-// drainTime is how long requests under way may take to finish once the service is asked to stop.
-const drainTime = 7 * time.Second
+const (
+	// drainTime is how long requests under way may take to finish once the service is asked to stop.
+	drainTime = 7 * time.Second
+	// backgroundStopTime is how long shutdown waits for the reconciler and the metrics server. What the reconciler
+	// leaves undone is leased, and is done by another replica or after the next start.
+	backgroundStopTime = 2 * time.Second
+)
 
-// httpServer has every limit set. Writing may take as long as a forged payment's look-up, refund and second look-up.
-func httpServer(handler http.Handler, log *slog.Logger) *http.Server {
-	return &http.Server{
-		Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute,
-		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 256 << 10,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+// waitAtMost waits for wg, but no longer than limit.
+func waitAtMost(wg *sync.WaitGroup, limit time.Duration) {
+	done := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(limit):
 	}
 }
 
-// serveHTTP serves until ctx ends, then drains.
-func serveHTTP(ctx context.Context, server *http.Server, listener net.Listener) error {
+// httpServer returns a server for handler with every limit set. The write timeout is long enough for the slowest call:
+// the report of a forged payment, which is looked up, refunded and looked up again.
+func httpServer(handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      2 * time.Minute,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    256 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+}
+
+// serveAndDrain serves until ctx ends, then waits up to drainTime for the requests under way. It returns nil after such a
+// shutdown.
+func serveAndDrain(ctx context.Context, server *http.Server, listener net.Listener) error {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	select {
@@ -212,26 +252,26 @@ func serveHTTP(ctx context.Context, server *http.Server, listener net.Listener) 
 		return err
 	case <-ctx.Done():
 	}
-	drain, cancel := context.WithTimeout(context.Background(), drainTime)
+	drainCtx, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
-	if err := server.Shutdown(drain); err != nil {
-		server.Close() // whatever is cut off here is booked, and goes on with the next start
+	if err := server.Shutdown(drainCtx); err != nil {
+		server.Close() // money that a cut-off request was moving is in the ledger; the next start continues with it
 	}
 	return nil
 }
 
-// newLog is JSON in production and readable text in local development.
-func newLog(c config, to io.Writer) *slog.Logger {
+// newLog returns a logger that writes JSON to w, or text in local development.
+func newLog(c config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: c.logLevel}
 	if c.local {
-		return slog.New(slog.NewTextHandler(to, options))
+		return slog.New(slog.NewTextHandler(w, options))
 	}
-	return slog.New(slog.NewJSONHandler(to, options))
+	return slog.New(slog.NewJSONHandler(w, options))
 }
 
 // ---- commands
 
-// importCommand loads the catalogue from the file called name, - being standard input, and prints what that changed.
+// importCommand loads the catalogue from the named file, or from in when the name is "-", and prints what changed.
 func importCommand(ctx context.Context, c config, name string, in io.Reader, out io.Writer) error {
 	if name != "-" {
 		file, err := os.Open(name)
@@ -255,9 +295,9 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 	})
 }
 
-// withStore opens the database for a command and brings its schema up to date. In local development it completes the
-// configuration with the private PostgreSQL and the fake gateway first.
-func withStore(ctx context.Context, c *config, do func(*store) error) (err error) {
+// withStore calls fn with the database of c, its schema up to date, and closes the database afterwards. In local
+// development it first completes c with the addresses and keys of the private PostgreSQL and the fake gateway.
+func withStore(ctx context.Context, c *config, fn func(*store) error) (err error) {
 	if c.local {
 		leave, err := joinDevEnv(ctx, c)
 		if err != nil {
@@ -270,10 +310,10 @@ func withStore(ctx context.Context, c *config, do func(*store) error) (err error
 		return err
 	}
 	defer store.close()
-	return do(store)
+	return fn(store)
 }
 
-// tokenCommand prints a token for user.
+// tokenCommand prints a token for the user with this ObjectId, valid for ttl.
 func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io.Writer) (err error) {
 	id, ok := parseID(user)
 	if !ok {
@@ -291,7 +331,7 @@ func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io
 	return err
 }
 
-// healthcheckCommand asks the service on this machine whether it is ready.
+// healthcheckCommand returns nil when the service on this machine answers /readyz with 200 within 5 seconds.
 func healthcheckCommand(ctx context.Context, c config) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

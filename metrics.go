@@ -13,57 +13,57 @@ import (
 	"time"
 )
 
-// Figures for Prometheus, in its text format (version 0.0.4). Counting costs a request three atomic additions; all else is
-// done when somebody asks, at METRICS_ADDR.
+// Metrics for Prometheus in its text format, version 0.0.4: https://prometheus.io/docs/instrumenting/exposition_formats/.
+// A request costs three atomic additions. Everything else happens when METRICS_ADDR is scraped.
 
-// requestStats counts calls of one kind by how they ended and how long they took.
+// requestStats counts calls of one kind, by outcome and by duration. It is safe for concurrent use.
 type requestStats struct {
 	byOutcome   []atomic.Uint64
-	buckets     [len(bucketBounds) + 1]atomic.Uint64 // by bucket; the last is of those that took longer
-	nanoseconds atomic.Int64                         // of all together
+	buckets     [len(bucketBounds) + 1]atomic.Uint64 // the last one counts calls beyond all bounds
+	nanoseconds atomic.Int64                         // the sum of all durations
 }
 
-// bucketBounds are the upper ends of the buckets: a request takes milliseconds, a refund may take a minute.
+// bucketBounds are the inclusive upper bounds of the duration buckets. A request takes milliseconds, a refund may take a
+// minute.
 var bucketBounds = [...]time.Duration{
 	500 * time.Microsecond, time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
 	50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second,
 	2500 * time.Millisecond, 5 * time.Second, 10 * time.Second, time.Minute,
 }
 
-func newRequestStats(waysToEnd int) *requestStats {
-	return &requestStats{byOutcome: make([]atomic.Uint64, waysToEnd)}
+// newRequestStats returns counters for outcomes from 0 to outcomes-1.
+func newRequestStats(outcomes int) *requestStats {
+	return &requestStats{byOutcome: make([]atomic.Uint64, outcomes)}
 }
 
-// count counts one call that ended in this way.
-func (t *requestStats) count(way int, took time.Duration) {
-	t.byOutcome[way].Add(1)
-	bucket := 0
-	for bucket < len(bucketBounds) && took > bucketBounds[bucket] {
-		bucket++
-	}
-	t.buckets[bucket].Add(1)
-	t.nanoseconds.Add(int64(took))
+// count adds one call.
+func (r *requestStats) count(outcome int, elapsed time.Duration) {
+	r.byOutcome[outcome].Add(1)
+	bucket, _ := slices.BinarySearch(bucketBounds[:], elapsed)
+	r.buckets[bucket].Add(1)
+	r.nanoseconds.Add(int64(elapsed))
 }
 
-// The calls to the gateway and the ways in which they end, as iamportConfig.Observe tells them.
+// The calls to the gateway and their outcomes, as iamportConfig's observe gets them.
 var (
 	gatewayCalls    = [...]string{"token", "payment", "findAll", "list", "cancel", "endAccount"}
 	gatewayOutcomes = [...]string{"ok", "none", "refused", "unreadable", "broken", "unreachable", "timeout"}
 )
 
-// metrics are the figures that are counted as things happen.
+// metrics are the counters of this process.
 type metrics struct {
-	routes  []routeStats  // as the table of routes
-	noRoute *requestStats // of what is on none
+	routes  []routeStats  // in the order of route's calls
+	noRoute *requestStats // requests that match no route
 	gateway [len(gatewayCalls)]*requestStats
 }
 
-// routeStats is the traffic of a route, by HTTP status.
+// routeStats counts the requests of a route. The outcome is the HTTP status.
 type routeStats struct {
 	pattern string
 	*requestStats
 }
 
+// newMetrics returns counters that are all 0.
 func newMetrics() *metrics {
 	m := &metrics{}
 	for i := range m.gateway {
@@ -73,26 +73,27 @@ func newMetrics() *metrics {
 	return m
 }
 
-// route is where the requests of a route are counted. It is called before the first of them.
+// route adds a route and returns its counters. All routes must be added before the first request.
 func (m *metrics) route(pattern string) *requestStats {
-	t := newRequestStats(600)
-	m.routes = append(m.routes, routeStats{pattern, t})
-	return t
+	stats := newRequestStats(600) // every HTTP status
+	m.routes = append(m.routes, routeStats{pattern, stats})
+	return stats
 }
 
-// gatewayCall counts one call to the gateway.
-func (m *metrics) gatewayCall(call, outcome string, took time.Duration) {
-	m.gateway[slices.Index(gatewayCalls[:], call)].count(slices.Index(gatewayOutcomes[:], outcome), took)
+// gatewayCall counts one call to the gateway. call and outcome must be among gatewayCalls and gatewayOutcomes.
+func (m *metrics) gatewayCall(call, outcome string, elapsed time.Duration) {
+	m.gateway[slices.Index(gatewayCalls[:], call)].count(slices.Index(gatewayOutcomes[:], outcome), elapsed)
 }
 
 // ---- at METRICS_ADDR
 
-// metricsHandler serves the figures and the profiles of the Go runtime. Neither is for strangers.
+// metricsHandler returns the handler of METRICS_ADDR: /metrics, and the profiles of the Go runtime. It has no access
+// control, so the address must not be public.
 func (s *server) metricsHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		w.Write(s.exposition(r.Context()))
+		w.Write(s.metricsText(r.Context()))
 	})
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
@@ -102,43 +103,45 @@ func (s *server) metricsHandler() http.Handler {
 	return mux
 }
 
-// openBalancesTimeout bounds the one statement that a scrape costs the database. Prometheus waits for 10 seconds.
+// openBalancesTimeout bounds the one statement that a scrape sends to the database. Prometheus gives up a scrape after 10
+// seconds by default.
 const openBalancesTimeout = 2 * time.Second
 
-// exposition is all figures as text. Those of money are missing while the database does not answer.
-func (s *server) exposition(ctx context.Context) []byte {
+// metricsText returns all metrics as text. The open balances are missing when the database does not answer in time.
+func (s *server) metricsText(ctx context.Context) []byte {
 	ctx, cancel := context.WithTimeout(ctx, openBalancesTimeout)
 	defer cancel()
 	now := s.now()
-	money, err := s.store.readOpenBalances(ctx, now)
+	balances, err := s.store.readOpenBalances(ctx, now)
 	if err != nil {
-		s.log.Error("figures of money", "error", err)
+		s.log.Error("read open balances", "error", err)
 	}
 	e := &exposition{}
 	e.family("lumiere_build_info", "gauge", "The program; always 1.")
 	e.sample("", 1, "version", version())
 	s.metrics.expose(e)
 	s.exposePool(e)
-	e.family("lumiere_database_up", "gauge", "1 when the database answered the statement behind the figures of money within 2 seconds, else 0.")
-	e.sample("", gauge(err == nil))
+	e.family("lumiere_database_up", "gauge", "1 when the database answered this scrape's statement within 2 seconds, else 0.")
+	e.sample("", boolValue(err == nil))
 	e.family("lumiere_gateway_silent", "gauge", "1 when the last call to the gateway got no usable answer, else 0.")
-	e.sample("", gauge(s.outage.lasts()))
+	e.sample("", boolValue(s.outage.lasts()))
 	e.family("lumiere_reconciler_round_age_seconds", "gauge", "Time since this replica's reconciler last finished a round.")
 	e.sample("", now.Sub(time.Unix(0, s.settler.lastRound.Load())).Seconds())
 	if err == nil {
-		money.expose(e)
+		balances.expose(e)
 	}
 	return e.text.Bytes()
 }
 
-func gauge(yes bool) float64 {
-	if yes {
+// boolValue returns 1 for true and 0 for false.
+func boolValue(b bool) float64 {
+	if b {
 		return 1
 	}
 	return 0
 }
 
-// expose writes what was counted. A status that a route has not answered yet is left out.
+// expose writes the counters. Statuses that a route has never returned are left out.
 func (m *metrics) expose(e *exposition) {
 	e.family("lumiere_http_requests_total", "counter", "Requests answered, by route and HTTP status.")
 	for _, r := range m.routes {
@@ -154,25 +157,25 @@ func (m *metrics) expose(e *exposition) {
 	}
 	e.family("lumiere_gateway_calls_total", "counter",
 		"Calls to the payment gateway by how they ended: none is an answer, and unreadable one about a payment that makes no sense; broken, unreachable and timeout are not.")
-	for i, t := range m.gateway {
-		for outcome := range t.byOutcome {
-			e.sample("", float64(t.byOutcome[outcome].Load()), "call", gatewayCalls[i], "outcome", gatewayOutcomes[outcome])
+	for i, stats := range m.gateway {
+		for outcome := range stats.byOutcome {
+			e.sample("", float64(stats.byOutcome[outcome].Load()), "call", gatewayCalls[i], "outcome", gatewayOutcomes[outcome])
 		}
 	}
-	e.family("lumiere_gateway_call_duration_seconds", "histogram", "Time that a call to the payment gateway took, all waiting included.")
-	for i, t := range m.gateway {
-		e.histogram(t, "call", gatewayCalls[i])
+	e.family("lumiere_gateway_call_duration_seconds", "histogram", "Duration of a call to the payment gateway, waiting for a slot included.")
+	for i, stats := range m.gateway {
+		e.histogram(stats, "call", gatewayCalls[i])
 	}
 }
 
-// exposePool writes how much of the database connections is in use.
+// exposePool writes the state of the pool of database connections.
 func (s *server) exposePool(e *exposition) {
 	pool := s.store.pool.Stat()
-	e.family("lumiere_database_connections", "gauge", "Connections to the database by what they are doing.")
+	e.family("lumiere_database_connections", "gauge", "Connections to the database, by state.")
 	e.sample("", float64(pool.AcquiredConns()), "state", "in use")
 	e.sample("", float64(pool.IdleConns()), "state", "idle")
 	e.sample("", float64(pool.ConstructingConns()), "state", "connecting")
-	e.family("lumiere_database_connections_most", "gauge", "Connections to the database that there may be.")
+	e.family("lumiere_database_connections_most", "gauge", "Largest number of connections to the database.")
 	e.sample("", float64(pool.MaxConns()))
 	e.family("lumiere_database_waits_total", "counter", "Statements that had to wait for a free connection.")
 	e.sample("", float64(pool.EmptyAcquireCount()))
@@ -180,44 +183,46 @@ func (s *server) exposePool(e *exposition) {
 	e.sample("", pool.EmptyAcquireWaitTime().Seconds())
 }
 
-// paidStatuses are the names of the order statuses from 0.
+// paidStatuses are the names of the order statuses 0 to 5.
 var paidStatuses = [...]string{"paid", "preparing", "shipping", "delivered", "return requested", "cancelled"}
 
-// expose writes the figures of money. They are the database's: every replica says the same.
-func (m openBalances) expose(e *exposition) {
+// expose writes the open balances. They come from the database, so they are the same on every replica.
+func (b openBalances) expose(e *exposition) {
 	e.family("lumiere_holds", "gauge", "Unpaid orders that hold paintings now.")
-	e.sample("", float64(m.holds))
-	e.family("lumiere_refunds_waiting", "gauge", "Payments whose refund is booked and not done yet.")
-	e.sample("", float64(m.refunds))
+	e.sample("", float64(b.holds))
+	e.family("lumiere_refunds_waiting", "gauge", "Refunds that are booked and not done yet.")
+	e.sample("", float64(b.refunds))
 	e.family("lumiere_oldest_unsettled_payment_seconds", "gauge",
-		"How long the oldest money has been neither kept nor given back; 0 when there is none. "+
-			"refund: since a refund that is not done yet was booked. "+
-			"unknown: since the hold of an unpaid order ended of which the gateway has not said yet whether money came.")
-	e.sample("", m.oldestRefund.Seconds(), "kind", "refund")
-	e.sample("", m.oldestUnknown.Seconds(), "kind", "unknown")
+		"Age of the oldest unsettled payment; 0 when there is none. "+
+			"refund: since its refund was booked, which is not done yet. "+
+			"unknown: since the hold of an unpaid order ended; the gateway has not said yet whether it was paid.")
+	e.sample("", b.oldestRefund.Seconds(), "kind", "refund")
+	e.sample("", b.oldestUnknown.Seconds(), "kind", "unknown")
 	e.family("lumiere_orders", "gauge", "Orders that were paid, by the status they have now.")
-	for status, n := range m.orders {
+	for status, n := range b.orders {
 		e.sample("", float64(n), "status", paidStatuses[status])
 	}
 }
 
 // ---- the text format
 
-// exposition is text in Prometheus' format, written family by family.
+// exposition is text in Prometheus' format. It is written family by family: a family is a metric's name with all its
+// samples.
 type exposition struct {
 	text bytes.Buffer
-	name string // of the family being written
+	name string // of the current family
 }
 
-// family begins a family. help is one line without a backslash.
+// family begins a family. help must be one line without a backslash.
 func (e *exposition) family(name, kind, help string) {
 	e.name = name
 	fmt.Fprintf(&e.text, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 }
 
+// labelEscapes escapes what the format does not allow in a label's value.
 var labelEscapes = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
-// sample writes one value of the family; labels are names and values in turn.
+// sample writes one sample of the current family. labels alternates names and values.
 func (e *exposition) sample(suffix string, value float64, labels ...string) {
 	e.text.WriteString(e.name + suffix)
 	for i := 0; i < len(labels); i += 2 {
@@ -229,17 +234,17 @@ func (e *exposition) sample(suffix string, value float64, labels ...string) {
 	fmt.Fprintf(&e.text, " %s\n", strconv.FormatFloat(value, 'g', -1, 64))
 }
 
-// histogram writes how long the calls of t took.
-func (e *exposition) histogram(t *requestStats, label, value string) {
+// histogram writes the durations in stats, with one label. Its buckets are cumulative, as the format demands.
+func (e *exposition) histogram(stats *requestStats, label, value string) {
 	n := uint64(0)
-	for i := range t.buckets {
-		n += t.buckets[i].Load()
+	for i := range stats.buckets {
+		n += stats.buckets[i].Load()
 		bound := "+Inf"
 		if i < len(bucketBounds) {
 			bound = strconv.FormatFloat(bucketBounds[i].Seconds(), 'g', -1, 64)
 		}
 		e.sample("_bucket", float64(n), label, value, "le", bound)
 	}
-	e.sample("_sum", time.Duration(t.nanoseconds.Load()).Seconds(), label, value)
+	e.sample("_sum", time.Duration(stats.nanoseconds.Load()).Seconds(), label, value)
 	e.sample("_count", float64(n), label, value)
 }

@@ -12,79 +12,93 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
+// schemaSQL holds every migration. Released migrations never change.
+//
 //go:embed schema.sql
 var schemaSQL string
 
-// migrationHeader finds the line that begins a numbered step of schema.sql.
+// migrationHeader matches the line that begins a migration in schema.sql.
 var migrationHeader = regexp.MustCompile(`(?m)^-- step \d+:`)
 
-// migrations are the steps of schema.sql in order; step N is the element N-1.
+// migrations returns the migrations of schema.sql in order. Migration n is element n-1.
 func migrations() []string {
 	starts := migrationHeader.FindAllStringIndex(schemaSQL, -1)
-	steps := make([]string, len(starts))
-	for i, at := range starts {
+	all := make([]string, len(starts))
+	for i, start := range starts {
 		end := len(schemaSQL)
 		if i+1 < len(starts) {
 			end = starts[i+1][0]
 		}
-		steps[i] = schemaSQL[at[0]:end]
+		all[i] = schemaSQL[start[0]:end]
 	}
-	return steps
+	return all
 }
 
-// schemaVersion is the number of the newest step that the database has; 0 on an empty one.
+// schemaVersion returns the number of the newest migration that the database has, 0 for an empty database.
 func (s *store) schemaVersion(ctx context.Context) (version int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	// Not as a prepared statement: before the first step it fails, and a pooler would keep its name taken.
+	// QueryExecModeExec prepares no statement. On an empty database preparing fails, and a connection pooler would still
+	// have the statement's name in use.
 	err = s.pool.QueryRow(ctx, `SELECT coalesce(max(step), 0) FROM schema_steps`, pgx.QueryExecModeExec).Scan(&version)
-	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == "42P01" { // undefined_table
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && pg.Code == codeUndefinedTable {
 		return 0, nil
 	}
 	return version, err
 }
 
-// A step waits this long for a lock, since whoever comes after it waits too, then lets them by and tries again, so many
-// times. The wait is shorter than PostgreSQL's deadlock_timeout: of a step and a buyer's call it is the step that gives way.
 const (
+	// migrationLockWait is how long a migration waits for a lock, and then how long it lets others work before it tries
+	// again. While it waits, every call that needs the locked table waits behind it. It is shorter than PostgreSQL's
+	// deadlock_timeout, so that in a deadlock with a buyer's call it is the migration that fails.
 	migrationLockWait = 500 * time.Millisecond
-	migrationTries    = 10
+	// migrationTries is how often a migration is tried before migrate fails.
+	migrationTries = 10
 )
 
-// migrate brings the database to these steps, those of schema.sql. Replicas that start together wait for the one that
-// came first. A database with more steps than that belongs to a newer program and is left as it is.
-func (s *store) migrate(ctx context.Context, steps []string) error {
+// migrate applies those of migrations that the database does not have yet, each in a transaction. Replicas that start
+// together take turns. A database with more migrations belongs to a newer release and is left as it is.
+func (s *store) migrate(ctx context.Context, migrations []string) error {
 	version, err := s.schemaVersion(ctx)
 	if err != nil {
 		return err
 	}
-	for n := version + 1; n <= len(steps); n++ {
-		for try := 1; ; try++ {
-			if err = s.applyMigration(ctx, n, steps[n-1]); err == nil {
-				break
-			} else if try == migrationTries || !lockedOut(err) {
-				return fmt.Errorf("schema step %d: %w", n, err)
-			}
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-time.After(s.migrationLockWait):
-			}
+	for n := version + 1; n <= len(migrations); n++ {
+		if err := s.retryMigration(ctx, n, migrations[n-1]); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// lockedOut reports whether err means that others had locked what a step needs.
-func lockedOut(err error) bool {
-	var pg *pgconn.PgError
-	return errors.As(err, &pg) && (pg.Code == "55P03" || pg.Code == "40P01") // lock_not_available, deadlock_detected
+// retryMigration applies migration n, and tries again while others hold the locks that it needs.
+func (s *store) retryMigration(ctx context.Context, n int, migration string) error {
+	for try := 1; ; try++ {
+		err := s.applyMigration(ctx, n, migration)
+		if err == nil {
+			return nil
+		}
+		if try == migrationTries || !lockedOut(err) {
+			return fmt.Errorf("schema step %d: %w", n, err)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(s.migrationLockWait):
+		}
+	}
 }
 
-// applyMigration applies step n in a transaction of its own, unless the database has it.
-func (s *store) applyMigration(ctx context.Context, n int, step string) error {
+// lockedOut reports whether err means that a migration did not get a lock because others held it.
+func lockedOut(err error) bool {
+	pg, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (pg.Code == codeLockNotAvailable || pg.Code == codeDeadlock)
+}
+
+// applyMigration applies migration n in a transaction, unless the database has it already.
+func (s *store) applyMigration(ctx context.Context, n int, migration string) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(4820561379)`); err != nil {
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(4820561379)`); err != nil { // one replica at a time
 			return err
 		}
 		if _, err := tx.Exec(ctx, `CREATE TABLE IF NOT EXISTS schema_steps (
@@ -98,7 +112,7 @@ func (s *store) applyMigration(ctx context.Context, n int, step string) error {
 		if _, err := tx.Exec(ctx, `SELECT set_config('lock_timeout', $1, true)`, fmt.Sprint(s.migrationLockWait.Milliseconds())); err != nil {
 			return err
 		}
-		_, err = tx.Conn().PgConn().Exec(ctx, step).ReadAll()
+		_, err = tx.Conn().PgConn().Exec(ctx, migration).ReadAll() // several statements, so the simple protocol
 		return err
 	})
 }

@@ -13,13 +13,14 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// openPool makes the pool of connections to the database at url, which may name several servers: the first that takes
-// writes is used. When that one dies, hangs, vanishes or is demoted, the pool leaves it for the one that took its place. It
-// does not wait for any of them. trace may be nil.
+// openPool returns a pool of connections to the database at url, without waiting for a connection. The error never contains
+// the url, which may hold a password. trace may be nil.
+//
+// The url may name several servers. The pool uses the first that accepts writes. When that server crashes, hangs, becomes
+// unreachable or becomes a standby, the pool moves to the server that accepts writes instead.
 func openPool(ctx context.Context, url string, trace pgx.QueryTracer) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(url)
 	if err != nil {
-		// The parser's error repeats the connection string, which may hold a password.
 		return nil, errors.New("DATABASE_URL is not a PostgreSQL connection string")
 	}
 	if !strings.Contains(url, "pool_max_conns") {
@@ -34,10 +35,11 @@ func openPool(ctx context.Context, url string, trace pgx.QueryTracer) (*pgxpool.
 	config.ConnConfig.Tracer = trace
 	config.MaxConnLifetime = 30 * time.Minute
 	config.MaxConnLifetimeJitter = 5 * time.Minute
-	takeWritableServers(config.ConnConfig)
+	requireWritableServer(config.ConnConfig)
 	closeWithoutWaiting(config)
 
 	var pool *pgxpool.Pool
+	// A connection that was idle for a second is pinged before it is used: its server may have gone away unnoticed.
 	config.ShouldPing = func(ctx context.Context, p pgxpool.ShouldPingParams) bool {
 		if p.IdleDuration < time.Second {
 			return false
@@ -45,28 +47,41 @@ func openPool(ctx context.Context, url string, trace pgx.QueryTracer) (*pgxpool.
 		ctx, cancel := context.WithTimeout(ctx, config.ConnConfig.ConnectTimeout)
 		defer cancel()
 		if p.Conn.Ping(ctx) != nil {
-			pool.Reset() // the others won't answer either, and each would be waited for
+			pool.Reset() // the other connections go to the same server, and each would cost a timeout
 		}
-		return p.Conn.IsClosed() // then the pool's own ping fails at once
+		return p.Conn.IsClosed() // have the pool ping a closed connection: that fails at once, and the pool drops it
 	}
 	pool, err = pgxpool.NewWithConfig(ctx, config)
 	return pool, err
 }
 
-// readOnly is PostgreSQL's code for a write that a standby was asked for.
-const readOnly = "25006"
+// The SQLSTATEs that this program tells apart, from appendix A of PostgreSQL's manual.
+const (
+	codeReadOnly             = "25006" // read_only_sql_transaction: the server is a standby
+	codeSerializationFailure = "40001"
+	codeDeadlock             = "40P01" // deadlock_detected
+	codeUndefinedTable       = "42P01"
+	codeLockNotAvailable     = "55P03"
+	codeQueryCanceled        = "57014"
+	codeAdminShutdown        = "57P01"
+	codeCrashShutdown        = "57P02"
+	codeCannotConnectNow     = "57P03" // the server is starting up or shutting down
+	codeIdleSessionTimeout   = "57P05"
+)
 
-// takeWritableServers passes over servers that take no writes, and closes the connection to one that stops taking them.
-func takeWritableServers(config *pgx.ConnConfig) {
+// requireWritableServer makes connections skip servers that accept no writes. A connection whose server becomes a standby is
+// closed at the first write that fails. A target_session_attrs in the connection string takes precedence.
+func requireWritableServer(config *pgx.ConnConfig) {
 	if config.ValidateConnect == nil { // no target_session_attrs
 		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
-	keep := config.OnPgError
-	config.OnPgError = func(c *pgconn.PgConn, err *pgconn.PgError) bool { return err.Code != readOnly && keep(c, err) }
+	keep := config.OnPgError // reports whether the connection may be kept
+	config.OnPgError = func(c *pgconn.PgConn, err *pgconn.PgError) bool { return err.Code != codeReadOnly && keep(c, err) }
 }
 
-// closeWithoutWaiting frees the place of a closed connection in the pool although its server says nothing. By itself pgx
-// asks the server to cancel the statement and then reads what is left, for 15 seconds.
+// closeWithoutWaiting makes a connection leave the pool at once when it is closed, even if its server does not respond.
+// pgx itself sends a cancel request and then reads from the connection for up to 15 seconds, and the connection takes a
+// place in the pool until then.
 func closeWithoutWaiting(config *pgxpool.Config) {
 	limit, dial := config.ConnConfig.ConnectTimeout, config.ConnConfig.DialFunc
 	config.ConnConfig.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -78,26 +93,33 @@ func closeWithoutWaiting(config *pgxpool.Config) {
 		}
 		return conn, conn.SetDeadline(time.Now().Add(limit))
 	}
-	// The limit stays on a connection that only carries a request to cancel.
+	// The deadline is lifted from connections that carry statements. A cancel request has a connection of its own, for which
+	// AfterNetConnect is not called: its deadline stays.
 	config.ConnConfig.AfterNetConnect = func(_ context.Context, _ *pgconn.Config, conn net.Conn) (net.Conn, error) {
 		return conn, conn.SetDeadline(time.Time{})
 	}
 	config.BeforeClose = func(conn *pgx.Conn) { conn.PgConn().Conn().Close() }
 }
 
-// unavailable reports whether err means that the database can't be reached or can't work now, so that the same call
-// may succeed later: not reachable, shutting down, starting up, out of connections, a standby, or out of time.
+// unavailable reports whether err means that the database cannot be reached or cannot work now, so that the same call may
+// succeed later. Timeouts are among these errors.
 func unavailable(err error) bool {
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) {
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
 		switch pg.Code {
-		case readOnly, "40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P05":
+		case codeReadOnly, codeSerializationFailure, codeDeadlock, codeLockNotAvailable, codeQueryCanceled,
+			codeAdminShutdown, codeCrashShutdown, codeCannotConnectNow, codeIdleSessionTimeout:
 			return true
 		}
-		return strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "58")
+		return strings.HasPrefix(pg.Code, "08") || // connection exception
+			strings.HasPrefix(pg.Code, "53") || // insufficient resources
+			strings.HasPrefix(pg.Code, "58") // system error
 	}
-	var connect *pgconn.ConnectError
-	var network net.Error
-	return errors.As(err, &connect) || errors.As(err, &network) || errors.Is(err, context.DeadlineExceeded) ||
-		pgconn.SafeToRetry(err) || errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF)
+	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
+		return true
+	}
+	if _, ok := errors.AsType[net.Error](err); ok {
+		return true
+	}
+	return errors.Is(err, context.DeadlineExceeded) || pgconn.SafeToRetry(err) ||
+		errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF)
 }

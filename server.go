@@ -22,31 +22,31 @@ import (
 	"unicode/utf8"
 )
 
-// server answers the API. It is built once, for main and the tests alike, and is its own http.Handler.
+// server is the http.Handler of the API. newServer builds it, for serve and for the tests.
 type server struct {
 	config  config
 	store   *store
 	settler *settler
 	tokens  *tokens
 	now     func() time.Time
-	random  func() string // 16 hex digits nobody can guess
+	random  func() string // returns 16 unpredictable hex digits
 	log     *slog.Logger
 	mux     *http.ServeMux
 
-	limits  *limiter // of what strangers may ask
+	limits  *limiter // of payment look-ups that callers cause
 	metrics *metrics
-	outage  outage // of the gateway
+	outage  outage // whether the gateway responds
 }
 
-// request is an *http.Request with what the shell around the handlers knows of it.
+// request is an *http.Request with what a handler needs beside it.
 type request struct {
 	*http.Request
-	caller  caller // the zero Caller on a call that needs no token and has no good one
-	id      string // in the log, the history and the answer's X-Request-Id
-	orderID string // set by handlers for the log
+	caller  caller // zero on a public route without a valid token
+	id      string // written to the log, the history and the response's X-Request-Id
+	orderID string // set by the handler, for the log line of the request
 }
 
-// actor is the change that this request's caller makes.
+// actor returns the actor of the changes that the request makes.
 func (r *request) actor() actor {
 	if r.caller.admin {
 		return actor{kind: actorAdministrator, id: r.caller.id, request: r.id}
@@ -54,30 +54,29 @@ func (r *request) actor() actor {
 	return actor{kind: actorBuyer, request: r.id}
 }
 
-// access is who may make a call.
+// access says which callers a route accepts.
 type access int
 
 const (
-	public        access = iota // a token that is not good is ignored
-	authenticated               // 401 without a good token
-	admin                       // 403 without an administrator's
+	public        access = iota // everyone; an invalid token is ignored
+	authenticated               // callers with a valid token; others get 401
+	admin                       // administrators; other callers get 403, or 401 without a valid token
 )
 
-// route is a line of the API's table: a method and path, who may call it, the status of a success, and its handler. The
-// handler's value becomes the JSON body; its error a refusal, or an opaque 5xx.
+// route is one call of the API.
 type route struct {
-	pattern string
+	pattern string // method and path, as http.ServeMux takes them
 	access  access
-	success int
-	handle  func(*request) (any, error)
+	success int                         // status of a response without an error
+	handle  func(*request) (any, error) // returns the JSON body, or an error for toHTTPError
 }
 
-// httpError is an error that clients see: its status and body. The cause is for the log alone.
+// httpError is an error with the status and body of its response. The cause is for the log only.
 type httpError struct {
 	status     int
 	body       any
-	retryAfter time.Duration
-	cause      error
+	retryAfter time.Duration // sent as Retry-After, in whole seconds rounded up; 0 for none
+	cause      error         // nil when there is nothing to log
 }
 
 func (e *httpError) Error() string {
@@ -87,17 +86,17 @@ func (e *httpError) Error() string {
 	return http.StatusText(e.status)
 }
 
-// message is the body of every refusal and of most successes.
+// message is the body of error responses and of most successes. Its text is shown to the buyer, so it is Korean.
 type message struct {
 	Message string `json:"message"`
 }
 
-// statusError is a refusal with a message in Korean.
+// statusError returns an error with a status and a message.
 func statusError(status int, text string) *httpError {
 	return &httpError{status: status, body: message{text}}
 }
 
-// fieldError is the 400 that names a field and says what is wrong with it.
+// fieldError returns the 400 for a field of the request. Its message names the field and the problem.
 func fieldError(field, problem string) *httpError {
 	return statusError(http.StatusBadRequest, field+": "+problem)
 }
@@ -111,16 +110,20 @@ const (
 	messageAdmin   = "관리자만 사용할 수 있습니다"
 )
 
-// toHTTPError maps an error to what the client sees: the one place that does.
+// statusClientClosed is nginx's status for a request whose client hung up. It is seen in the log and the metrics only.
+const statusClientClosed = 499
+
+// toHTTPError returns err as the client sees it. An error that no handler gave a response is a 5xx whose body says nothing
+// about the cause.
 func toHTTPError(err error) *httpError {
-	var r *httpError
-	var gateway *gatewayError
+	if e, ok := errors.AsType[*httpError](err); ok {
+		return e
+	}
+	gateway, isGateway := errors.AsType[*gatewayError](err)
 	switch {
-	case errors.As(err, &r):
-		return r
 	case errors.Is(err, context.Canceled):
-		return &httpError{status: 499, body: message{messageFault}, cause: err} // the client went away
-	case errors.As(err, &gateway):
+		return &httpError{status: statusClientClosed, body: message{messageFault}, cause: err}
+	case isGateway:
 		return &httpError{status: gateway.status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
 	case unavailable(err):
 		return &httpError{status: http.StatusServiceUnavailable, body: message{messageAway}, retryAfter: 2 * time.Second, cause: err}
@@ -129,34 +132,33 @@ func toHTTPError(err error) *httpError {
 	}
 }
 
-// add puts a route on the mux.
+// add registers a route. Its handler runs in call; what is the same for all routes is here.
 func (s *server) add(rt route) {
-	traffic := s.metrics.route(rt.pattern)
+	stats := s.metrics.route(rt.pattern)
 	s.mux.HandleFunc(rt.pattern, func(w http.ResponseWriter, hr *http.Request) {
 		start := s.now()
 		r := &request{Request: hr, id: s.requestID(hr)}
 		w.Header().Set("X-Request-Id", r.id)
 		hr.Body = http.MaxBytesReader(w, hr.Body, maxBody)
 
-		status, body := rt.success, any(nil)
 		var cause error
-		if value, err := s.call(rt, r); err == nil {
-			body = value
-		} else {
-			refused := toHTTPError(err)
-			status, body, cause = refused.status, refused.body, refused.cause
-			if refused.retryAfter > 0 {
-				w.Header().Set("Retry-After", strconv.Itoa(int((refused.retryAfter+time.Second-1)/time.Second)))
+		status := rt.success
+		body, err := s.call(rt, r)
+		if err != nil {
+			failure := toHTTPError(err)
+			status, body, cause = failure.status, failure.body, failure.cause
+			if failure.retryAfter > 0 {
+				w.Header().Set("Retry-After", strconv.Itoa(int((failure.retryAfter+time.Second-1)/time.Second)))
 			}
 		}
 		writeJSON(w, status, body)
-		took := s.now().Sub(start)
-		traffic.count(status, took)
-		s.logRequest(r, rt.pattern, status, took, cause)
+		elapsed := s.now().Sub(start)
+		stats.count(status, elapsed)
+		s.logRequest(r, rt.pattern, status, elapsed, cause)
 	})
 }
 
-// call finds out who calls, and lets the handler answer. A panic is an error.
+// call identifies the caller, checks the route's access and runs the handler. A panic becomes an error with its stack.
 func (s *server) call(rt route, r *request) (body any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -164,7 +166,7 @@ func (s *server) call(rt route, r *request) (body any, err error) {
 		}
 	}()
 	if r.Header["Authorization"] != nil {
-		r.caller, err = s.tokens.caller(r.Request)
+		r.caller, _ = s.tokens.caller(r.Request) // without a valid token the caller stays zero
 	}
 	switch {
 	case rt.access != public && r.caller.id == "":
@@ -175,14 +177,14 @@ func (s *server) call(rt route, r *request) (body any, err error) {
 	return rt.handle(r)
 }
 
-// logRequest writes the one line of a request. It has no token, no body and no query: nothing of a person.
-func (s *server) logRequest(r *request, pattern string, status int, took time.Duration, cause error) {
+// logRequest writes the log line of a request. The line has no personal data: no token, no body, no query, no address.
+func (s *server) logRequest(r *request, pattern string, status int, elapsed time.Duration, cause error) {
 	level := slog.LevelInfo
 	if status >= 500 {
 		level = slog.LevelError
 	}
 	attrs := []slog.Attr{slog.String("route", pattern), slog.Int("status", status),
-		slog.Float64("ms", float64(took.Microseconds())/1000), slog.String("request", r.id)}
+		slog.Float64("ms", float64(elapsed.Microseconds())/1000), slog.String("request", r.id)}
 	if r.orderID != "" {
 		attrs = append(attrs, slog.String("order", r.orderID))
 	}
@@ -192,7 +194,8 @@ func (s *server) logRequest(r *request, pattern string, status int, took time.Du
 	s.log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
 }
 
-// ServeHTTP is everything that is the same for all calls, around the mux.
+// ServeHTTP sets the headers that every response has, answers CORS preflights and unknown calls, and passes the rest to
+// the mux.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header.Set("X-Content-Type-Options", "nosniff")
@@ -206,20 +209,20 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mux.ServeHTTP(w, r)
 }
 
-// noSuchCall answers 404 and 405 in JSON; the mux knows which, and which methods there are.
+// noSuchCall answers 404 or 405 in JSON. The status and the Allow header come from the mux, whose own body is plain text.
 func (s *server) noSuchCall(w http.ResponseWriter, r *http.Request) {
-	seen := &statusOnly{header: w.Header()}
-	s.mux.ServeHTTP(seen, r)
+	recorder := &statusOnly{header: w.Header()}
+	s.mux.ServeHTTP(recorder, r)
 	text := "없는 주소입니다"
-	if seen.status == http.StatusMethodNotAllowed {
+	if recorder.status == http.StatusMethodNotAllowed {
 		text = "이 주소에서 지원하지 않는 요청 방식입니다"
 	}
-	writeJSON(w, seen.status, message{text})
-	s.metrics.noRoute.count(seen.status, 0)
-	s.logRequest(&request{Request: r, id: s.requestID(r)}, "none", seen.status, 0, nil)
+	writeJSON(w, recorder.status, message{text})
+	s.metrics.noRoute.count(recorder.status, 0)
+	s.logRequest(&request{Request: r, id: s.requestID(r)}, "none", recorder.status, 0, nil)
 }
 
-// statusOnly is a ResponseWriter that keeps the status and drops the body.
+// statusOnly is an http.ResponseWriter that keeps the status and drops the body.
 type statusOnly struct {
 	header http.Header
 	status int
@@ -229,7 +232,8 @@ func (w *statusOnly) Header() http.Header         { return w.header }
 func (w *statusOnly) Write(b []byte) (int, error) { return len(b), nil }
 func (w *statusOnly) WriteHeader(status int)      { w.status = status }
 
-// cors lets the pages of listed origins call, and answers their preflights; it reports whether it did.
+// cors sets the CORS headers for the configured origins. It reports whether the request was a preflight, which it has
+// answered then.
 func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	header := w.Header()
 	header.Add("Vary", "Origin")
@@ -249,11 +253,12 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	return true
 }
 
-// requestIDs are the ids of a caller or proxy in front that are taken over.
-var requestIDs = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
+// requestIDPattern matches the X-Request-Id values that are accepted from a client or a proxy.
+var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
 
+// requestID returns the request's own X-Request-Id when it is acceptable, else a new one.
 func (s *server) requestID(r *http.Request) string {
-	if id := r.Header.Get("X-Request-Id"); id != "" && requestIDs.MatchString(id) {
+	if id := r.Header.Get("X-Request-Id"); requestIDPattern.MatchString(id) {
 		return id
 	}
 	return s.random()
@@ -261,10 +266,11 @@ func (s *server) requestID(r *http.Request) string {
 
 // ---- JSON
 
+// buffers keeps the buffers of writeJSON between requests.
 var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
-// writeJSON answers value, Korean and HTML characters as they are. It is encoded before the header is written, so that a
-// fault can still be a 500.
+// writeJSON writes the response: status, and value as JSON with HTML characters unescaped. The value is encoded before the
+// header is written, so that an encoding error can still become a 500.
 func writeJSON(w http.ResponseWriter, status int, value any) {
 	buffer := buffers.Get().(*bytes.Buffer)
 	defer buffers.Put(buffer)
@@ -272,7 +278,7 @@ func writeJSON(w http.ResponseWriter, status int, value any) {
 	encoder := json.NewEncoder(buffer)
 	encoder.SetEscapeHTML(false)
 	if err := encoder.Encode(value); err != nil {
-		slog.Error("encode answer", "error", err)
+		slog.Error("encode response", "error", err)
 		buffer.Reset()
 		status = http.StatusInternalServerError
 		buffer.WriteString(`{"message":"` + messageFault + `"}`)
@@ -284,26 +290,28 @@ func writeJSON(w http.ResponseWriter, status int, value any) {
 	w.Write(buffer.Bytes())
 }
 
-// marshalRaw is value as the JSON that the database keeps, Korean and HTML characters as they are.
+// marshalRaw returns value as JSON with HTML characters unescaped, as the database keeps it. The value must be one that
+// can be encoded; else marshalRaw panics.
 func marshalRaw(value any) string {
 	var text strings.Builder
 	encoder := json.NewEncoder(&text)
 	encoder.SetEscapeHTML(false)
 	if err := encoder.Encode(value); err != nil {
-		panic(err) // structs of strings
+		panic(err)
 	}
 	return strings.TrimSuffix(text.String(), "\n")
 }
 
-// maxBody bounds the body of a request, in bytes.
+// maxBody is the largest accepted request body, in bytes.
 const maxBody = 1 << 20
 
-// readBody is the request's body: 413 when it is too large, 400 when it is not UTF-8.
+// readBody returns the request's body. The error is a 413 when it is larger than maxBody, and a 400 when it cannot be read
+// or is not UTF-8.
 func readBody(r *request) ([]byte, error) {
 	body, err := io.ReadAll(r.Body)
-	var tooLarge *http.MaxBytesError
+	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
-	case errors.As(err, &tooLarge):
+	case tooLarge:
 		return nil, statusError(http.StatusRequestEntityTooLarge, "요청 본문은 1MB를 넘을 수 없습니다")
 	case err != nil:
 		return nil, statusError(http.StatusBadRequest, "요청 본문을 끝까지 읽지 못했습니다")
@@ -313,22 +321,24 @@ func readBody(r *request) ([]byte, error) {
 	return body, nil
 }
 
-// decodeJSON reads JSON into value. What does not fit is a 400 that names the field, below prefix.
+// decodeJSON decodes the JSON in text into value. The error is a 400. It names the field whose type is wrong; prefix is
+// the path of value in the request body, "" for the body itself.
 func decodeJSON(text []byte, prefix string, value any) error {
 	err := json.Unmarshal(text, value)
-	var mistyped *json.UnmarshalTypeError
+	mistyped, wrongType := errors.AsType[*json.UnmarshalTypeError](err)
 	switch {
 	case err == nil:
 		return nil
-	case errors.As(err, &mistyped) && prefix+mistyped.Field != "":
+	case wrongType && prefix+mistyped.Field != "":
 		return fieldError(joinField(prefix, mistyped.Field), "형식이 올바르지 않습니다")
-	case errors.As(err, &mistyped):
+	case wrongType:
 		return statusError(http.StatusBadRequest, "요청 본문은 JSON 객체여야 합니다")
 	default:
 		return statusError(http.StatusBadRequest, "요청 본문이 올바른 JSON이 아닙니다")
 	}
 }
 
+// joinField returns the path of a field below prefix, either of which may be empty.
 func joinField(prefix, field string) string {
 	if prefix == "" || field == "" {
 		return prefix + field
@@ -336,7 +346,7 @@ func joinField(prefix, field string) string {
 	return prefix + "." + field
 }
 
-// decodeBody reads the request's JSON object into value.
+// decodeBody decodes the request body, a JSON object, into value. Errors are those of readBody and decodeObject.
 func decodeBody(r *request, value any) error {
 	body, err := readBody(r)
 	if err != nil {
@@ -345,7 +355,7 @@ func decodeBody(r *request, value any) error {
 	return decodeObject(body, value)
 }
 
-// decodeObject is decodeJSON for a whole body, which null is not.
+// decodeObject decodes a request body. A JSON null is rejected, because the body must be an object.
 func decodeObject(body []byte, value any) error {
 	if string(bytes.TrimSpace(body)) == "null" {
 		return statusError(http.StatusBadRequest, "요청 본문은 JSON 객체여야 합니다")
@@ -353,7 +363,7 @@ func decodeObject(body []byte, value any) error {
 	return decodeJSON(body, "", value)
 }
 
-// parseID is the ObjectId in text in lower case; false when it is none.
+// parseID returns the ObjectId in text (24 hex digits) in lower case, and whether text is one.
 func parseID(text string) (string, bool) {
 	if len(text) != 24 {
 		return "", false
@@ -366,28 +376,29 @@ func parseID(text string) (string, bool) {
 	return strings.ToLower(text), true
 }
 
-// validID reports whether text is an ObjectId as we write it.
+// validID reports whether text is an ObjectId in lower case, as this service writes them.
 func validID(text string) bool {
 	id, ok := parseID(text)
 	return ok && id == text
 }
 
-// newID makes an ObjectId: the seconds of now, then random digits.
+// newID returns a new ObjectId: 8 hex digits of now in Unix seconds, then 16 random ones.
 func (s *server) newID(now time.Time) string {
 	return fmt.Sprintf("%08x%s", uint32(now.Unix()), s.random())
 }
 
-// timeFormat is how times are answered: UTC, three decimals, Z.
+// timeFormat is the format of times in responses: UTC with milliseconds, as the API page shows them.
 const timeFormat = "2006-01-02T15:04:05.000Z"
 
-// jsonTime is a time in JSON, in timeFormat.
+// jsonTime is a time that is encoded in timeFormat.
 type jsonTime time.Time
 
 func (t jsonTime) MarshalText() ([]byte, error) {
 	return time.Time(t).UTC().AppendFormat(nil, timeFormat), nil
 }
 
-// routes is the API. It is the one list of what can be called.
+// routes returns every call of the API: pattern, access, status of a success, handler. newServer adds /openapi.json and
+// the page at /.
 func (s *server) routes() []route {
 	return []route{
 		{"GET /api/products/cart-items", public, 200, s.cartItems},
@@ -411,48 +422,69 @@ func (s *server) routes() []route {
 	}
 }
 
-// newServer builds the service around a store and the way to the gateway (nil: the network), for main and the tests alike.
-func newServer(c config, store *store, toGateway http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
+// newServer returns a server. transport carries the calls to the gateway; when it is nil they go over the network. now is
+// the clock. The caller closes the store, after the server's last request.
+func newServer(c config, store *store, transport http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
 	s := &server{
-		config: c, store: store, tokens: newTokens(c.jwtSecret, now), now: now, random: randomDigits, log: log, mux: http.NewServeMux(),
-		limits: newLimiter(now), metrics: newMetrics(),
+		config:  c,
+		store:   store,
+		tokens:  newTokens(c.jwtSecret, now),
+		now:     now,
+		random:  randomDigits,
+		log:     log,
+		mux:     http.NewServeMux(),
+		limits:  newLimiter(now),
+		metrics: newMetrics(),
 	}
-	gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox,
-		now: now, transport: toGateway, observe: s.observeGateway})
+	gateway := newIamportClient(iamportConfig{
+		url:       c.iamportURL,
+		key:       c.iamportKey,
+		secret:    c.iamportSecret,
+		sandbox:   c.sandbox,
+		now:       now,
+		transport: transport,
+		observe:   s.observeGateway,
+	})
 	s.settler = &settler{
-		store: store, gateway: gateway, limits: s.limits, now: now, log: log, interval: c.reconcile, hold: c.hold,
+		store:      store,
+		gateway:    gateway,
+		limits:     s.limits,
+		now:        now,
+		log:        log,
+		interval:   c.reconcile,
+		hold:       c.hold,
 		unreadable: recent[string, struct{}]{keep: time.Hour, most: 1000},
 	}
 	for _, rt := range s.routes() {
 		s.add(rt)
 	}
 	s.mux.HandleFunc("GET /openapi.json", showOpenAPI)
-	if !c.local { // there it is the page
-		s.add(route{"GET /{$}", public, 200, s.about})
+	if !c.local { // devEnv.setUp puts its page there
+		s.add(route{pattern: "GET /{$}", access: public, success: 200, handle: s.about})
 	}
 	return s
 }
 
-// openAPI describes every call for whoever writes a front end.
+// openAPI is the OpenAPI document of this API.
 //
 //go:embed openapi.json
 var openAPI []byte
 
-// showOpenAPI answers /openapi.json.
+// showOpenAPI answers GET /openapi.json. It is not in routes because its body is served as it is.
 func showOpenAPI(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.Header().Set("Cache-Control", "public, max-age=300")
 	w.Write(openAPI)
 }
 
-// randomDigits are 16 hex digits nobody can guess.
+// randomDigits returns 16 unpredictable hex digits.
 func randomDigits() string {
 	var b [8]byte
-	rand.Read(b[:])
+	rand.Read(b[:]) // never fails
 	return hex.EncodeToString(b[:])
 }
 
-// about answers / in a configured deployment.
+// about answers GET / outside local development.
 func (s *server) about(*request) (any, error) {
 	return struct {
 		Name    string `json:"name"`
