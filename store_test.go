@@ -312,6 +312,48 @@ func TestSchemaDefendsItselfAgainstTwo(t *testing.T) {
 	s.wantMismatches(mismatchUnknown, mismatchNoOrder)
 }
 
+// Whatever takes or frees a buyer's paintings waits for the buyer's lock first, so that the locks behind it are always taken in
+// one order.
+func TestBuyerLock(t *testing.T) {
+	shared := newDirectShop(t)
+	for name, change := range map[string]func(s *shop, buyer, order string){
+		"create": func(s *shop, buyer, _ string) { s.order(buyer, s.painting(99000)) },
+		"pay":    func(s *shop, _, order string) { s.want(s.report(s.charge(order, 109000)), 200, "결제 성공") },
+		"delete": func(s *shop, buyer, order string) {
+			s.want(s.call(buyer, "DELETE", "/api/orders/"+order, nil), 200, "")
+		},
+		"expire": func(s *shop, _, _ string) { s.later(s.config.hold) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := rowOf(t, shared)
+			buyer := newTestID()
+			order := s.order(buyer, s.painting(99000))
+			lock, err := s.store.pool.Begin(t.Context())
+			check(t, err)
+			defer lock.Rollback(context.Background())
+			_, err = lock.Exec(t.Context(), `SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, buyer)
+			check(t, err)
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				change(s, buyer, order)
+			}()
+			waitUntil(t, "the change waits for the lock", func() bool {
+				select {
+				case <-done:
+					t.Fatal("the change did not wait for the buyer's lock")
+				default:
+				}
+				return queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks JOIN pg_database d ON d.oid = database
+					WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()`) == "1"
+			})
+			check(t, lock.Commit(t.Context()))
+			<-done
+		})
+	}
+	shared.wantBalanced()
+}
+
 // constraintOf names the constraint that a statement ran into.
 func constraintOf(err error) string {
 	var pg *pgconn.PgError
