@@ -354,6 +354,28 @@ func TestBuyerLock(t *testing.T) {
 	shared.wantBalanced()
 }
 
+// What becomes of a payment is decided while no other transaction can change its order, or take the paintings of an order that has ended.
+func TestSettlementIsDecidedUnderLocks(t *testing.T) {
+	s := newDirectShop(t)
+	painting := s.painting(99000)
+	order := s.order(buyerA, painting)
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "")
+	p := gatewayPayment{impUID: newImpUID(), merchantUID: order}
+	_, _, err := s.store.recordSettlement(t.Context(), actor{kind: actorBuyer}, p, s.now(), s.now(), func(books orderLedger) decision {
+		if !books.ended || !books.revivable {
+			t.Errorf("%+v", books)
+		}
+		for table, id := range map[string]string{"orders": order, "products": painting} {
+			_, err := s.store.pool.Exec(t.Context(), `SELECT FROM `+table+` WHERE id = $1 FOR NO KEY UPDATE NOWAIT`, id)
+			if !lockedOut(err) {
+				t.Errorf("the row of %s is not locked: %v", table, err)
+			}
+		}
+		return decision{}
+	})
+	check(t, err)
+}
+
 // constraintOf names the constraint that a statement ran into.
 func constraintOf(err error) string {
 	var pg *pgconn.PgError
