@@ -315,6 +315,70 @@ func TestSchemaDefendsItselfAgainstTwo(t *testing.T) {
 	s.wantMismatches(mismatchUnknown)
 }
 
+// Whatever takes or frees a buyer's paintings waits for the buyer's lock first, so that the locks behind it are always taken in
+// one order.
+func TestBuyerLock(t *testing.T) {
+	shared := newDirectShop(t)
+	for name, change := range map[string]func(s *shop, buyer, order string){
+		"create": func(s *shop, buyer, _ string) { s.order(buyer, s.painting(99000)) },
+		"pay":    func(s *shop, _, order string) { s.want(s.report(s.charge(order, 109000)), 200, "결제 성공") },
+		"delete": func(s *shop, buyer, order string) {
+			s.want(s.call(buyer, "DELETE", "/api/orders/"+order, nil), 200, "")
+		},
+		"expire": func(s *shop, _, _ string) { s.later(s.config.hold) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := rowOf(t, shared)
+			buyer := newTestID()
+			order := s.order(buyer, s.painting(99000))
+			lock, err := s.store.pool.Begin(t.Context())
+			check(t, err)
+			defer lock.Rollback(context.Background())
+			_, err = lock.Exec(t.Context(), `SELECT pg_advisory_xact_lock(hashtextextended($1, 0))`, buyer)
+			check(t, err)
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				change(s, buyer, order)
+			}()
+			waitUntil(t, "the change waits for the lock", func() bool {
+				select {
+				case <-done:
+					t.Fatal("the change did not wait for the buyer's lock")
+				default:
+				}
+				return queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks JOIN pg_database d ON d.oid = database
+					WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()`) == "1"
+			})
+			check(t, lock.Commit(t.Context()))
+			<-done
+		})
+	}
+	shared.wantBalanced()
+}
+
+// What becomes of a payment is decided while no other transaction can change its order, or take the paintings of an order that has ended.
+func TestSettlementIsDecidedUnderLocks(t *testing.T) {
+	s := newDirectShop(t)
+	painting := s.painting(99000)
+	order := s.order(buyerA, painting)
+	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "")
+	p := gatewayPayment{impUID: newImpUID(), merchantUID: order}
+	_, _, err := s.store.recordSettlement(t.Context(), actor{kind: actorBuyer}, p, s.now(), s.now(), func(books orderLedger) decision {
+		if !books.ended || !books.revivable {
+			t.Errorf("%+v", books)
+		}
+		for table, id := range map[string]string{"orders": order, "products": painting} {
+			_, err := s.store.pool.Exec(t.Context(), `SELECT FROM `+table+` WHERE id = $1 FOR NO KEY UPDATE NOWAIT`, id)
+			if !lockedOut(err) {
+				t.Errorf("the row of %s is not locked: %v", table, err)
+			}
+		}
+		return decision{}
+	})
+	check(t, err)
+}
+
 // constraintOf names the constraint that a statement ran into.
 func constraintOf(err error) string {
 	var pg *pgconn.PgError
