@@ -409,7 +409,7 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 
 	c, err := readConfig(nothingSet, "")
 	check(t, err)
-	house, err := openLocalHouse(t.Context(), &c)
+	house, err := openLocalHouse(t.Context(), &c, io.Discard)
 	check(t, err)
 	defer house.Close()
 	if out, err := audit(); err != nil || !strings.Contains(out, "0 of 0 orders") {

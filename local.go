@@ -61,8 +61,9 @@ type localHouse struct {
 	http    *http.Server // the gateway's
 }
 
-// openLocalHouse starts the private PostgreSQL and the pretend gateway, and completes the configuration with them.
-func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err error) {
+// openLocalHouse starts the private PostgreSQL and the pretend gateway, and completes the configuration with them. It
+// says on out what it downloads.
+func openLocalHouse(ctx context.Context, c *config, out io.Writer) (house *localHouse, err error) {
 	h := &localHouse{}
 	defer func() {
 		if err != nil {
@@ -75,7 +76,7 @@ func openLocalHouse(ctx context.Context, c *config) (house *localHouse, err erro
 	if h.unlock, err = lockDir(h.dir); err != nil {
 		return nil, fmt.Errorf("local development: %w", err)
 	}
-	if h.server, err = startPostgres(ctx, postgresConfig{Dir: filepath.Join(h.dir, "postgres")}); err != nil {
+	if h.server, err = startPostgres(ctx, postgresConfig{Dir: filepath.Join(h.dir, "postgres"), Out: out}); err != nil {
 		return nil, err
 	}
 	if c.jwtSecret, err = localSecret(); err != nil {
@@ -195,7 +196,7 @@ func localSecret() ([]byte, error) {
 // joinLocalHouse finds what a command stands on in local development: the private PostgreSQL and the pretend gateway of
 // the running service, or those that it starts itself until leave.
 func joinLocalHouse(ctx context.Context, c *config) (leave func() error, err error) {
-	house, problem := openLocalHouse(ctx, c)
+	house, problem := openLocalHouse(ctx, c, os.Stderr) // standard output is the command's
 	if problem == nil {
 		return house.Close, nil
 	}

@@ -301,15 +301,13 @@ func randomDigits() string {
 func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	log := newLog(c, errOut)
 	var house *localHouse
-	host := ""
 	if c.local {
-		if house, err = openLocalHouse(ctx, &c); err != nil {
+		if house, err = openLocalHouse(ctx, &c, out); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, house.Close()) }()
-		host = "127.0.0.1"
 	}
-	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
+	listener, err := listen(c)
 	if err != nil {
 		return err
 	}
@@ -361,6 +359,19 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	}
 	log.Info("stopped")
 	return err
+}
+
+// listen opens the service's port. Local development is reached from this machine only.
+func listen(c config) (net.Listener, error) {
+	host := ""
+	if c.local {
+		host = "127.0.0.1"
+	}
+	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
+	if c.local && errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%w (to take another port: PORT=%d go run .)", err, c.port+1)
+	}
+	return listener, err
 }
 
 // drainTime is how long requests under way may take to finish once the service is asked to stop.

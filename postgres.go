@@ -92,9 +92,11 @@ var versionPattern = regexp.MustCompile(`\) (\d+)(?:\.(\d+))?`)
 
 // postgresVersion asks the server program for its version, major and minor: "postgres (PostgreSQL) 17.2 (Debian …)".
 func postgresVersion(program string) ([]int, error) {
-	out, err := exec.Command(program, "--version").Output()
+	cmd := exec.Command(program, "--version")
+	cmd.Env = postgresEnv(filepath.Dir(program))
+	out, err := cmd.CombinedOutput()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s --version: %w\n%s", program, err, lastLines(out))
 	}
 	match := versionPattern.FindSubmatch(out)
 	if match == nil {
@@ -138,8 +140,11 @@ func makeDir(dir string) error {
 	return os.Chmod(dir, mode) // whatever the umask took away
 }
 
+// errAlreadyRunning says that another process holds the lock.
+var errAlreadyRunning = errors.New("already running")
+
 // lockDir keeps every other process out of dir until unlock is called or this process ends, however it ends.
-// When another one is in, the error says so and names its process id.
+// When another one is in, the error is errAlreadyRunning and names its process id.
 func lockDir(dir string) (unlock func(), err error) {
 	file, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -149,7 +154,7 @@ func lockDir(dir string) (unlock func(), err error) {
 		defer file.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			pid, _ := io.ReadAll(file)
-			return nil, fmt.Errorf("already running as process %s (it holds %s): stop it first", bytes.TrimSpace(pid), dir)
+			return nil, fmt.Errorf("%w as process %s (it holds %s): stop it first", errAlreadyRunning, bytes.TrimSpace(pid), dir)
 		}
 		return nil, fmt.Errorf("lock %s: %w", file.Name(), err)
 	}
@@ -163,6 +168,7 @@ func lockDir(dir string) (unlock func(), err error) {
 type postgresConfig struct {
 	Dir      string            // where the cluster lives, one for each major version; made when missing
 	Settings map[string]string // PostgreSQL's settings, beside and before ours: "fsync": "off"
+	Out      io.Writer         // told what is downloaded; nil: standard error
 }
 
 // postgresServer is a private PostgreSQL cluster, reached by its Unix socket alone. Its methods are for one
@@ -180,14 +186,22 @@ type postgresServer struct {
 	exited  chan error  // gets the outcome of the process, once
 }
 
-// startPostgres starts the cluster in cfg.Dir and waits until it answers. A cluster is made when there is none, so is
-// the database; what a crash left behind, a server still running too, is cleared away first. Keeping a second living
-// process out of cfg.Dir is the caller's part: see lockDir.
+// startPostgres starts the cluster in cfg.Dir with this machine's PostgreSQL, or with a downloaded one: see fetchPostgres.
 func startPostgres(ctx context.Context, cfg postgresConfig) (*postgresServer, error) {
 	bin, major, err := findPostgres()
 	if err != nil {
+		bin, major, err = fetchPostgres(ctx, err, cmp.Or[io.Writer](cfg.Out, os.Stderr))
+	}
+	if err != nil {
 		return nil, err
 	}
+	return startPostgresIn(ctx, bin, major, cfg)
+}
+
+// startPostgresIn starts the cluster in cfg.Dir with the programs in bin and waits until it answers. A cluster is made when there is none, so is
+// the database; what a crash left behind, a server still running too, is cleared away first. Keeping a second living
+// process out of cfg.Dir is the caller's part: see lockDir.
+func startPostgresIn(ctx context.Context, bin string, major int, cfg postgresConfig) (*postgresServer, error) {
 	account, err := postgresAccount()
 	if err != nil {
 		return nil, err
@@ -285,7 +299,7 @@ func (p *postgresServer) logFile() string { return filepath.Join(p.config.Dir, "
 func (p *postgresServer) command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, filepath.Join(p.bin, program), args...)
 	cmd.Dir = p.config.Dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "TZ=UTC")
+	cmd.Env = append(postgresEnv(p.bin), "LC_ALL=C", "TZ=UTC")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: p.account}
 	return cmd
 }

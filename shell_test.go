@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -164,6 +167,31 @@ func TestConfiguration(t *testing.T) {
 	for _, name := range []string{"PORT", "JWT_SECRET", "DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"} {
 		if err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("not all problems at once: %v lacks %s", err, name)
+		}
+	}
+}
+
+func TestListen(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer taken.Close()
+	port := taken.Addr().(*net.TCPAddr).Port
+	advice := fmt.Sprintf("PORT=%d go run .", port+1)
+	for _, row := range []struct {
+		local, advised bool
+		port           int
+		err            error
+	}{
+		{local: true, port: port, err: syscall.EADDRINUSE, advised: true},
+		{local: false, port: port, err: syscall.EADDRINUSE},
+		{local: true, port: 0},
+	} {
+		listener, err := listen(config{local: row.local, port: row.port})
+		if err == nil {
+			listener.Close()
+		}
+		if !errors.Is(err, row.err) || (err != nil && strings.Contains(err.Error(), advice)) != row.advised {
+			t.Errorf("%+v: %v", row, err)
 		}
 	}
 }
