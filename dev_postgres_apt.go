@@ -20,7 +20,7 @@ import (
 
 // On Debian and Ubuntu, local development does without an installed PostgreSQL: it unpacks the distribution's own
 // packages in the cache directory and runs them from there. This needs no root and installs nothing: apt works on
-// lists of its own, and dpkg-deb only unpacks.
+// lists of its own, and dpkg-deb only unpacks. Time zones by name work only where the system has them.
 
 // fetchPostgres returns the server programs in the cache directory, and downloads them when they are not there. It is
 // for a machine where findPostgres failed; notFound is that error, and part of this one.

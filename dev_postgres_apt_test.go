@@ -79,14 +79,14 @@ func TestPostgresFromPackages(t *testing.T) {
 	check(t, server.Stop())
 }
 
-// noNetwork makes of fakeApt one that always fails.
+// noNetwork replaces the programs of fakeApt that need one.
 var noNetwork = map[string]string{"apt-cache": "exit 100", "apt-get": "exit 100"}
 
 // fakeApt has what apt's programs do, without a network and packages: PostgreSQL 17 is a pair of shell scripts.
 var fakeApt = map[string]string{
 	"apt-cache": `echo postgresql; echo '  Depends: postgresql-17'; echo '  Suggests: postgresql-doc'`,
 	"apt-get": `case "$*" in
-*--print-uris*)
+*--print-uris*--reinstall*)
 	for package in postgresql-17:16500000 libpq5:500000 libllvm19:26000000 libz3-4:7000000 libjson-perl:1 postgresql-common:1 perl:1; do
 		file=${package%:*}_1.0-1_amd64.deb
 		echo "'http://packages.invalid/$file' $file ${package#*:} SHA256:0"
