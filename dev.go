@@ -68,7 +68,7 @@ type devEnv struct {
 
 // openDevEnv starts the private PostgreSQL and the fake gateway, and sets their addresses and keys in c. It fails when
 // another process has done so already. The caller closes the devEnv.
-func openDevEnv(ctx context.Context, c *config) (_ *devEnv, err error) {
+func openDevEnv(ctx context.Context, c *config, out io.Writer) (_ *devEnv, err error) {
 	env := &devEnv{}
 	defer func() {
 		if err != nil {
@@ -81,7 +81,7 @@ func openDevEnv(ctx context.Context, c *config) (_ *devEnv, err error) {
 	if env.unlock, err = lockDir(env.dir); err != nil {
 		return nil, fmt.Errorf("local development: %w", err)
 	}
-	if env.server, err = startPostgres(ctx, postgresConfig{dir: filepath.Join(env.dir, "postgres")}); err != nil {
+	if env.server, err = startPostgres(ctx, postgresConfig{dir: filepath.Join(env.dir, "postgres"), out: out}); err != nil {
 		return nil, err
 	}
 	c.databaseURL = env.server.url
@@ -212,7 +212,7 @@ func devSecret() ([]byte, error) {
 // joinDevEnv sets in c the addresses and keys of the private PostgreSQL and the fake gateway. They are those of the running
 // service; when none runs, joinDevEnv starts its own, which leave stops.
 func joinDevEnv(ctx context.Context, c *config) (leave func() error, err error) {
-	env, openErr := openDevEnv(ctx, c)
+	env, openErr := openDevEnv(ctx, c, os.Stderr) // standard output is the command's
 	if openErr == nil {
 		return env.close, nil
 	}

@@ -94,9 +94,11 @@ var versionPattern = regexp.MustCompile(`\) (\d+)(?:\.(\d+))?`)
 // postgresVersion returns the major and minor version that the server program prints, such as
 // "postgres (PostgreSQL) 17.2 (Debian …)".
 func postgresVersion(program string) ([]int, error) {
-	out, err := exec.Command(program, "--version").Output()
+	cmd := exec.Command(program, "--version")
+	cmd.Env = postgresEnv(filepath.Dir(program))
+	out, err := cmd.CombinedOutput()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s --version: %w\n%s", program, err, lastLines(out))
 	}
 	match := versionPattern.FindSubmatch(out)
 	if match == nil {
@@ -140,8 +142,11 @@ func makeDir(dir string) error {
 	return os.Chmod(dir, mode) // not narrowed by the umask
 }
 
+// errAlreadyRunning says that another process holds the lock.
+var errAlreadyRunning = errors.New("already running")
+
 // lockDir takes an exclusive lock on dir. It lasts until unlock is called or this process ends, in whatever way. When another
-// process holds the lock, the error says so and has its process id.
+// process holds the lock, the error is errAlreadyRunning and has its process id.
 func lockDir(dir string) (unlock func(), err error) {
 	file, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -151,7 +156,7 @@ func lockDir(dir string) (unlock func(), err error) {
 		defer file.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			pid, _ := io.ReadAll(file)
-			return nil, fmt.Errorf("already running as process %s (it holds %s): stop it first", bytes.TrimSpace(pid), dir)
+			return nil, fmt.Errorf("%w as process %s (it holds %s): stop it first", errAlreadyRunning, bytes.TrimSpace(pid), dir)
 		}
 		return nil, fmt.Errorf("lock %s: %w", file.Name(), err)
 	}
@@ -165,6 +170,7 @@ func lockDir(dir string) (unlock func(), err error) {
 type postgresConfig struct {
 	dir      string            // holds a data directory for each major version; created when missing
 	settings map[string]string // PostgreSQL settings, such as "fsync": "off"; they override those of arguments
+	out      io.Writer         // told what is downloaded; nil: standard error
 }
 
 // postgresServer is a private PostgreSQL cluster. It is reached through its Unix socket only. It is not safe for concurrent
@@ -182,14 +188,23 @@ type postgresServer struct {
 	exited  chan error  // receives the result of the process, once
 }
 
-// startPostgres starts the cluster in cfg.dir and waits until it accepts connections. It creates the cluster and the
-// database when they are missing. It first removes what a crash left behind, and ends a server that is still running
-// there, so the caller must keep other processes out of cfg.dir: see lockDir.
+// startPostgres starts the cluster in cfg.dir with this machine's PostgreSQL, or with a downloaded one (see fetchPostgres), as
+// startPostgresIn does.
 func startPostgres(ctx context.Context, cfg postgresConfig) (*postgresServer, error) {
 	bin, major, err := findPostgres()
 	if err != nil {
+		bin, major, err = fetchPostgres(ctx, err, cmp.Or[io.Writer](cfg.out, os.Stderr))
+	}
+	if err != nil {
 		return nil, err
 	}
+	return startPostgresIn(ctx, bin, major, cfg)
+}
+
+// startPostgresIn starts the cluster in cfg.dir with the server programs in bin, and waits until it accepts connections. It
+// creates the cluster and the database when they are missing. It first removes what a crash left behind, and ends a server
+// that is still running there, so the caller must keep other processes out of cfg.dir: see lockDir.
+func startPostgresIn(ctx context.Context, bin string, major int, cfg postgresConfig) (*postgresServer, error) {
 	account, err := postgresAccount()
 	if err != nil {
 		return nil, err
@@ -290,7 +305,7 @@ func (p *postgresServer) logFile() string { return filepath.Join(p.config.dir, "
 func (p *postgresServer) command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, filepath.Join(p.bin, program), args...)
 	cmd.Dir = p.config.dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "TZ=UTC")
+	cmd.Env = append(postgresEnv(p.bin), "LC_ALL=C", "TZ=UTC")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: p.account}
 	return cmd
 }

@@ -214,12 +214,15 @@ func TestPostgresMakesCluster(t *testing.T) {
 		"lc_collate":       "C",
 		"listen_addresses": "",
 		"fsync":            "off",
-		"TimeZone":         "UTC",
+		"TimeZone":         "0",
 		"port":             postgresPort,
 	} {
 		query := "SELECT setting FROM pg_settings WHERE name = '" + setting + "'"
-		if setting == "lc_collate" {
+		switch setting {
+		case "lc_collate":
 			query = "SELECT datcollate::text FROM pg_database WHERE datname = 'lumiere'"
+		case "TimeZone": // without the system's time zones UTC has another name
+			query = "SELECT extract(timezone FROM now())::text"
 		}
 		if got := queryText(t, server.url, query); got != want {
 			t.Errorf("%s is %q, want %q", setting, got, want)

@@ -238,7 +238,7 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 
 	c, err := readConfig(nothingSet, "")
 	check(t, err)
-	house, err := openDevEnv(t.Context(), &c)
+	house, err := openDevEnv(t.Context(), &c, io.Discard)
 	check(t, err)
 	defer house.close()
 	if out, err := audit(); err != nil || !strings.Contains(out, "0 of 0 orders") {

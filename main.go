@@ -133,7 +133,7 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	log := newLog(c, errOut)
 	var env *devEnv // nil outside local development
 	if c.local {
-		if env, err = openDevEnv(ctx, &c); err != nil {
+		if env, err = openDevEnv(ctx, &c, out); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, env.close()) }()
@@ -170,7 +170,11 @@ func listen(c config) (net.Listener, error) {
 	if c.local {
 		host = "127.0.0.1"
 	}
-	return net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
+	listener, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(c.port)))
+	if c.local && errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%w (to take another port: PORT=%d go run .)", err, c.port+1)
+	}
+	return listener, err
 }
 
 // listenMetrics opens METRICS_ADDR. The listener is nil when METRICS_ADDR is not set.

@@ -5,10 +5,12 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -18,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -942,5 +945,30 @@ func TestMetricsAddress(t *testing.T) {
 	check(t, <-ended)
 	if _, err := get(address + "/metrics"); err == nil {
 		t.Error("the figures are served after the end")
+	}
+}
+
+func TestListen(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer taken.Close()
+	port := taken.Addr().(*net.TCPAddr).Port
+	advice := fmt.Sprintf("PORT=%d go run .", port+1)
+	for _, row := range []struct {
+		local, advised bool
+		port           int
+		err            error
+	}{
+		{local: true, port: port, err: syscall.EADDRINUSE, advised: true},
+		{local: false, port: port, err: syscall.EADDRINUSE},
+		{local: true, port: 0},
+	} {
+		listener, err := listen(config{local: row.local, port: row.port})
+		if err == nil {
+			listener.Close()
+		}
+		if !errors.Is(err, row.err) || (err != nil && strings.Contains(err.Error(), advice)) != row.advised {
+			t.Errorf("%+v: %v", row, err)
+		}
 	}
 }

@@ -364,7 +364,7 @@ func TestSettlementIsDecidedUnderLocks(t *testing.T) {
 	order := s.order(buyerA, painting)
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, nil), 200, "")
 	p := gatewayPayment{impUID: newImpUID(), merchantUID: order}
-	_, _, err := s.store.recordSettlement(t.Context(), actor{kind: actorBuyer}, p, s.now(), s.now(), func(books orderLedger) decision {
+	_, _, err := s.store.recordSettlement(t.Context(), actor{kind: actorBuyer}, p, s.now(), func(books orderLedger) decision {
 		if !books.ended || !books.revivable {
 			t.Errorf("%+v", books)
 		}
