@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"log/slog"
 	"math/big"
 	"net"
 	"net/http"
@@ -75,7 +74,7 @@ func (c cancelRequest) Format(f fmt.State, _ rune) {
 }
 
 // refundAccount is a buyer's bank account, as an administrator names it and the ledger keeps it until the money is back. It
-// has to stay out of every log and error, so neither fmt nor slog prints it. In a struct it has to be a pointer, whose
+// has to stay out of every log and error, so neither fmt nor encoding/json prints it. In a struct it has to be a pointer, whose
 // address is printed.
 type refundAccount struct {
 	Holder string `json:"holder"`
@@ -86,8 +85,14 @@ type refundAccount struct {
 // Format writes the same words for every account and every verb.
 func (refundAccount) Format(f fmt.State, _ rune) { io.WriteString(f, "(a refund account)") }
 
-// LogValue is Format for slog.
-func (refundAccount) LogValue() slog.Value { return slog.StringValue("(a refund account)") }
+// MarshalJSON does the same for what is written as JSON, a log too.
+func (refundAccount) MarshalJSON() ([]byte, error) { return []byte(`"(a refund account)"`), nil }
+
+// stored returns the account as the JSON that the ledger keeps.
+func (a refundAccount) stored() string {
+	type plain refundAccount // without MarshalJSON
+	return marshalRaw(plain(a))
+}
 
 // redact removes the account's holder and number from a text of the gateway's.
 func (a refundAccount) redact(text string) string {

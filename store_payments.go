@@ -219,7 +219,7 @@ func (s *store) claimRefundTo(ctx context.Context, id, impUID string, account re
 	batch.Queue(`
 		UPDATE payments SET refund_account = $5, attempts = attempts + 1, next_attempt_at = $4, leased_until = $4
 		WHERE imp_uid = $2 AND order_id = $1 AND state = 'refunding' AND leased_until <= $3
-		RETURNING `+paymentColumns, id, impUID, now, now.Add(refundLease), account).QueryRow(oneRow(payment.scanTo()...))
+		RETURNING `+paymentColumns, id, impUID, now, now.Add(refundLease), account.stored()).QueryRow(oneRow(payment.scanTo()...))
 	err = s.transact(ctx, batch)
 	return payment, err
 }
