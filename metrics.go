@@ -190,8 +190,12 @@ var paidStatuses = [...]string{"paid", "preparing", "shipping", "delivered", "re
 func (b openBalances) expose(e *exposition) {
 	e.family("lumiere_holds", "gauge", "Unpaid orders that hold paintings now.")
 	e.sample("", float64(b.holds))
-	e.family("lumiere_refunds_waiting", "gauge", "Refunds that are booked and not done yet.")
+	e.family("lumiere_refunds_waiting", "gauge", "Refunds that are booked and not done yet, and go on by themselves.")
 	e.sample("", float64(b.refunds))
+	e.family("lumiere_refunds_stuck", "gauge", "Refunds that the gateway has refused three times or more. A person has to help.")
+	e.sample("", float64(b.refundsStuck))
+	e.family("lumiere_gateway_lists_age_seconds", "gauge", "Time since all that moved at the gateway was known.")
+	e.sample("", b.oldestListRead.Seconds())
 	e.family("lumiere_oldest_unsettled_payment_seconds", "gauge",
 		"Age of the oldest unsettled payment; 0 when there is none. "+
 			"refund: since its refund was booked, which is not done yet. "+
