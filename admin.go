@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// adminOrder is an order in the desk's list: whole, and with its buyer spelled out.
+// adminOrder is an order in the administrator's list.
 type adminOrder struct {
 	Result          orderResult     `json:"result"`
 	DeliveryInfo    json.RawMessage `json:"deliveryInfo"`
@@ -21,7 +21,7 @@ type adminOrder struct {
 	TotalPrice      int64           `json:"totalPrice"`
 }
 
-// adminOrderUser is a buyer as the orderer wrote himself.
+// adminOrderUser is a buyer with the name and e-mail that they gave for the order.
 type adminOrderUser struct {
 	ID      string `json:"_id"`
 	Name    string `json:"name"`

@@ -211,7 +211,7 @@ func (a *auditor) checkOrders(ctx context.Context, ids []string, open []int, ord
 }
 
 // checkOrder compares an order's ledger with the gateway. The ledger is read before and after the gateway's answer: when it
-// changed between, nobody knows which of the two the answer belongs to.
+// changed between, it is not known which of the two the answer belongs to.
 func (a *auditor) checkOrder(ctx context.Context, id string) auditedOrder {
 	o := auditedOrder{ledger: auditLedger{orderID: id}}
 	before, err := a.store.readLedger(ctx, id)

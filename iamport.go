@@ -155,7 +155,7 @@ type iamportConfig struct {
 	transport        http.RoundTripper // nil: a transport of its own with sane limits
 	// observe is told of every call when it ends, except one whose caller went away. call is one of gatewayCalls,
 	// outcome one of gatewayOutcomes, err the one that its caller gets; took includes all waiting.
-	observe func(call, outcome string, err error, took time.Duration) // nil: nobody
+	observe func(call, outcome string, err error, took time.Duration) // nil: not observed
 }
 
 // iamportClient is a client of Iamport's (PortOne V1) REST API. It is safe for concurrent use and meant to be shared:

@@ -311,7 +311,7 @@ func whyRefundPending(err error) error {
 	return shown
 }
 
-// whileCancelling answers a second cancel beside one that is under way, or that has just ended.
+// whileCancelling answers a second cancel while the first is under way. It returns errStale when that has just ended.
 func (s *server) whileCancelling(r *request, state orderState) error {
 	now, err := s.store.findOrderState(r.Context(), state.id, r.caller)
 	if err == nil && now == state {
@@ -320,7 +320,7 @@ func (s *server) whileCancelling(r *request, state orderState) error {
 	return errStale
 }
 
-// statusBody is the status in the body {"status": N}; nil when there is no body or no status in it.
+// statusBody returns the status in the body {"status": N}, and nil when there is no body or no status in it.
 func statusBody(r *request) (*int, error) {
 	body, err := readBody(r)
 	if err != nil || len(bytes.TrimSpace(body)) == 0 {
@@ -347,7 +347,7 @@ const (
 	adminPageSize = 10
 )
 
-// pageNumber is the page asked for; what is no page is page 1.
+// pageNumber returns the page that the query asks for, and 1 when that is no page.
 func pageNumber(r *request) int {
 	page, err := strconv.Atoi(r.URL.Query().Get("pageNumber"))
 	if err != nil || page < 1 || page > 1<<40 {
@@ -356,7 +356,7 @@ func pageNumber(r *request) int {
 	return page
 }
 
-// pagesOf is how many pages n orders fill.
+// pagesOf returns how many pages n orders fill.
 func pagesOf(n, perPage int) int { return (n + perPage - 1) / perPage }
 
 // myOrder is an order in its buyer's list.
@@ -404,7 +404,7 @@ func (s *server) listMine(r *request) (any, error) {
 
 // ---- GET /api/orders/{id}/history
 
-// historyEntry is a line of an order's history. Who of the shop's people it was is for administrators alone.
+// historyEntry is a line of an order's history. WhoID, an administrator, is shown to administrators only.
 type historyEntry struct {
 	At        jsonTime `json:"at"`
 	Who       string   `json:"who"`

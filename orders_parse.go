@@ -59,12 +59,13 @@ const (
 	maxText  = 500 // characters of a text
 )
 
-// invalidString reports whether a text is too long, or has characters that are none: NUL, or what stands for a lone surrogate.
+// invalidString reports whether a text is longer than maxText, or has a character that cannot be stored: NUL, or the U+FFFD
+// that stands for a lone surrogate.
 func invalidString(text string) bool {
 	return strings.ContainsAny(text, "\x00\ufffd") || utf8.RuneCountInString(text) > maxText
 }
 
-// validateStrings trims the texts of an object and checks them in order.
+// validateStrings trims the fields of an object. It returns a 400 that names the first field which is blank or invalid.
 func validateStrings(object string, fields ...stringField) error {
 	for _, f := range fields {
 		*f.text = strings.TrimSpace(*f.text)
@@ -85,7 +86,8 @@ type stringField struct {
 	optional bool
 }
 
-// parseOrder turns the body of POST /api/orders into the order that it asks for.
+// parseOrder returns the order that the body of POST /api/orders asks for, or the 400 that names a field of it. shipping is
+// the shop's shipping price in won.
 func parseOrder(body []byte, shipping int64) (o newOrder, err error) {
 	var in orderRequest
 	if err := decodeJSON(body, "", &in); err != nil {
@@ -143,7 +145,7 @@ func parseOrder(body []byte, shipping int64) (o newOrder, err error) {
 	return o, nil
 }
 
-// parseOrderItem reads one element of orderItems, which errors call name.
+// parseOrderItem returns the painting and the price of one element of orderItems. Its errors call the element name.
 func parseOrderItem(raw []byte, name string) (id string, price int64, err error) {
 	var item orderItemRequest
 	if bytes.Equal(bytes.TrimSpace(raw), []byte("null")) {

@@ -65,7 +65,7 @@ var (
 	errNotOurs = errors.New("not a payment of ours")
 	// errOtherOrder says that the ledger has the payment for another order than the gateway now names.
 	errOtherOrder = errors.New("the payment belongs to another order")
-	// errDepositAwaited says that the payment was a virtual account nobody had paid into. It has been ended.
+	// errDepositAwaited says that the payment was a virtual account without a deposit. The account has been ended.
 	errDepositAwaited = errors.New("the payment awaited a deposit")
 	// errRefundPending says that a refund is booked but not done. It goes on by itself.
 	errRefundPending = errors.New("the refund is not done yet")
@@ -166,7 +166,7 @@ func (t *settler) endAccount(ctx context.Context, p gatewayPayment) error {
 	if err != nil && !gatewayResponded(err) {
 		return err
 	}
-	// A refusal means that it is ended already, or that somebody has just paid in, of which a notice follows.
+	// A refusal means that the account has ended already, or that the buyer has just paid in: then a notice follows.
 	t.log.Info("virtual account ended", "order", p.merchantUID, "imp_uid", p.impUID, "cause", err)
 	return errDepositAwaited
 }
@@ -462,8 +462,8 @@ func noticeImpUID(r *request) (string, error) {
 var errSold = errors.New("a paid order has the painting")
 
 // changeSale puts a painting on sale or takes it off sale. An unpaid order that holds a painting taken off sale ends,
-// unless its money is at the gateway: then it is paid. errSold: a paid order has the painting. errNotFound: there is no
-// such painting. errStale: it kept changing hands.
+// unless its money is at the gateway: then it is paid. It returns errSold when a paid order has the painting, errNotFound when
+// there is no such painting, and errStale when it kept changing hands.
 func (t *settler) changeSale(ctx context.Context, by actor, id string, forSale bool) error {
 	// Each change names the order that has the painting. When that has changed, the painting is looked at anew.
 	for range 5 {
@@ -482,8 +482,7 @@ func (t *settler) changeSale(ctx context.Context, by actor, id string, forSale b
 				return err
 			}
 			t.testHook("withdrawing", order.id)
-			now := t.now()
-			err = t.store.withdrawPainting(context.WithoutCancel(ctx), by, id, order.id, now, now.Add(t.hold))
+			err = t.store.withdrawPainting(context.WithoutCancel(ctx), by, id, order.id, t.now())
 		}
 		if err == nil {
 			t.log.Info("sale state changed", "painting", id, "for_sale", forSale, "administrator", by.id, "request", by.request)

@@ -49,7 +49,7 @@ func (s *server) cartItems(r *request) (any, error) {
 	return items, nil
 }
 
-// cartItem is the painting as caller sees it.
+// cartItem returns the painting as the user with the id caller sees it.
 func (p painting) cartItem(caller string) (item cartItem) {
 	item.Info.Size, item.Info.Canvas = p.size, p.canvas
 	item.ID, item.Title, item.Image, item.Price = p.id, p.title, p.image, p.price
@@ -91,7 +91,7 @@ func (s *server) totalPrice(r *request) (any, error) {
 // maxQueryIDs bounds the paintings of one question; a cart may hold more than an order.
 const maxQueryIDs = 500
 
-// productIDs are the productId values of a query in the order given, each once, in lower case. Clients spell an array
+// productIDs returns the productId values of a query in the order given, each once, in lower case. Clients spell an array
 // as productId=a&productId=b, productId[]=a&productId[]=b or productId[0]=a&productId[1]=b.
 func productIDs(query string) ([]string, error) {
 	var ids []string

@@ -10,13 +10,13 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// store is every SQL statement of the service, as functions of plain types. Its calls give up after dbTimeout.
+// store has every SQL statement of the service, as methods on plain types. A call gives up after dbTimeout.
 //
-// Locks are always taken in one order: the buyer (an advisory lock, so that his orders change one at a time), the
-// order's row, the paintings by id. An administrator's step takes the order's row alone.
+// Locks are always taken in one order: the buyer (an advisory lock, so that a buyer's orders change one at a time), the
+// order's row, the paintings by id. advance takes only the order's row.
 //
-// Where a statement says (SELECT $1), the planner is not to know how many keys or rows are asked for: then its plan is the
-// same for any number, and PostgreSQL keeps it instead of planning at each call.
+// Some statements say (SELECT $1) instead of $1. It hides from the planner how many keys or rows are asked for. The plan is
+// then the same for any number, and PostgreSQL keeps it instead of planning at each call.
 type store struct {
 	pool      *pgxpool.Pool
 	paintings *batcher[string, painting]
@@ -30,16 +30,16 @@ type store struct {
 const dbTimeout = 5 * time.Second
 
 var (
-	// errNotFound says that there is no such row, or that it is not the caller's.
+	// errNotFound says that there is no such row, or that the caller may not see it.
 	errNotFound = errors.New("not found")
-	// errStale says that the guarded change found the row in another state than the one it was asked to change.
+	// errStale says that a guarded change found the row in another state than the one that it changes from.
 	errStale = errors.New("the order is no longer in that state")
 	// errNotDue says that no refund of the payment is due.
 	errNotDue = errors.New("no refund is due")
 )
 
-// openStore connects to the database at url. It does not wait for it: a database that is away is an error of each
-// call, until it is back. trace may be nil.
+// openStore returns a store on the database at url. It does not wait for a connection: while the database is away, each call
+// returns an error. trace may be nil.
 func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*store, error) {
 	pool, err := openPool(ctx, url, trace)
 	if err != nil {
@@ -52,7 +52,7 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*store, 
 	return s, nil
 }
 
-// openMigratedStore is openStore, and brings the schema up to date.
+// openMigratedStore is openStore. It also brings the schema up to date.
 func openMigratedStore(ctx context.Context, url string) (*store, error) {
 	s, err := openStore(ctx, url, nil)
 	if err != nil {
@@ -70,7 +70,7 @@ func (s *store) close() { s.pool.Close() }
 
 // ---- orders, read
 
-// order is an order as it is shown. The documents are JSON as it is answered, and not read on the way.
+// order is an order as it is shown. The documents are kept as the JSON that is answered.
 type order struct {
 	id, userID, number        string
 	status                    int
@@ -80,17 +80,17 @@ type order struct {
 	items, deliveryInfo       []byte
 	deliveryDetails           []byte // nil when none was given
 	ordererInfo               []byte
-	ordererName, ordererEmail string // of OrdererInfo, for the desk
+	ordererName, ordererEmail string // of ordererInfo, for the administrator's list
 }
 
-// orderKey asks for an order as somebody: a buyer sees his own, an administrator everybody's.
+// orderKey asks for an order as a user: a buyer sees their own orders, an administrator sees all.
 type orderKey struct {
 	id    string
 	buyer string
 	admin bool
 }
 
-// Order is the order id if caller may see it, else errNotFound.
+// findOrder returns the order id, and errNotFound when there is none that who may see.
 func (s *store) findOrder(ctx context.Context, id string, who caller) (order, error) {
 	key := orderKey{id, who.id, who.admin}
 	found, err := s.orders.get(ctx, key)
@@ -127,7 +127,7 @@ func (s *store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]o
 	return found, err
 }
 
-// findLatestOrder is the buyer's newest order, its delivery and orderer alone; errNotFound when he has none.
+// findLatestOrder returns the id, delivery and orderer of the buyer's newest order, and errNotFound when there is none.
 func (s *store) findLatestOrder(ctx context.Context, buyer string) (order, error) {
 	found, err := s.latest.get(ctx, buyer)
 	if err != nil {
@@ -183,8 +183,8 @@ func (a actor) setting() string {
 	}{a.kind, a.id, a.request})
 }
 
-// transact sends the statements of batch as one transaction in one round trip, after the one that says who makes the
-// change. Without a BEGIN of their own the statements of a batch are one implicit transaction.
+// transact sends the statements of batch as one transaction, in one round trip. A batch without a BEGIN is one implicit
+// transaction. It returns the error of the first statement that failed, or of the first of their callbacks.
 func (s *store) transact(ctx context.Context, batch *pgx.Batch) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
@@ -192,9 +192,9 @@ func (s *store) transact(ctx context.Context, batch *pgx.Batch) error {
 }
 
 const (
-	// setActor says in the database who makes the change; $1 is Change.setting.
+	// setActor tells the database who makes the change; $1 is actor.setting.
 	setActor = `SELECT set_config('lumiere.change', $1, true)`
-	// lockBuyer announces likewise and then makes the buyer's ($2) changes go one at a time.
+	// lockBuyer is setActor, and takes the lock under which the orders of buyer $2 change one at a time.
 	lockBuyer = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended($2, 0))`
 	// lockBuyerOf is lockBuyer for the buyer of the order $2.
 	lockBuyerOf = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
@@ -365,8 +365,8 @@ func oneRow(to ...any) func(pgx.Row) error {
 // exactlyOne is oneRow for a change that returns an id which the caller knows.
 func exactlyOne(row pgx.Row) error { return oneRow(new(string))(row) }
 
-// advance moves an order from one status to another, unless its money is on the way back. errStale: it is not in from,
-// or being cancelled.
+// advance moves an order from one status to another. It returns errStale when the order is not in status from, or when its
+// money is on the way back.
 func (s *store) advance(ctx context.Context, by actor, id string, from, to int, now time.Time) error {
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
@@ -384,8 +384,8 @@ type orderState struct {
 	cameFrom   int  // the status in which its return was asked for, when it is statusReturning
 }
 
-// findOrderState returns the state of order id if who may see it, else errNotFound. Of the orders that have ended only those
-// are found that the service has ended, not those that their buyer has deleted.
+// findOrderState returns the state of order id, and errNotFound when there is none that who may see. Orders that the service
+// has ended are found; those that their buyer has deleted are not.
 func (s *store) findOrderState(ctx context.Context, id string, who caller) (orderState, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
@@ -404,7 +404,7 @@ func (s *store) findOrderState(ctx context.Context, id string, who caller) (orde
 
 // ---- lists and history
 
-// orderColumns are those of an Order in a list.
+// orderColumns are the columns that scanOrder reads.
 const orderColumns = `o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
 	o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.orderer_info ->> 'name', o.orderer_info ->> 'email'`
 
@@ -414,7 +414,7 @@ func scanOrder(row pgx.CollectableRow) (o order, err error) {
 	return o, err
 }
 
-// listBuyerOrders is a page of the buyer's orders, newest first, and how many he has in each status.
+// listBuyerOrders returns a page of the buyer's orders, newest first, and how many they have in each status.
 func (s *store) listBuyerOrders(ctx context.Context, buyer string, offset, limit int) (orders []order, count map[int]int, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(`SELECT status, count(*) FROM orders WHERE user_id = $1 AND ended IS NULL GROUP BY status`, buyer).Query(func(rows pgx.Rows) error {
@@ -429,7 +429,7 @@ func (s *store) listBuyerOrders(ctx context.Context, buyer string, offset, limit
 	return orders, count, s.transact(ctx, batch)
 }
 
-// collectCounts reads rows of a status and a number.
+// collectCounts returns the numbers of rows of a status and a number, by status.
 func collectCounts(rows pgx.Rows) (map[int]int, error) {
 	count := map[int]int{}
 	var status, n int
@@ -452,7 +452,7 @@ type historyRow struct {
 	requestID string
 }
 
-// historyOf is what happened to order id, oldest first, if caller may see it, else errNotFound.
+// historyOf returns what happened to order id, oldest first, and errNotFound when there is no order that who may see.
 func (s *store) historyOf(ctx context.Context, id string, who caller) ([]historyRow, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()

@@ -67,7 +67,7 @@ func adminListQuery(filter orderFilter) (where, counted string, args []any) {
 	return where, `SELECT count(*) FROM orders WHERE ` + where, args
 }
 
-// compactStatusCounts adds the differences of order_tally together once there are many.
+// compactStatusCounts adds up the differences in order_tally once there are many.
 func (s *store) compactStatusCounts(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
@@ -214,7 +214,7 @@ type strayPainting struct {
 	missing             bool // the live order does not hold it; else it is held by the order, which is not live or never asked for it
 }
 
-// strayPaintings are those among all paintings and orders.
+// strayPaintings returns those among all paintings and orders.
 func (s *store) strayPaintings(ctx context.Context) ([]strayPainting, error) {
 	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
 	defer cancel()

@@ -28,7 +28,7 @@ type paymentRow struct {
 	refunded        int64          // won
 	attempts        int            // of the refund
 	refusals        int            // of those, the ones that the gateway answered with a refusal
-	account         *refundAccount // where a virtual account's refund goes; nil: nobody has named one
+	account         *refundAccount // where a virtual account's refund goes; nil: none was named
 }
 
 const paymentColumns = `imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts, refusals, refund_account`
@@ -93,7 +93,7 @@ const lockRevivable = `
 const boundIdleness = `SELECT set_config('idle_in_transaction_session_timeout', '5000', true)`
 
 // recordSettlement reads the ledger of payment p's order under the order's locks, has decide say what becomes of p, and
-// writes that. It takes two round trips (three for a tombstone) and one transaction, and asks nothing of anybody else in
+// writes that. It takes two round trips (three for a tombstone) and one transaction, and asks the gateway nothing in
 // between. A refund that is decided is leased to the caller for refundLease. It returns errNotFound when the order is not
 // ours, and errOtherOrder when the ledger has the payment for another order.
 func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {

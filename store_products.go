@@ -8,7 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// painting is a row of the catalogue and who has it.
+// painting is a row of the catalogue, and which buyer has it.
 type painting struct {
 	id, artistID, artistName, title, image, size string
 	canvas                                       int        // 호
@@ -19,12 +19,12 @@ type painting struct {
 	heldUntil                                    *time.Time // when that hold ends
 }
 
-// inStock reports whether the painting is there for caller to buy; one that he holds himself is.
+// inStock reports whether the user can order the painting. A painting that they hold themselves is in stock for them.
 func (p painting) inStock(caller string) bool {
 	return p.forSale && (!p.taken || (p.holder != "" && p.holder == caller))
 }
 
-// findPaintings are the paintings of ids that exist, by id.
+// findPaintings returns the paintings of ids by id. Unknown ids are missing. The map is shared: it must not be changed.
 func (s *store) findPaintings(ctx context.Context, ids []string) (map[string]painting, error) {
 	return s.paintings.get(ctx, ids...)
 }
@@ -45,7 +45,7 @@ func (s *store) readPaintings(ctx context.Context, ids []string) (map[string]pai
 	return found, err
 }
 
-// firstPaintingIDs are the ids of the first paintings of the catalogue, at most so many.
+// firstPaintingIDs returns the ids of at most so many paintings, in order of id.
 func (s *store) firstPaintingIDs(ctx context.Context, most int) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
@@ -79,7 +79,7 @@ func (s *store) importPaintings(ctx context.Context, paintings []painting) (resu
 		})); err != nil {
 			return err
 		}
-		// In id order, as everybody locks paintings. What is counted under these locks is what the next statement finds.
+		// In id order, the order in which paintings are always locked. What is counted under these locks is what the next statement finds.
 		if err := tx.QueryRow(ctx, `
 			WITH existing AS MATERIALIZED (
 				SELECT p.id, p.order_id IS NOT NULL AS ordered, p.for_sale, i.for_sale AS wanted
@@ -110,7 +110,7 @@ type paintingOrder struct {
 	paid bool
 }
 
-// findPaintingOrder returns the order that has painting id. errNotFound: there is no such painting.
+// findPaintingOrder returns the order that has painting id, and errNotFound when there is no such painting.
 func (s *store) findPaintingOrder(ctx context.Context, id string) (o paintingOrder, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
@@ -122,7 +122,8 @@ func (s *store) findPaintingOrder(ctx context.Context, id string) (o paintingOrd
 	return o, err
 }
 
-// setForSale puts painting id on sale or takes it off sale. errStale: another order than orderID (empty: none) has it.
+// setForSale puts painting id on sale or takes it off sale. It returns errStale when another order than orderID (empty: none)
+// has the painting.
 func (s *store) setForSale(ctx context.Context, id, orderID string, forSale bool) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
@@ -131,19 +132,19 @@ func (s *store) setForSale(ctx context.Context, id, orderID string, forSale bool
 }
 
 // withdrawPainting ends the unpaid order orderID, takes painting id, which is one of its paintings, off sale, and frees the
-// others. The gateway is asked about the order again at nextLook. errStale: it is not unpaid any more.
-func (s *store) withdrawPainting(ctx context.Context, by actor, id, orderID string, now, nextLook time.Time) error {
+// others. It returns errStale when the order is not unpaid any more.
+func (s *store) withdrawPainting(ctx context.Context, by actor, id, orderID string, now time.Time) error {
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyerOf, by.setting(), orderID)
 	batch.Queue(`
 		WITH o AS (
-			UPDATE orders SET ended = 'withdrawn', updated_at = $3, next_look_at = $4 WHERE id = $2 AND status = -1 AND ended IS NULL
+			UPDATE orders SET ended = 'withdrawn', updated_at = $3, next_look_at = NULL WHERE id = $2 AND status = -1 AND ended IS NULL
 			RETURNING id, product_ids
 		), theirs AS (
 			SELECT p.id FROM products p JOIN o ON p.id = ANY(o.product_ids) AND p.order_id = o.id ORDER BY p.id FOR NO KEY UPDATE OF p
 		), freed AS (
 			UPDATE products SET order_id = NULL, for_sale = for_sale AND products.id <> $1 FROM theirs WHERE products.id = theirs.id
 		)
-		SELECT id FROM o`, id, orderID, now, nextLook).QueryRow(exactlyOne)
+		SELECT id FROM o`, id, orderID, now).QueryRow(exactlyOne)
 	return s.transact(ctx, batch)
 }
