@@ -69,7 +69,9 @@ type cancelRequest struct {
 }
 
 // Format keeps the account out of what fmt prints, which does not ask the account itself when that is a field.
-func (c cancelRequest) Format(f fmt.State, _ rune) { fmt.Fprintf(f, "(the cancel of payment %q)", c.impUID) }
+func (c cancelRequest) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "(the cancel of payment %q)", c.impUID)
+}
 
 // refundAccount is a buyer's bank account. It has to stay out of every log and error, so no verb of fmt prints it. In a
 // struct it has to be a pointer, whose address is printed.
