@@ -1091,7 +1091,8 @@ func TestGatewayListHoldsUnreadablePayments(t *testing.T) {
 		}
 		io.WriteString(w, listOf(0, goodPayment, `null`, `"`+private+`"`, `{"imp_uid":12,"merchant_uid":["`+private+`"]}`,
 			`{"imp_uid":"imp_3","merchant_uid":"order","status":"paid","currency":"KRW","amount":"`+private+`","cancel_amount":0}`,
-			`{"imp_uid":"imp_4","merchant_uid":"order","status":{"a":"`+private+`"}}`, second))
+			`{"imp_uid":"imp_4","merchant_uid":"order","status":{"a":"`+private+`"}}`,
+			`{"imp_uid":"`+private+` <b>","merchant_uid":"order"}`, second))
 	})
 	var outcomes []string
 	g.observe = func(call, outcome string, err error, _ time.Duration) {
@@ -1112,7 +1113,7 @@ func TestGatewayListHoldsUnreadablePayments(t *testing.T) {
 		}
 		return all
 	}
-	want := []string{"/", "/", "/", "imp_3/order", "imp_4/order"}
+	want := []string{"/", "/", "/", "imp_3/order", "imp_4/order", "/order"}
 
 	ids, unreadable, err := collect(g.movedBetween(t.Context(), gatewayPaid, time.Unix(0, 0), time.Unix(0, 0)))
 	if !slices.Equal(ids, []string{"imp_1", "imp_2"}) || !slices.Equal(names(unreadable), want) || err != nil {
@@ -1391,6 +1392,8 @@ func TestGatewayVirtualAccount(t *testing.T) {
 
 	request := cancelRequest{impUID: paid, remaining: 5900, isKRW: true}
 	refused(second(g.cancelPayment(t.Context(), request)), fakeNoRefundAccount)
+	request.account = &refundAccount{}
+	refused(second(g.cancelPayment(t.Context(), request)), fakeNoRefundAccount)
 	request.account = &refundAccount{"홍길동", "088", "110000000001"}
 	if p, err := g.cancelPayment(t.Context(), request); err != nil || !p.fullyRefunded {
 		t.Errorf("with an account: %+v, %v", p, err)
@@ -1443,7 +1446,12 @@ func TestGatewayEndAccountAnswers(t *testing.T) {
 				w.WriteHeader(c.status)
 				io.WriteString(w, c.body)
 			})
+			observed := ""
+			g.observe = func(call, _ string, _ error, _ time.Duration) { observed = call }
 			err := g.endAccount(t.Context(), "imp_1")
+			if observed != "endAccount" {
+				t.Errorf("observed %q", observed)
+			}
 			failure, failed := errors.AsType[*gatewayError](err)
 			refusal, refused := errors.AsType[*gatewayRefusal](err)
 			switch {
