@@ -315,6 +315,7 @@ func (s *shop) auditCommand(args ...string) (out string, err error) {
 }
 
 func TestAuditCommand(t *testing.T) {
+	heavy(t)
 	s := newShop(t)
 	s.clock.nanoseconds.Store(time.Now().UnixNano())
 	s.paid(buyerA)

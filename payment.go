@@ -278,15 +278,12 @@ func (t *settler) refundToAccount(ctx context.Context, by actor, id, impUID stri
 	return t.attemptRefund(ctx, by, row)
 }
 
-// checkUnpaid asks the gateway whether money came for an unpaid order, and settles all of it. It returns errNoPayment when
-// none came.
+// checkUnpaid asks the gateway whether money came for an unpaid order, and settles all of it, as settleAll does. It returns
+// errNoPayment when none came.
 func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (settlement, error) {
 	paid, err := t.gateway.paidPaymentsOf(ctx, id)
-	if err != nil {
-		return settlement{}, err
-	}
-	if len(paid) == 0 {
-		return settlement{}, errNoPayment
+	if len(paid) == 0 || !gatewayResponded(err) {
+		return settlement{}, cmp.Or(err, errNoPayment)
 	}
 	t.testHook("money found", id)
 	return t.settleAll(ctx, by, id) // others may stand beside the one that was found
@@ -317,9 +314,10 @@ func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept sett
 // ended, and errStale returned, as when the order is not unpaid any more.
 func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error {
 	settled, err := t.checkUnpaid(ctx, by, id)
-	if err == nil && settled.state == stateKept {
+	switch {
+	case settled.state == stateKept:
 		return errStale
-	} else if err != nil && !errors.Is(err, errNoPayment) {
+	case err != nil && !errors.Is(err, errNoPayment):
 		return err
 	}
 	t.testHook("deleting", id)
@@ -478,7 +476,7 @@ func (t *settler) changeSale(ctx context.Context, by actor, id string, forSale b
 		case forSale || order.id == "":
 			err = t.store.setForSale(context.WithoutCancel(ctx), id, order.id, forSale)
 		default:
-			if _, err := t.checkUnpaid(ctx, by, order.id); err != nil && !errors.Is(err, errNoPayment) {
+			if settled, err := t.checkUnpaid(ctx, by, order.id); settled.state != stateKept && err != nil && !errors.Is(err, errNoPayment) {
 				return err
 			}
 			t.testHook("withdrawing", order.id)

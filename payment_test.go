@@ -59,6 +59,7 @@ func TestPayRefusals(t *testing.T) {
 		{"sandbox configured, forged", fakePayment{Amount: 1, Sandbox: true}, true, 400, forged, 1},
 	} {
 		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
 			s := newShop(t, func(c *config) { c.sandbox = row.sandbox })
 			painting := s.painting(99000)
 			order := s.order(buyerA, painting)
@@ -125,6 +126,7 @@ func TestPayGatewayFaults(t *testing.T) {
 		{"no token: hung", "token", hangUntilGone, []int{502, 503, 504}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
 			s := newShop(t)
 			painting := s.painting(99000)
 			order := s.order(buyerA, painting)
@@ -228,6 +230,7 @@ func TestCancelThroughTrouble(t *testing.T) {
 		"dropped before, and the look-up": {fault{before: dropConnection}, fault{before: answer500}, 503, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s := newShop(t)
 			order, impUID, painting := s.paid(buyerA)
 			s.fake.faultOnce("cancel", row.cancel)
@@ -264,6 +267,7 @@ func TestLateMoney(t *testing.T) {
 		"replaced and own": {func(s *shop, _, p string) { s.order(buyerA, s.painting(99000)) }, 200, true},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s := newShop(t)
 			painting := s.painting(99000)
 			order := s.order(buyerA, painting, s.painting(99000)) // the other one stays free

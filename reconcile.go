@@ -210,6 +210,8 @@ func (t *settler) checkOrder(ctx context.Context, c paymentCheck) (answer, err e
 	now := t.now()
 	known := answer == nil || errors.Is(answer, errNoPayment)
 	switch {
+	case c.unpaid && settled.state == stateKept:
+		return nil, nil // it is paid
 	case gatewayResponded(answer) && unavailable(answer):
 		return nil, answer // the database failed; the lease ends by itself
 	case !known && c.unpaid && !now.Before(c.heldUntil.Add(t.hold)):
@@ -219,8 +221,6 @@ func (t *settler) checkOrder(ctx context.Context, c paymentCheck) (answer, err e
 		return nil, nil // it is asked about again when the lease ends
 	case !known:
 		return answer, t.scheduleCheck(ctx, c, now.Add(t.interval))
-	case c.unpaid && settled.state == stateKept:
-		return nil, nil // it is paid
 	case c.unpaid && now.Before(c.heldUntil):
 		return nil, t.scheduleCheck(ctx, c, c.heldUntil)
 	case c.unpaid:

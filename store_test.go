@@ -734,7 +734,7 @@ func TestMigrationLetsOthersBy(t *testing.T) {
 	_, err = report.Exec(t.Context(), begin)
 	check(t, err)
 	steps := append(migrations(), `ALTER TABLE orders ADD COLUMN note text`)
-	s.store.migrationLockWait = time.Second
+	s.store.migrationLockWait = 300 * time.Millisecond
 	migrated := make(chan error, 1)
 	go func() { migrated <- s.store.migrate(t.Context(), steps) }()
 	waitUntil(t, "the migration waits for its lock", func() bool {
