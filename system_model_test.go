@@ -734,10 +734,10 @@ func (l *modelRun) readLists() {
 		var found []string
 		previous := ""
 		l.settler.onTestHook = func(point, id string) {
-			if point == "looked up" && previous != "cancelled" { // after a cancel it is the refund that looks
+			if point == "looked up" && previous != "cancelled "+id { // after its cancel it is the refund that looks
 				found = append(found, id)
 			}
-			previous = point
+			previous = point + " " + id
 		}
 		err := l.settler.readList(context.Background(), status)
 		l.settler.onTestHook = nil
@@ -844,11 +844,11 @@ func (l *modelRun) wantSettled() {
 	for _, p := range l.model.payments {
 		found := p.mismatches()
 		want = append(want, found...)
-		odd = odd || len(found) > 0 || p.fickle || p.byHand > 0
+		odd = odd || len(found) > 0 || p.fickle || p.handed
 		switch {
 		case p.fickle || p.order == nil || p.sandbox || !p.moved():
 		case p.state == "kept" && p.booked == p.back && p.ledger.status >= 0 && p.ledger.status <= 4:
-		case p.state == "refunded" && (p.back == p.amount || p.byHand > 0 || p.foreign):
+		case p.state == "refunded" && (p.back == p.amount || p.handed):
 		default:
 			l.fail("payment %s is %s, %d of %d back", p.impUID, p.state, p.back, p.amount)
 		}
@@ -920,7 +920,8 @@ type modelPayment struct {
 	state, reason string      // empty: unknown there
 	ledger        *modelOrder // the order that it is booked for
 	booked        int64       // won that are back, what was paid by hand included; of a foreign one 0
-	byHand        int64       // of those
+	handed        bool        // the rest was paid back by hand
+	byHand        int64       // won of that
 	account       bool        // an account for its refund is known
 	refusals      int
 }
@@ -1192,9 +1193,9 @@ func (p *modelPayment) mismatches() (found []string) {
 		if p.listed() && p.moved() && p.back < p.amount {
 			say(p.order, "payment of another order")
 		}
-	case p.byHand > 0 && p.listed() && p.back > p.booked-p.byHand:
+	case p.handed && p.listed() && p.seen() > p.booked-p.byHand:
 		say(p.ledger, "paid back twice")
-	case p.byHand > 0 || p.foreign:
+	case p.handed:
 	case p.state == "refunded" && p.listed() && p.back < p.amount:
 		say(p.ledger, "refunded here, kept there")
 	case p.state == "kept" && !p.listed():
@@ -1538,7 +1539,7 @@ func (m *model) paidByHand(p *modelPayment) {
 	if !p.foreign {
 		p.byHand, p.booked = p.amount-p.booked, p.amount
 	}
-	p.state, p.account = "refunded", false
+	p.state, p.handed, p.account = "refunded", true, false
 	p.ledger.note("refunded by hand: " + p.reason)
 	if p.cancelsOrder() {
 		m.cancelled(p.ledger, false)
