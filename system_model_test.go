@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -15,40 +17,56 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Random lives of a small shop. Each move goes to the service and to the model below; the answer, the books, the
-// history and the money at the gateway must then be what the model says. A failure prints the seed of the one life in which
-// it happened and that life's moves.
+// Random runs of a small shop. Each move goes to the service and to the model below. The answer, the ledger, the history and
+// the money at the gateway must then be what the model says. A failure prints the seed of the one run in which it happened
+// and that run's moves.
 
 var (
-	modelSeed  = flag.Uint64("model.seed", 0, "seed of the first life that TestModel plays; 0: another each time")
+	modelSeed  = flag.Uint64("model.seed", 0, "seed of the first run that TestModel plays; 0: another each time")
 	modelSteps = flag.Int("model.steps", 2000, "how many random moves TestModel plays")
 )
 
-// runMoves is how many moves a life has before all is settled; the next one begins with new buyers and paintings.
-const runMoves = 60
+const (
+	// runMoves is how many moves a run has before all is settled. The next one begins with new buyers and paintings.
+	runMoves = 60
+	// runsPerShop is how many runs share a shop. Its lists and its clock grow with them.
+	runsPerShop = 12
+	// maxListDelay is how late a payment shows up in the gateway's lists.
+	maxListDelay = 50 * time.Minute
+)
 
 func TestModel(t *testing.T) {
 	heavy(t)
 	t.Parallel()
 	seed := cmp.Or(*modelSeed, rand.Uint64()>>32)
-	s := newDirectShop(t)
-	counts := map[string]int{}
-	for steps := 0; steps < *modelSteps; steps += runMoves {
-		l := newModelRun(s, seed)
-		for range runMoves {
-			l.move()
-		}
-		l.settleDown()
-		for move, n := range l.counts {
-			counts[move] += n
-		}
-		s.logged.Reset()
-		seed++
+	first, counts, steps := seed, map[string]int{}, 0
+	for steps < *modelSteps && !t.Failed() {
+		t.Run(fmt.Sprintf("from seed %d", seed), func(t *testing.T) {
+			s := newDirectShop(t)
+			s.later(time.Second) // the service has read the gateway's lists once
+			for runs := 0; runs < runsPerShop && steps < *modelSteps; runs++ {
+				l := newModelRun(s, seed)
+				for range runMoves {
+					l.move()
+				}
+				l.settleDown()
+				for move, n := range l.counts {
+					counts[move] += n
+				}
+				s.logged.Reset()
+				steps += runMoves
+				seed++
+			}
+		})
 	}
-	t.Logf("the last life's seed was %d; moves: %v", seed-1, counts)
+	var played []string
+	for _, move := range slices.Sorted(maps.Keys(counts)) {
+		played = append(played, fmt.Sprintf("%d %s", counts[move], move))
+	}
+	t.Logf("%d moves from seed %d on: %s", steps, first, strings.Join(played, ", "))
 }
 
-// modelRun is a shop's life: the model beside the service, and what has been done so far.
+// modelRun is one run of a shop: the model beside the service, and what has been done so far.
 type modelRun struct {
 	*shop
 	model  model
@@ -58,22 +76,28 @@ type modelRun struct {
 	names  []string // of ids, for strings.NewReplacer
 	trace  []string
 	counts map[string]int
+	begun  time.Time
 }
 
-// newModelRun begins a life with three buyers and four paintings.
+// newModelRun begins a run with three buyers and four paintings.
 func newModelRun(s *shop, seed uint64) *modelRun {
-	l := &modelRun{shop: s, seed: seed, random: rand.New(rand.NewPCG(seed, 0)), counts: map[string]int{}}
+	l := &modelRun{shop: s, seed: seed, random: rand.New(rand.NewPCG(seed, 0)), counts: map[string]int{}, begun: s.clock.Now()}
 	for i := range 3 {
 		l.buyers = append(l.buyers, newTestID())
 		l.names = append(l.names, l.buyers[i], fmt.Sprintf("buyer%d", i+1))
 	}
-	for i, id := range s.paintings(4, 99000) {
-		l.model.paintings = append(l.model.paintings, &modelPainting{id: id, forSale: true})
+	for i, id := range s.paintings(4, prices[0]) {
+		l.model.paintings = append(l.model.paintings, &modelPainting{id: id, price: prices[0], forSale: true})
 		l.names = append(l.names, id, fmt.Sprintf("painting%d", i+1))
 	}
 	l.names = append(l.names, adminID, "administrator")
+	delay := pick(l, []time.Duration{0, 0, 5 * time.Minute, maxListDelay})
+	l.atGateway("", func(*fakePayment) { l.fake.listDelay = delay })
 	return l
 }
+
+// prices are those that a painting may have.
+var prices = []int64{99000, 99000, 99000, 120000}
 
 // moves are what can happen, and how often.
 var moves = []struct {
@@ -81,17 +105,23 @@ var moves = []struct {
 	name  string
 	play  func(*modelRun)
 }{
-	{20, "create", (*modelRun).playCreate},
-	{5, "show", (*modelRun).playShow},
+	{22, "create", (*modelRun).playCreate},
+	{6, "show", (*modelRun).playShow},
 	{20, "charge", (*modelRun).playCharge},
-	{20, "report", (*modelRun).playReport},
-	{20, "notice", (*modelRun).playNotice},
-	{20, "delete", (*modelRun).playDelete},
-	{12, "step", (*modelRun).playStep},
+	{18, "report", (*modelRun).playReport},
+	{12, "notice", (*modelRun).playNotice},
+	{18, "delete", (*modelRun).playDelete},
+	{14, "step", (*modelRun).playStep},
 	{6, "console", (*modelRun).playConsole},
-	{2, "catalogue", (*modelRun).playCatalogue},
-	{8, "wait", (*modelRun).playWait},
-	{10, "reconcile", (*modelRun).playReconcile},
+	{3, "chargeback", (*modelRun).playChargeback},
+	{6, "account", (*modelRun).playAccount},
+	{3, "card company", (*modelRun).playCardCompany},
+	{5, "change of mind", (*modelRun).playChangeOfMind},
+	{4, "catalogue", (*modelRun).playCatalogue},
+	{5, "sale", (*modelRun).playSale},
+	{8, "refund", (*modelRun).playRefund},
+	{9, "wait", (*modelRun).playWait},
+	{12, "reconcile", (*modelRun).playReconcile},
 }
 
 // move plays a random move and compares.
@@ -102,7 +132,7 @@ func (l *modelRun) move() {
 	if l.random.IntN(5) == 0 {
 		l.model.trouble = pick(l, troubles)
 	}
-	l.fake.setFaults(l.model.trouble.faults())
+	l.fake.setFaults(l.faults(l.model.trouble))
 	all := 0
 	for _, m := range moves {
 		all += m.often
@@ -119,18 +149,30 @@ func (l *modelRun) move() {
 }
 
 // faults returns the trouble as a fault function of the test gateway.
-func (t trouble) faults() func(call, id string) fault {
+func (l *modelRun) faults(t trouble) func(call, id string) fault {
 	cancelled := map[string]bool{}
 	return func(call, id string) fault {
 		switch {
 		case call == "cancel":
 			cancelled[id] = true
 			return t.cancel
-		case call != "token" && (t.lookUp || t.after && cancelled[id]):
+		case call == "account" && t.deposit:
+			return fault{before: func(http.ResponseWriter, *http.Request) bool {
+				l.fake.deposit(id) // the bank may refuse it, too late
+				return false
+			}}
+		case call != "token" && (t.lookUp || t.after && cancelled[id]), call == "account" && t.account:
 			return fault{before: answer500}
 		}
 		return fault{}
 	}
+}
+
+// atGateway changes a payment so that no list of the gateway's shows a change.
+func (l *modelRun) atGateway(impUID string, change func(*fakePayment)) {
+	l.fake.mu.Lock()
+	defer l.fake.mu.Unlock()
+	change(l.fake.byImpUID[impUID])
 }
 
 func (l *modelRun) tick(d time.Duration) {
@@ -148,6 +190,11 @@ func lately[T any](l *modelRun, from []*T) *T {
 	return pick(l, from[max(0, len(from)-10):])
 }
 
+// latePayment picks one of the last ten payments that fit; nil when there is none.
+func (l *modelRun) latePayment(fits func(*modelPayment) bool) *modelPayment {
+	return lately(l, slices.DeleteFunc(slices.Clone(l.model.payments), func(p *modelPayment) bool { return !fits(p) }))
+}
+
 // user is mostly the order's buyer, or else the administrator, another buyer or "".
 func (l *modelRun) user(o *modelOrder) string {
 	switch n := l.random.IntN(20); {
@@ -161,7 +208,15 @@ func (l *modelRun) user(o *modelOrder) string {
 	return ""
 }
 
-// id is the order's, or that of no order.
+// administrator is mostly the administrator, or else a buyer or "".
+func (l *modelRun) administrator() string {
+	if l.random.IntN(10) > 0 {
+		return adminID
+	}
+	return pick(l, append([]string{""}, l.buyers...))
+}
+
+// orderID returns the order's id, or that of no order.
 func (o *modelOrder) orderID() string {
 	if o == nil {
 		return "61a7adc903b7708e5dbba693"
@@ -175,7 +230,7 @@ func (l *modelRun) say(format string, args ...any) {
 	if l.model.trouble.name != "" {
 		line += " while " + l.model.trouble.name
 	}
-	l.trace = append(l.trace, fmt.Sprintf("%3d %s  %s", len(l.trace)+1, l.model.now.Format("02 15:04:05"), line))
+	l.trace = append(l.trace, fmt.Sprintf("%3d %s  %s", len(l.trace)+1, l.model.now.Format("0102 15:04:05"), line))
 }
 
 // want says what was done and fails unless it was answered as the model says.
@@ -187,20 +242,21 @@ func (l *modelRun) want(a answer, r reply, format string, args ...any) {
 	}
 }
 
-// fail ends the test with the life so far.
+// fail ends the test with the run so far.
 func (l *modelRun) fail(format string, args ...any) {
 	l.t.Helper()
-	l.t.Fatal(strings.NewReplacer(l.names...).Replace(fmt.Sprintf("%s\n%s\nplay this life again: go test -run TestModel -model.seed=%d -model.steps=1",
+	l.t.Fatal(strings.NewReplacer(l.names...).Replace(fmt.Sprintf("%s\n%s\nplay this run again: go test -run TestModel -model.seed=%d -model.steps=1",
 		strings.Join(l.trace, "\n"), fmt.Sprintf(format, args...), l.seed)))
 }
 
-// compare fails unless the books, the history and the gateway are as the model says.
+// compare fails unless the ledger, the history and the gateway are as the model says.
 func (l *modelRun) compare() {
 	l.t.Helper()
 	var want, orders, paintings []string
 	for _, o := range l.model.orders {
 		orders = append(orders, o.id)
-		want = append(want, fmt.Sprintf("order %s %d %s cancelling=%v: %s", o.id, o.status, o.ended, o.cancelling, strings.Join(o.history, ", ")))
+		want = append(want, fmt.Sprintf("order %s %d %s cancelling=%v held until %d: %s", o.id, o.status, o.ended, o.cancelling, o.until.Unix(),
+			strings.Join(o.history, ", ")))
 	}
 	for _, p := range l.model.paintings {
 		paintings = append(paintings, p.id)
@@ -208,50 +264,64 @@ func (l *modelRun) compare() {
 		if p.owner != nil {
 			owner = p.owner.id
 		}
-		want = append(want, fmt.Sprintf("painting %s is with order %s", p.id, owner))
+		want = append(want, fmt.Sprintf("painting %s for %d, on sale=%v, is with order %s", p.id, p.price, p.forSale, owner))
 	}
 	for _, p := range l.model.payments {
 		if p.state != "" {
-			booked := p.booked
-			if p.foreign {
-				booked = 0
-			}
-			want = append(want, fmt.Sprintf("payment %s %s %s, %d back", p.impUID, p.state, p.reason, booked))
+			want = append(want, fmt.Sprintf("payment %s of order %s %s %s, %d back, %d by hand, account=%v, %d refusals",
+				p.impUID, p.ledger.id, p.state, p.reason, p.booked, p.byHand, p.account, p.refusals))
 		}
 		want = append(want, fmt.Sprintf("the gateway gave back %d of %s", p.back, p.impUID))
 	}
 	rows, _ := l.store.pool.Query(context.Background(), `
-		SELECT format('order %s %s %s cancelling=%s: %s', id, status, ended, (cancelling_since IS NOT NULL)::text,
-			(SELECT string_agg(why, ', ' ORDER BY h.id) FROM history h WHERE h.order_id = o.id)) FROM orders o WHERE id = ANY($1)
-		UNION ALL SELECT format('painting %s is with order %s', id, order_id) FROM products WHERE id = ANY($2)
-		UNION ALL SELECT format('payment %s %s %s, %s back', imp_uid, state, reason, refunded) FROM payments WHERE order_id = ANY($1)`, orders, paintings)
+		SELECT format('order %s %s %s cancelling=%s held until %s: %s', id, status, ended, (cancelling_since IS NOT NULL)::text,
+			extract(epoch FROM held_until)::bigint, (SELECT string_agg(why, ', ' ORDER BY h.id) FROM history h WHERE h.order_id = o.id))
+			FROM orders o WHERE id = ANY($1)
+		UNION ALL SELECT format('painting %s for %s, on sale=%s, is with order %s', id, price, for_sale::text, order_id) FROM products WHERE id = ANY($2)
+		UNION ALL SELECT format('payment %s of order %s %s %s, %s back, %s by hand, account=%s, %s refusals', imp_uid, order_id, state, reason, refunded,
+			by_hand_amount, (refund_account IS NOT NULL)::text, refusals) FROM payments WHERE order_id = ANY($1)`, orders, paintings)
 	got, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	check(l.t, err)
 	for _, p := range l.model.payments {
 		got = append(got, fmt.Sprintf("the gateway gave back %d of %s", l.back(p.impUID), p.impUID))
 	}
-	slices.Sort(got)
-	slices.Sort(want)
-	if !slices.Equal(got, want) {
-		only := func(a, b []string) string {
-			return strings.Join(slices.DeleteFunc(slices.Clone(a), func(s string) bool { return slices.Contains(b, s) }), "\n")
-		}
-		l.fail("the service has\n%s\nthe model has\n%s", only(got, want), only(want, got))
-	}
+	l.wantSame(got, want)
 }
 
-func (l *modelRun) playCreate() {
-	o := &modelOrder{status: -1, buyer: pick(l, l.buyers), number: newNumber(), made: l.model.now, until: l.model.now.Add(l.config.hold)}
-	for _, i := range l.random.Perm(len(l.model.paintings))[:1+l.random.IntN(2)] {
-		o.paintings = append(o.paintings, l.model.paintings[i])
+// wantSame fails unless the service has the same lines as the model, in any order.
+func (l *modelRun) wantSame(got, want []string) {
+	l.t.Helper()
+	slices.Sort(got)
+	slices.Sort(want)
+	if slices.Equal(got, want) {
+		return
 	}
-	if again := lately(l, l.model.orders); again != nil && l.random.IntN(4) == 0 { // a number used before, perhaps the very same order
+	only := func(a, b []string) string {
+		return strings.Join(slices.DeleteFunc(slices.Clone(a), func(s string) bool { return slices.Contains(b, s) }), "\n")
+	}
+	l.fail("the service has\n%s\nthe model has\n%s", only(got, want), only(want, got))
+}
+
+// playCreate asks for an order: a new one, or under a number used before, perhaps with the very same body.
+func (l *modelRun) playCreate() {
+	o := &modelOrder{status: -1, buyer: pick(l, l.buyers), number: newNumber(), address: "101호"}
+	for _, i := range l.random.Perm(len(l.model.paintings))[:1+l.random.IntN(2)] {
+		p := l.model.paintings[i]
+		o.paintings, o.prices = append(o.paintings, p), append(o.prices, p.price)
+	}
+	if l.random.IntN(20) == 0 {
+		o.prices[0] = pick(l, prices)
+	}
+	if again := lately(l, l.model.orders); again != nil && l.random.IntN(3) == 0 {
 		o.buyer, o.number = again.buyer, again.number
-		if l.random.IntN(2) == 0 {
-			o.paintings = again.paintings
+		if l.random.IntN(3) > 0 {
+			o.paintings, o.prices = again.paintings, again.prices
+		}
+		if l.random.IntN(4) == 0 {
+			o.address = "102호"
 		}
 	}
-	a := l.call(o.buyer, "POST", "/api/orders", orderBody(o.number, o.paintingIDs()...))
+	a := l.call(o.buyer, "POST", "/api/orders", o.body())
 	var made orderCreated
 	json.Unmarshal([]byte(a.body), &made)
 	o.id = made.OrderID
@@ -259,7 +329,7 @@ func (l *modelRun) playCreate() {
 		l.names = append(l.names, o.id, fmt.Sprintf("order%d", len(l.model.orders)+1))
 	}
 	want, is := l.model.create(o)
-	l.want(a, want, "%s orders %v under %s: %s", o.buyer, o.paintingIDs(), o.number, o.id)
+	l.want(a, want, "%s orders %v for %v to %s under %s: %s", o.buyer, o.paintingIDs(), o.prices, o.address, o.number, o.id)
 	if is != nil && is.id != o.id {
 		l.fail("the model answers order %s", is.id)
 	}
@@ -278,12 +348,14 @@ func (l *modelRun) compareTaken(a answer, o *modelOrder) {
 	}
 	var want []product
 	for _, p := range o.paintings {
+		until := l.model.leftToOthers(o.buyer, p)
 		switch {
-		case !p.takenFor(o.buyer):
-		case !p.forSale || !p.owner.unpaid():
+		case p.takenFor(o.buyer) && (!p.forSale || !p.owner.unpaid()):
 			want = append(want, product{p.id, "sold", ""})
-		default:
+		case p.takenFor(o.buyer):
 			want = append(want, product{p.id, "held", p.owner.until.Format(timeFormat)})
+		case !until.IsZero():
+			want = append(want, product{p.id, "held", until.Format(timeFormat)})
 		}
 	}
 	var got struct{ Products []product }
@@ -304,9 +376,9 @@ func (l *modelRun) playShow() {
 		}
 		return ids
 	}
-	his := func(o *modelOrder) bool { return o.buyer == buyer && o.ended == "" }
+	own := func(o *modelOrder) bool { return o.buyer == buyer && o.ended == "" }
 	var want, got any
-	switch l.random.IntN(5) {
+	switch l.random.IntN(7) {
 	case 0:
 		o := lately(l, l.model.orders)
 		user := l.user(o)
@@ -324,34 +396,40 @@ func (l *modelRun) playShow() {
 			want, got = o.status, detail.Result.Status
 		}
 	case 1:
-		l.say("%s looks at his newest order", buyer)
+		l.say("%s looks at their newest order", buyer)
 		var latest struct {
 			ID string `json:"_id"`
 		}
 		check(l.t, json.Unmarshal([]byte(l.call(buyer, "GET", "/api/orders/latest", nil).body), &latest))
-		want, got = strings.Join(newest(his, 1), ""), latest.ID
+		want, got = strings.Join(newest(own, 1), ""), latest.ID
 	case 2:
-		l.say("%s lists his orders", buyer)
+		l.say("%s lists their orders", buyer)
 		list := l.list(buyer, "/api/orders/mine")
 		count := map[int]int{}
 		for _, o := range l.model.orders {
-			if his(o) {
+			if own(o) {
 				count[o.status]++
 			}
 		}
-		want = fmt.Sprint(newest(his, 3), count[0], count[1], count[2], count[3])
+		want = fmt.Sprint(newest(own, 3), count[0], count[1], count[2], count[3])
 		got = fmt.Sprint(list.ids(), list.Status["paid"], list.Status["ready"], list.Status["coming"], list.Status["done"])
 	case 3:
 		l.say("the administrator lists the orders")
 		ids, list := newest(func(o *modelOrder) bool { return o.status >= 0 }, 10), l.list(adminID, "/api/orders").ids()
-		want, got = fmt.Sprint(ids), fmt.Sprint(list[:min(len(ids), len(list))]) // those of earlier lives follow
+		want, got = fmt.Sprint(ids), fmt.Sprint(list[:min(len(ids), len(list))]) // those of earlier runs follow
 	case 4:
+		l.say("the administrator lists the orders whose refund is stuck")
+		want = fmt.Sprint(newest(func(o *modelOrder) bool {
+			return slices.ContainsFunc(l.model.payments, func(p *modelPayment) bool { return p.ledger == o && p.stuck() })
+		}, 10))
+		got = fmt.Sprint(l.list(adminID, "/api/orders?refund=stuck").ids())
+	default:
 		l.say("%s looks at the paintings", buyer)
-		stock := map[string]bool{}
-		query := ""
+		stock, query, total := map[string]bool{}, "", int64(shippingPrice)
 		for _, p := range l.model.paintings {
 			stock[p.id] = !p.takenFor(buyer)
 			query += "&productId=" + p.id
+			total += p.price
 		}
 		var items []cartItem
 		check(l.t, json.Unmarshal([]byte(l.call(buyer, "GET", "/api/products/cart-items?"+query, nil).body), &items))
@@ -359,7 +437,9 @@ func (l *modelRun) playShow() {
 		for _, item := range items {
 			shown[item.ID] = item.InStock
 		}
-		want, got = fmt.Sprint(stock), fmt.Sprint(shown)
+		var price totalPriceAnswer
+		check(l.t, json.Unmarshal([]byte(l.call(buyer, "GET", "/api/products/total-price?"+query, nil).body), &price))
+		want, got = fmt.Sprint(stock, total), fmt.Sprint(shown, price.TotalPrice)
 	}
 	if want != got {
 		l.fail("the service shows %v, the model %v", got, want)
@@ -368,42 +448,50 @@ func (l *modelRun) playShow() {
 
 // playCharge has a payment window end in one of the ways there are. The service is not told.
 func (l *modelRun) playCharge() {
-	p := &modelPayment{order: lately(l, l.model.orders), status: "paid", changed: l.model.now}
-	for _, waiting := range l.model.payments {
-		if waiting.status == "ready" && l.random.IntN(4) == 0 {
-			waiting.status, waiting.changed = "paid", l.model.now
-			l.fake.set(waiting.impUID, func(p *fakePayment) { p.Status, p.PaidAt = "paid", l.model.now })
-			l.say("%s is paid after all", waiting.impUID)
-			return
-		}
+	if p := l.latePayment(func(p *modelPayment) bool { return p.status == "ready" && !p.vbank }); p != nil && l.random.IntN(4) == 0 {
+		p.pay(l.model.now)
+		l.fake.set(p.impUID, func(p *fakePayment) { p.Status, p.PaidAt = "paid", l.model.now })
+		l.say("%s is paid after all", p.impUID)
+		return
 	}
-	merchant, kind := "another-shops-order", l.random.IntN(20)
-	if kind == 0 {
+	p := &modelPayment{order: lately(l, l.model.orders), status: "paid", changed: l.model.now}
+	merchant, kind := pick(l, otherShops), l.random.IntN(24)
+	if kind < 2 {
 		p.order = nil
 	}
 	if p.order != nil {
 		merchant, p.amount = p.order.id, p.order.total()
 	}
-	currency := "KRW"
+	currency, method := "KRW", ""
 	switch {
 	case p.order == nil:
 		p.amount = 5000
-	case kind < 3:
+	case kind < 5:
 		p.amount += 1 - 2*l.random.Int64N(2)
-	case kind == 3:
-		currency, p.foreign, p.amount = "USD", true, 80
-	case kind == 4:
-		p.sandbox = true
 	case kind == 5:
+		currency, p.foreign, p.amount = "USD", true, 80
+	case kind == 6:
+		p.sandbox = true
+	case kind == 7:
 		p.status = "failed"
-	case kind < 8:
+	case kind == 8:
 		p.status = "ready"
+	case kind == 9:
+		p.amount = 0 // a card that was registered
 	}
-	p.impUID = l.fake.pay(fakePayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status})
+	if kind < 2 && l.random.IntN(2) == 0 || kind > 9 && kind < 14 {
+		p.status, p.vbank, method = "ready", true, payMethodVirtualAccount
+		p.until = l.model.now.AddDate(0, 0, 7)
+	}
+	p.paid = p.status == "paid"
+	p.impUID = l.fake.pay(fakePayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status, PayMethod: method})
 	l.model.payments = append(l.model.payments, p)
 	l.names = append(l.names, p.impUID, fmt.Sprintf("payment%d", len(l.model.payments)))
-	l.say("%s: %d %s for order %s, %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, p.sandbox)
+	l.say("%s: %d %s for order %s, %s %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, method, p.sandbox)
 }
+
+// otherShops are merchant_uids of other shops that use the gateway's account; one of them looks like ours.
+var otherShops = []string{"another-shops-order", "61a7adc903b7708e5dbba694"}
 
 // playReport is a browser that reports a payment, again or for the first time.
 func (l *modelRun) playReport() { l.playSeen("the browser reports", l.model.report, l.shop.report) }
@@ -435,119 +523,347 @@ func (l *modelRun) playDelete() {
 	l.want(l.call(user, "DELETE", "/api/orders/"+o.orderID(), body), want, "%s deletes order %s with %v", user, o.orderID(), body)
 }
 
+// playStep moves an order on, back, or to any status.
 func (l *modelRun) playStep() {
 	o := lately(l, l.model.orders)
-	user, to := l.user(o), 1+l.random.IntN(4)
-	if o != nil && l.random.IntN(2) == 0 {
-		user, to = adminID, o.status+1
+	user, to := l.user(o), l.random.IntN(5)
+	if o != nil {
+		switch n := l.random.IntN(10); {
+		case n < 5:
+			user, to = adminID, o.status+1
+		case n < 7:
+			user, to = adminID, o.status-1
+		case n < 9 && o.status == 4:
+			to = o.cameFrom
+		}
 	}
 	want := l.model.advance(user, o, to)
 	l.want(l.call(user, "PATCH", "/api/orders/"+o.orderID(), map[string]int{"status": to}), want, "%s moves order %s to %d", user, o.orderID(), to)
 }
 
-// playConsole is a refund by hand in the gateway's console; its notice may come later, or never.
+// playConsole is a refund in the gateway's console. Its notice may come later, or never.
 func (l *modelRun) playConsole() {
-	p := lately(l, l.model.payments)
-	if p == nil || p.status != "paid" || p.back == p.amount {
+	p := l.latePayment(func(p *modelPayment) bool { return p.refundable() && !p.refused })
+	if p == nil {
 		return
 	}
 	back := p.amount - p.back
 	if l.random.IntN(2) == 0 {
-		back = min(back, 1+l.random.Int64N(back))
+		back = 1 + l.random.Int64N(back)
 	}
-	p.back, p.changed = p.back+back, l.model.now
+	p.giveBack(back, l.model.now)
 	check(l.t, l.fake.refundInConsole(p.impUID, back))
 	l.say("the console gives back %d of %s", back, p.impUID)
 }
 
-// playCatalogue sells a painting elsewhere, or takes that back.
+// playChargeback is a card company that takes back all of a payment.
+func (l *modelRun) playChargeback() {
+	p := l.latePayment((*modelPayment).refundable)
+	if p == nil {
+		return
+	}
+	p.giveBack(p.amount-p.back, l.model.now)
+	check(l.t, l.fake.chargeback(p.impUID))
+	l.say("the card company takes back %s", p.impUID)
+}
+
+// playAccount is a deposit into a virtual account, or the account's end.
+func (l *modelRun) playAccount() {
+	p := l.latePayment(func(p *modelPayment) bool { return p.awaitsDeposit() })
+	switch {
+	case p == nil:
+	case l.random.IntN(3) == 0:
+		l.say("the account of %s ends", p.impUID)
+		p.status, p.changed = "cancelled", l.model.now
+		check(l.t, l.fake.act(p.impUID, true, l.fake.endAccount))
+	case !l.model.now.After(p.until):
+		l.say("a deposit for %s", p.impUID)
+		p.pay(l.model.now)
+		check(l.t, l.fake.deposit(p.impUID))
+	}
+}
+
+// playCardCompany has a card company refuse to refund a payment from now on, or no longer.
+func (l *modelRun) playCardCompany() {
+	p := lately(l, l.model.payments)
+	if p == nil {
+		return
+	}
+	p.refused = !p.refused
+	l.say("the card company refuses refunds of %s: %v", p.impUID, p.refused)
+	l.atGateway(p.impUID, func(there *fakePayment) {
+		if there.RefundsRefused = ""; p.refused {
+			there.RefundsRefused = "한도 초과"
+		}
+	})
+}
+
+// playChangeOfMind has the gateway say something else of a payment than before. No list shows when that was.
+func (l *modelRun) playChangeOfMind() {
+	p := l.latePayment(func(p *modelPayment) bool {
+		return p.order != nil && !p.sandbox && !p.fickle && p.moved() && !p.unreadable()
+	})
+	if p == nil {
+		return
+	}
+	switch n := l.random.IntN(6); {
+	case n == 0 || n == 1:
+		merchant := pick(l, otherShops)
+		if p.order = nil; n == 0 {
+			p.order = lately(l, l.model.orders)
+			merchant = p.order.id
+		}
+		l.atGateway(p.impUID, func(there *fakePayment) { there.MerchantUID = merchant })
+		l.say("%s is of order %s now", p.impUID, merchant)
+	case n == 2:
+		p.status = pick(l, []string{"failed", "pending", "cancelled", "paid"})
+	case n == 3:
+		p.garbled = true
+		l.atGateway(p.impUID, func(there *fakePayment) { there.Amount = -1 })
+	default:
+		p.back = l.random.Int64N(p.amount + 1)
+	}
+	p.fickle = true
+	l.atGateway(p.impUID, func(there *fakePayment) { there.Status, there.Cancelled = p.status, p.back })
+	l.say("%s is %s now, with %d back, garbled=%v", p.impUID, p.status, p.back, p.garbled)
+}
+
+// playCatalogue imports a painting at another price, or as sold elsewhere, or as back.
 func (l *modelRun) playCatalogue() {
 	p := pick(l, l.model.paintings)
-	p.forSale = !p.forSale
-	l.catalogue(99000, p.forSale, p.id)
-	l.say("%s is for sale: %v", p.id, p.forSale)
+	p.price = pick(l, prices)
+	forSale := l.random.IntN(4) > 0
+	if p.owner == nil {
+		p.forSale = forSale
+	}
+	l.catalogue(p.price, forSale, p.id)
+	l.say("%s is imported for %d, for sale=%v", p.id, p.price, forSale)
+}
+
+// playSale takes a painting off sale or puts it on sale.
+func (l *modelRun) playSale() {
+	p, user, forSale := pick(l, l.model.paintings), l.administrator(), l.random.IntN(2) == 0
+	want := l.model.changeSale(user, p, forSale)
+	l.want(l.call(user, "PATCH", "/api/products/"+p.id, map[string]bool{"forSale": forSale}), want, "%s has %s for sale: %v", user, p.id, forSale)
+}
+
+// playRefund helps a refund, mostly one that is due.
+func (l *modelRun) playRefund() {
+	p := l.latePayment(func(p *modelPayment) bool { return p.state == "refunding" })
+	if p == nil || l.random.IntN(5) == 0 {
+		p = lately(l, l.model.payments)
+	}
+	o := lately(l, l.model.orders)
+	if p != nil && p.ledger != nil && l.random.IntN(10) > 0 {
+		o = p.ledger
+	}
+	l.helpRefund(l.administrator(), o, p, l.random.IntN(2) == 0)
+}
+
+// helpRefund has user help the refund of payment p of order o: to an account, or as paid back by hand.
+func (l *modelRun) helpRefund(user string, o *modelOrder, p *modelPayment, toAccount bool) {
+	l.t.Helper()
+	impUID := "imp_unknown"
+	if p != nil {
+		impUID = p.impUID
+	}
+	body := map[string]any{"imp_uid": impUID, "byHand": "계좌 이체"}
+	if toAccount {
+		body = map[string]any{"imp_uid": impUID, "account": map[string]string{"holder": "홍길동", "bank": "04", "number": "000-000-000000"}}
+	}
+	want := l.model.helpRefund(user, o, p, toAccount)
+	l.want(l.call(user, "POST", "/api/orders/"+o.orderID()+"/refund", body), want, "%s helps the refund of %s of order %s, account=%v",
+		user, impUID, o.orderID(), toAccount)
 }
 
 // playWait lets time pass in which no replica's reconciler gets anywhere.
 func (l *modelRun) playWait() {
-	l.tick(pick(l, []time.Duration{time.Minute, 10 * time.Minute, 31 * time.Minute, 65 * time.Minute}))
+	l.tick(l.some(time.Minute, 10*time.Minute, 29*time.Minute, 31*time.Minute, 65*time.Minute))
 	l.say("time passes")
 }
 
 func (l *modelRun) playReconcile() {
-	l.tick(pick(l, []time.Duration{time.Second, time.Minute, 10 * time.Minute, 31 * time.Minute, 2 * time.Hour, 25 * time.Hour}))
+	l.tick(l.some(time.Second, time.Minute, 10*time.Minute, 31*time.Minute, 2*time.Hour))
 	l.round()
 }
 
-// round is the reconciler's, one refund and one order after the other: which one is due the service says, what becomes
+// some picks a time, and seldom one of days.
+func (l *modelRun) some(often ...time.Duration) time.Duration {
+	const day = 24 * time.Hour
+	if l.random.IntN(8) == 0 {
+		return pick(l, []time.Duration{day - time.Minute, day, 25 * time.Hour, 3 * day, 8 * day, 30 * day, 100 * day})
+	}
+	return pick(l, often)
+}
+
+// round is the reconciler's, one refund, payment and order after the other: which one is due the service says, what becomes
 // of it the model.
 func (l *modelRun) round() {
 	l.t.Helper()
 	l.say("the reconciler's round")
-	ctx := context.Background()
+	l.retryRefunds()
+	l.readLists()
+	l.checkOrders()
+}
+
+func (l *modelRun) retryRefunds() {
+	l.t.Helper()
 	for {
-		rows, err := l.store.claimDueRefunds(ctx, 1, l.model.now)
+		rows, err := l.store.claimDueRefunds(context.Background(), 1, l.model.now)
 		check(l.t, err)
 		if len(rows) == 0 {
-			break
+			return
 		}
-		i := slices.IndexFunc(l.model.payments, func(p *modelPayment) bool { return p.impUID == rows[0].impUID && p.state == "refunding" })
-		if i < 0 {
+		p := l.model.payment(rows[0].impUID)
+		if p == nil || p.state != "refunding" {
 			l.fail("a refund of %s", rows[0].impUID)
 		}
-		l.say("  refunds %s again", rows[0].impUID)
-		err = l.settler.attemptRefund(ctx, byReconciler, rows[0])
-		if status := l.model.refundAgain(l.model.payments[i]); (status == 200) != (err == nil) {
+		l.say("  refunds %s again", p.impUID)
+		err = l.settler.attemptRefund(context.Background(), byReconciler, rows[0])
+		if status := l.model.refundAgain(p); (status == 200) != (err == nil) {
 			l.fail("%v, by the model %d", err, status)
 		}
+		l.compare()
 	}
-	for {
-		looks, err := l.store.claimDueChecks(ctx, 1, l.model.now)
+}
+
+// readLists has the gateway's lists read. They must show all that moved, however long ago and late.
+func (l *modelRun) readLists() {
+	l.t.Helper()
+	for _, status := range []gatewayStatus{gatewayPaid, gatewayCancelled} {
+		var found []string
+		previous := ""
+		l.settler.onTestHook = func(point, id string) {
+			if point == "looked up" && previous != "cancelled "+id { // after its cancel it is the refund that looks
+				found = append(found, id)
+			}
+			previous = point + " " + id
+		}
+		err := l.settler.readList(context.Background(), status)
+		l.settler.onTestHook = nil
 		check(l.t, err)
-		if len(looks) == 0 {
+		for _, impUID := range found {
+			p := l.model.payment(impUID)
+			if p == nil || l.model.trouble.lookUp {
+				l.fail("the list of %s payments shows %s", status, impUID)
+			}
+			l.say("  reads of %s, %s", p.impUID, status)
+			l.model.settle(p)
+		}
+		l.compare()
+	}
+	if l.model.trouble.lookUp {
+		return
+	}
+	for _, p := range l.model.payments {
+		if !p.fickle && !p.known() && !l.model.now.Before(p.changed.Add(maxListDelay)) {
+			l.fail("the lists have not shown %s", p.impUID)
+		}
+	}
+}
+
+func (l *modelRun) checkOrders() {
+	l.t.Helper()
+	for {
+		due, err := l.store.claimDueChecks(context.Background(), 1, l.model.now)
+		check(l.t, err)
+		if len(due) == 0 {
 			break
 		}
-		i := slices.IndexFunc(l.model.orders, func(o *modelOrder) bool { return o.id == looks[0].id })
-		l.say("  looks at order %s", looks[0].id)
-		_, err = l.settler.checkOrder(ctx, looks[0])
+		i := slices.IndexFunc(l.model.orders, func(o *modelOrder) bool { return o.id == due[0].id })
+		l.say("  asks about order %s", due[0].id)
+		_, err = l.settler.checkOrder(context.Background(), due[0])
 		check(l.t, err)
-		l.model.reconcile(l.model.orders[i], l.config.hold)
+		l.model.reconcile(l.model.orders[i])
 		l.compare()
 	}
 	for _, o := range l.model.orders {
-		if o.unpaid() && !l.model.now.Before(o.until) && !l.model.now.Before(o.silent.Add(l.config.reconcile)) {
+		if o.unpaid() && !l.model.now.Before(o.until) && !l.model.now.Before(o.silent.Add(refundLease)) {
 			l.fail("order %s is unpaid and its hold is over", o.id)
 		}
 	}
 }
 
-// settleDown ends a life: the reconciler has all the time it needs and the gateway answers. Then every won that the
-// gateway has for an order pays for it, and the rest is back.
+// settleDown ends a run: the gateway answers, the reconciler has all the time it needs, and an administrator helps the refunds
+// that need one. Then every won that the gateway has for an order pays for it, the rest is back, and the audit finds what is
+// left to a person and nothing else.
 func (l *modelRun) settleDown() {
 	l.t.Helper()
 	l.model.trouble = noTrouble
 	l.fake.setFaults(nil)
-	for range 4 {
+	for _, p := range l.model.payments {
+		l.makeReadable(p)
+	}
+	for range 3 {
 		l.tick(25 * time.Hour)
 		l.round()
-		l.compare()
 	}
+	for _, p := range l.model.payments {
+		if p.state != "refunding" {
+			continue
+		}
+		if !p.refused && !p.vbank && p.order == p.ledger {
+			l.fail("the refund of %s is not done", p.impUID)
+		}
+		toAccount := p.vbank && !p.refused && p.order == p.ledger
+		l.helpRefund(adminID, p.ledger, p, toAccount)
+		if l.compare(); p.state != "refunded" {
+			l.fail("the refund of %s is not done", p.impUID)
+		}
+	}
+	l.say("the audit") // has the reconciler ask about what no list shows
+	l.auditSince(l.begun)
+	l.tick(time.Second)
+	l.round()
+	l.wantSettled()
+}
+
+// makeReadable ends what made a payment unreadable.
+func (l *modelRun) makeReadable(p *modelPayment) {
+	if !p.unreadable() {
+		return
+	}
+	p.garbled = false
+	if p.unreadable() {
+		p.status = "paid"
+	}
+	l.atGateway(p.impUID, func(there *fakePayment) { there.Amount, there.Status = p.amount, p.status })
+	l.say("%s can be read again, and is %s", p.impUID, p.status)
+}
+
+// wantSettled fails unless every won is where it belongs and the audit says so.
+func (l *modelRun) wantSettled() {
+	l.t.Helper()
 	for _, o := range l.model.orders {
 		if o.unpaid() || o.cancelling {
 			l.fail("order %s is not settled", o.id)
 		}
 	}
+	var want []string
+	odd := false
 	for _, p := range l.model.payments {
+		found := p.mismatches()
+		want = append(want, found...)
+		odd = odd || len(found) > 0 || p.fickle || p.handed
 		switch {
-		case !p.moved() || p.changed.After(p.order.made.Add(24*time.Hour)): // nobody promises to find it
-		case p.state == "kept" && p.booked == p.back && p.order.status >= 0 && p.order.status <= 4:
-		case p.state == "refunded" && p.back == p.amount:
+		case p.fickle || p.order == nil || p.sandbox || !p.moved():
+		case p.state == "kept" && p.booked == p.back && p.ledger.status >= 0 && p.ledger.status <= 4:
+		case p.state == "refunded" && (p.back == p.amount || p.handed):
 		default:
 			l.fail("payment %s is %s, %d of %d back", p.impUID, p.state, p.back, p.amount)
 		}
 	}
+	report := l.auditSince(l.begun)
+	var got []string
+	for _, m := range report.Mismatches {
+		got = append(got, fmt.Sprintf("%s%s of order %s: %s", m.ImpUID, m.Painting, m.Order, m.Kind))
+	}
+	l.wantSame(got, want)
+	if !odd && report.Ledger != report.Gateway {
+		l.fail("the ledger has %+v, the gateway %+v", report.Ledger, report.Gateway)
+	}
 	if n := queryText(l.t, l.config.databaseURL, `SELECT count(*) FROM orders WHERE next_look_at IS NOT NULL`); n != "0" {
-		l.fail("%s orders are still to be looked at", n)
+		l.fail("%s orders are still to be asked about", n)
 	}
 }
 
@@ -563,40 +879,62 @@ type model struct {
 
 type modelPainting struct {
 	id      string
+	price   int64 // today's
 	forSale bool
-	owner   *modelOrder // nil: in stock
+	owner   *modelOrder // nil: no order has it
 }
 
 type modelOrder struct {
-	id, buyer, number string
-	paintings         []*modelPainting
-	status            int
-	ended             string // deleted, replaced, expired
-	cancelling        bool
-	made, until       time.Time
-	silent            time.Time // when the gateway last did not answer the reconciler about it
-	history           []string
+	id, buyer, number, address string
+	paintings                  []*modelPainting
+	prices                     []int64 // of paintings, as they were ordered
+	status                     int
+	cameFrom                   int    // where its return was asked for
+	ended                      string // deleted, replaced, expired, withdrawn
+	endedAt                    time.Time
+	cancelling                 bool
+	until                      time.Time // when its hold ends
+	since                      time.Time // when the first of the holds began that it took paintings over from; its own beginning if none
+	tookOver                   bool      // a painting from the buyer's unpaid order
+	silent                     time.Time // when the gateway last gave the reconciler no usable answer about it
+	history                    []string
 }
 
 type modelPayment struct {
-	impUID           string
-	order            *modelOrder // nil: of another shop
-	status           string      // at the gateway, before any refund: paid, ready, failed
-	foreign, sandbox bool
-	amount, back     int64     // at the gateway, back of amount was given back
-	changed          time.Time // when money last moved at the gateway
+	impUID string
 
-	state, reason string // in our books; empty: unknown there
-	booked        int64  // of back, what our books know
+	// At the gateway.
+	order            *modelOrder // nil: of another shop
+	status           string      // paid, ready, failed, pending, cancelled
+	foreign, sandbox bool
+	paid             bool // it has been, whatever the status says now
+	amount, back     int64
+	vbank            bool      // a virtual account
+	until            time.Time // the last moment for a deposit into it
+	refused          bool      // the card company refuses to give it back
+	fickle           bool      // the gateway has changed its mind about it
+	garbled          bool      // its amount is none
+	changed          time.Time // when money last moved
+
+	// In the ledger.
+	state, reason string      // empty: unknown there
+	ledger        *modelOrder // the order that it is booked for
+	booked        int64       // won that are back, what was paid by hand included; of a foreign one 0
+	handed        bool        // the rest was paid back by hand
+	byHand        int64       // won of that
+	account       bool        // an account for its refund is known
+	refusals      int
 }
 
 // trouble is how the gateway fails for the length of a move.
 type trouble struct {
-	name   string
-	lookUp bool  // look-ups answer 500
-	cancel fault // of every cancel
-	status int   // what our answer is when a cancel has failed so
-	after  bool  // look-ups after a cancel answer 500
+	name    string
+	lookUp  bool  // look-ups answer 500
+	cancel  fault // of every cancel
+	status  int   // what our answer is when a cancel has failed so; 502: it is a refusal
+	after   bool  // look-ups after a cancel answer 500
+	account bool  // the end of a virtual account answers 500
+	deposit bool  // a deposit comes just before a virtual account would end
 }
 
 var noTrouble = trouble{}
@@ -608,6 +946,8 @@ var troubles = []trouble{
 	{name: "cancels are refused", cancel: fault{before: answerRefusal(-1, "거절")}, status: 502},
 	{name: "cancels are done and their answers lost", cancel: fault{after: dropConnection}, status: 503},
 	{name: "cancels are done, and all is silent then", cancel: fault{after: answer500}, status: 503, after: true},
+	{name: "accounts cannot be ended", account: true},
+	{name: "a deposit comes before an account ends", deposit: true},
 }
 
 // reply is a status and the message with it.
@@ -617,17 +957,57 @@ type reply struct {
 }
 
 var (
+	noProblem      = reply{}
 	gatewaySilent  = reply{503, "결제 서비스가 응답하지 않습니다. 잠시 후 다시 시도해 주세요"}
+	gatewayBroken  = reply{502, gatewaySilent.message}
 	nobodyAsks     = reply{401, "로그인이 필요합니다"}
+	adminsOnly     = reply{403, "관리자만 사용할 수 있습니다"}
 	noSuchOrder    = reply{404, "해당 주문내역이 존재하지 않습니다"}
+	noSuchPayment  = reply{404, "imp_uid: 해당 결제 내역이 존재하지 않습니다"}
+	orderMade      = reply{201, "주문서 생성 성공"}
+	orderDeleted   = reply{200, "결제 오류로 임시 주문서를 삭제했습니다"}
 	paintingsTaken = reply{409, "이미 판매되었거나 다른 구매자가 결제 중인 작품이 있습니다"}
 )
 
-const orderTotal = 109000 // of one painting; each more is 99,000
+const (
+	shippingPrice = 10000
+	orderHold     = 30 * time.Minute
+	revivalTime   = 24 * time.Hour // in which late money may still pay for an order that ended
+	stuckRefusals = 3
+)
 
-func (o *modelOrder) total() int64 { return orderTotal + 99000*int64(len(o.paintings)-1) }
+func (o *modelOrder) total() int64 {
+	total := int64(shippingPrice)
+	for _, price := range o.prices {
+		total += price
+	}
+	return total
+}
+
+// body is the request for the order.
+func (o *modelOrder) body() map[string]any {
+	body := orderBody(o.number, o.paintingIDs()...)
+	for i, item := range body["orderItems"].([]any) {
+		item.(map[string]any)["price"] = o.prices[i]
+	}
+	body["deliveryInfo"].(map[string]any)["detailedAddress"] = o.address
+	body["totalPrice"] = o.total()
+	return body
+}
+
+// asks returns what the order's request says, in whatever order it names the paintings.
+func (o *modelOrder) asks() []string {
+	asks := []string{o.number, o.address}
+	for i, p := range o.paintings {
+		asks = append(asks, fmt.Sprint(p.id, " ", o.prices[i]))
+	}
+	slices.Sort(asks)
+	return asks
+}
 
 func (o *modelOrder) unpaid() bool { return o.status == -1 && o.ended == "" }
+
+func (o *modelOrder) has(p *modelPainting) bool { return slices.Contains(o.paintings, p) }
 
 func (o *modelOrder) note(why string) { o.history = append(o.history, why) }
 
@@ -637,8 +1017,8 @@ func (o *modelOrder) seenBy(user string) bool {
 }
 
 // end lets an unpaid order go.
-func (o *modelOrder) end(why string) {
-	o.ended = why
+func (m *model) end(o *modelOrder, why string) {
+	o.ended, o.endedAt = why, m.now
 	o.note(why)
 	o.free()
 }
@@ -662,6 +1042,24 @@ func (p *modelPainting) takenFor(buyer string) bool {
 	return !p.forSale || p.owner != nil && !(p.owner.unpaid() && p.owner.buyer == buyer)
 }
 
+// leftToOthers returns until when buyer, who has held the painting again and again without paying, leaves it to others; zero if
+// they need not.
+func (m *model) leftToOthers(buyer string, p *modelPainting) (until time.Time) {
+	if u := m.live(buyer, (*modelOrder).unpaid); u != nil && u.has(p) {
+		if !m.now.Before(u.since.Add(2 * orderHold)) {
+			return m.now.Add(orderHold)
+		}
+		return until
+	}
+	for _, o := range m.orders {
+		end := o.endedAt.Add(orderHold)
+		if o.buyer == buyer && o.has(p) && o.tookOver && o.ended != "" && o.ended != "replaced" && m.now.Before(end) && end.After(until) {
+			until = end
+		}
+	}
+	return until
+}
+
 // live is the buyer's order that fits and has not ended, nil when there is none.
 func (m *model) live(buyer string, fits func(*modelOrder) bool) *modelOrder {
 	for _, o := range m.orders {
@@ -672,24 +1070,59 @@ func (m *model) live(buyer string, fits func(*modelOrder) bool) *modelOrder {
 	return nil
 }
 
+// payment is the payment of an imp_uid, nil when there is none.
+func (m *model) payment(impUID string) *modelPayment {
+	i := slices.IndexFunc(m.payments, func(p *modelPayment) bool { return p.impUID == impUID })
+	if i < 0 {
+		return nil
+	}
+	return m.payments[i]
+}
+
+// paidUnder reports whether the buyer has an order of that number that was ever paid.
+func (m *model) paidUnder(buyer, number string) bool {
+	return m.live(buyer, func(o *modelOrder) bool { return o.number == number && o.status >= 0 }) != nil
+}
+
 // create makes order o or says why not. The answer's order may be one that was made before.
 func (m *model) create(o *modelOrder) (reply, *modelOrder) {
-	twin := m.live(o.buyer, func(x *modelOrder) bool { return x.number == o.number })
+	unpaid := m.live(o.buyer, (*modelOrder).unpaid)
 	switch {
-	case twin != nil && !sameSet(twin.paintingIDs(), o.paintingIDs()):
-		return reply{409, "result.id: 다른 주문에 이미 사용된 주문 번호입니다"}, nil
-	case twin != nil:
-		return reply{201, "주문서 생성 성공"}, twin
-	case slices.ContainsFunc(o.paintings, func(p *modelPainting) bool { return p.takenFor(o.buyer) }):
+	case m.paidUnder(o.buyer, o.number):
+		return reply{409, "result.id: 이미 결제된 주문에 사용된 주문 번호입니다"}, nil
+	case unpaid != nil && slices.Equal(unpaid.asks(), o.asks()):
+		m.hold(unpaid)
+		return orderMade, unpaid
+	case slices.ContainsFunc(o.paintings, func(p *modelPainting) bool {
+		return p.takenFor(o.buyer) || !m.leftToOthers(o.buyer, p).IsZero()
+	}):
 		return paintingsTaken, nil
 	}
-	if unpaid := m.live(o.buyer, (*modelOrder).unpaid); unpaid != nil {
-		unpaid.end("replaced")
+	for i, p := range o.paintings {
+		if p.price != o.prices[i] {
+			return reply{400, fmt.Sprintf("orderItems[%d].price: 작품 가격은 %d원입니다", i, p.price)}, nil
+		}
 	}
+	o.since = m.now
+	if unpaid != nil {
+		if o.tookOver = slices.ContainsFunc(o.paintings, unpaid.has); o.tookOver {
+			o.since = unpaid.since
+		}
+		m.end(unpaid, "replaced")
+	}
+	m.hold(o)
 	o.note("created")
 	o.take()
 	m.orders = append(m.orders, o)
-	return reply{201, "주문서 생성 성공"}, o
+	return orderMade, o
+}
+
+// hold begins an order's hold, perhaps anew. However often that is done, it ends at most 2 holds after the first began.
+func (m *model) hold(o *modelOrder) {
+	o.until = m.now.Add(orderHold)
+	if last := o.since.Add(2 * orderHold); last.Before(o.until) {
+		o.until = last
+	}
 }
 
 func (o *modelOrder) paintingIDs() (ids []string) {
@@ -699,21 +1132,98 @@ func (o *modelOrder) paintingIDs() (ids []string) {
 	return ids
 }
 
-// moved reports whether money moved with the payment at all, ours or not.
-func (p *modelPayment) moved() bool { return p.status == "paid" && !p.sandbox && p.order != nil }
+// moved reports whether money ever moved with the payment.
+func (p *modelPayment) moved() bool { return p.amount > 0 && (p.paid || p.back > 0) }
 
-// settle is what becomes of a payment that we look at.
-func (m *model) settle(p *modelPayment) {
+// unreadable reports whether what the gateway says of the payment makes no sense.
+func (p *modelPayment) unreadable() bool {
+	return p.garbled || p.moved() && p.status == "cancelled" && p.back == 0
+}
+
+// listed reports whether the gateway names the payment among those of its order.
+func (p *modelPayment) listed() bool {
+	return p.order != nil && !p.sandbox && (p.status == "paid" || p.status == "cancelled")
+}
+
+func (p *modelPayment) awaitsDeposit() bool { return p.vbank && p.status == "ready" }
+
+// refundable reports whether something is left that the gateway can give back.
+func (p *modelPayment) refundable() bool { return p.paid && p.back < p.amount && !p.garbled }
+
+// seen is what the gateway says is back, as far as it can be booked in won.
+func (p *modelPayment) seen() int64 {
+	if p.foreign {
+		return 0
+	}
+	return p.back
+}
+
+// known reports whether the ledger has all that the gateway says of a payment.
+func (p *modelPayment) known() bool {
+	return p.order == nil || p.sandbox || !p.moved() || !p.listed() ||
+		p.state == "refunded" || p.state != "" && p.back < p.amount && p.booked == p.seen()
+}
+
+// stuck reports whether the refund needs a person.
+func (p *modelPayment) stuck() bool { return p.state == "refunding" && p.refusals >= stuckRefusals }
+
+func (p *modelPayment) cancelsOrder() bool {
+	return p.reason == "buyer cancelled" || p.reason == "shop cancelled"
+}
+
+// pay is money that comes later than its window was opened.
+func (p *modelPayment) pay(now time.Time) { p.status, p.paid, p.changed = "paid", true, now }
+
+// giveBack is the gateway giving back a part of the payment, or all of it.
+func (p *modelPayment) giveBack(won int64, now time.Time) {
+	p.status, p.back, p.changed = "cancelled", p.back+won, now
+}
+
+// mismatches are what the audit of a settled order finds about the payment, for a person.
+func (p *modelPayment) mismatches() (found []string) {
+	say := func(o *modelOrder, kind string) {
+		found = append(found, fmt.Sprintf("%s of order %s: %s", p.impUID, o.id, kind))
+	}
+	switch {
+	case p.state == "":
+	case p.ledger != p.order:
+		if p.state == "kept" {
+			say(p.ledger, "payment of another order")
+		}
+		if p.listed() && p.moved() && p.back < p.amount {
+			say(p.order, "payment of another order")
+		}
+	case p.handed && p.listed() && p.seen() > p.booked-p.byHand:
+		say(p.ledger, "paid back twice")
+	case p.handed:
+	case p.state == "refunded" && p.listed() && p.back < p.amount:
+		say(p.ledger, "refunded here, kept there")
+	case p.state == "kept" && !p.listed():
+		say(p.ledger, "kept here, never paid there")
+	case p.state == "kept" && p.back < p.booked:
+		say(p.ledger, "amount differs")
+	}
+	return found
+}
+
+// settle is what becomes of a payment that we look at and can read. False: it is of no order of ours, or of another one than
+// it is booked for.
+func (m *model) settle(p *modelPayment) bool {
 	o := p.order
 	switch {
+	case o == nil || p.state != "" && p.ledger != o:
+		return false
 	case !p.moved() || p.state == "refunded":
-	case p.back == p.amount:
+	case p.back >= p.amount:
 		m.refunded(p, "refunded at the gateway")
 	case p.state != "":
-		if p.state == "kept" && p.back > p.booked {
-			o.note("partly refunded")
+		if p.seen() > p.booked {
+			if p.state == "kept" {
+				o.note("partly refunded")
+			}
+			p.booked = p.seen()
 		}
-		p.booked = p.back
+	case p.status != "paid" && p.status != "cancelled":
 	case p.foreign || p.amount != o.total() || p.back > 0:
 		m.refund(p, "amount differs")
 	case o.status == 5:
@@ -725,80 +1235,114 @@ func (m *model) settle(p *modelPayment) {
 	default:
 		m.pay(o, p)
 	}
+	return true
 }
 
-// revivable reports whether an order that has ended can have its paintings again: all are in stock, or held by its
-// buyer's own unpaid order. An order number has one live order, so another paid one with this number is in its way.
+// revivable reports whether late money may still pay for an order that has ended: not for longer than a day, at today's prices,
+// while all of its paintings are there for its buyer, and unless a paid order has its number.
 func (m *model) revivable(o *modelOrder) bool {
-	return !slices.ContainsFunc(o.paintings, func(p *modelPainting) bool { return p.takenFor(o.buyer) }) &&
-		m.live(o.buyer, func(x *modelOrder) bool { return x.number == o.number && x.status >= 0 }) == nil
+	today := int64(shippingPrice)
+	for _, p := range o.paintings {
+		today += p.price
+	}
+	return m.now.Before(o.endedAt.Add(revivalTime)) && today == o.total() && !m.paidUnder(o.buyer, o.number) &&
+		!slices.ContainsFunc(o.paintings, func(p *modelPainting) bool { return p.takenFor(o.buyer) })
 }
 
 func (m *model) pay(o *modelOrder, p *modelPayment) {
 	why := "paid"
 	if o.ended != "" {
 		why = "revived"
-		overlaps := func(p *modelPainting) bool { return slices.Contains(o.paintings, p) }
 		if rival := m.live(o.buyer, (*modelOrder).unpaid); rival != nil &&
-			(rival.number == o.number || slices.ContainsFunc(rival.paintings, overlaps)) {
-			rival.end("replaced")
+			(rival.number == o.number || slices.ContainsFunc(rival.paintings, o.has)) {
+			m.end(rival, "replaced")
 		}
 		o.take()
 	}
 	o.status, o.ended = 0, ""
 	o.note(why)
-	p.state = "kept"
+	p.state, p.ledger = "kept", o
 	o.note("payment kept")
 }
 
-// refund books that a payment's money goes back, and sends it back. It reports our answer's status: 200 when it is back.
-func (m *model) refund(p *modelPayment, reason string) (status int) {
-	p.state, p.reason, p.booked = "refunding", reason, p.back
-	p.order.note("refunding: " + reason)
-	return m.cancel(p)
+// refund books that a payment's money goes back, and sends it back.
+func (m *model) refund(p *modelPayment, reason string) {
+	p.state, p.reason, p.ledger, p.booked = "refunding", reason, p.order, p.seen()
+	p.ledger.note("refunding: " + reason)
+	m.cancel(p, p.booked)
 }
 
-// cancel is one attempt at a refund that is booked: the gateway compares what we believe is left of a payment in won.
-func (m *model) cancel(p *modelPayment) (status int) {
-	status = cmp.Or(m.trouble.status, 200)
-	if m.trouble.cancel.before == nil {
-		switch {
-		case p.back == p.amount, p.booked != p.back && !p.foreign:
-			status = cmp.Or(m.trouble.status, 502)
-		default:
-			p.back, p.changed = p.amount, m.now
+// cancel is one attempt at a refund that is booked: the gateway compares what we believe is back already. It returns our
+// answer's status: 200 when all is back. A refusal because something else is back than we believed is followed by one more.
+func (m *model) cancel(p *modelPayment, believed int64) (status int) {
+	for again := true; ; again = false {
+		refused := m.refusesCancel(p, believed)
+		if m.trouble.cancel.before == nil && !refused {
+			p.giveBack(p.amount-p.back, m.now)
 		}
-	}
-	if status != 200 && (m.trouble.after || m.trouble.lookUp) {
+		if m.trouble.status != 0 {
+			refused = m.trouble.status == 502
+		}
+		status = cmp.Or(m.trouble.status, map[bool]int{true: 502, false: 200}[refused])
+		switch {
+		case status != 200 && (m.trouble.after || m.trouble.lookUp || p.unreadable()):
+		case !m.settle(p):
+			return 502
+		case p.state == "refunded":
+			return 200
+		case again && refused && p.seen() != believed:
+			believed = p.seen()
+			continue
+		}
+		if refused {
+			p.refusals++
+		}
 		return status
 	}
-	m.settle(p)
-	if p.state == "refunded" {
-		return 200
-	}
-	return status
+}
+
+// refusesCancel reports whether the gateway gives back none of a payment.
+func (m *model) refusesCancel(p *modelPayment, believed int64) bool {
+	return !p.refundable() || !p.foreign && believed != p.back || p.vbank && !p.account || p.refused
 }
 
 // refundAgain is a further attempt: it looks first.
 func (m *model) refundAgain(p *modelPayment) (status int) {
-	if m.trouble.lookUp {
+	switch {
+	case m.trouble.lookUp:
 		return 503
-	}
-	if m.settle(p); p.state == "refunded" {
+	case p.unreadable() || !m.settle(p):
+		return 502
+	case p.state == "refunded":
 		return 200
 	}
-	return m.cancel(p)
+	return m.cancel(p, p.seen())
 }
 
-// refunded books that a payment is back, whole. The order goes with the payment it was paid with.
+// refunded books that a payment is back, whole. The order goes with the payment it was paid with. Its paintings are available
+// again only if they never left the shop, or if we cancelled the order: then they are back.
 func (m *model) refunded(p *modelPayment, reason string) {
-	cancels := p.state == "kept" || p.reason == "buyer cancelled" || p.reason == "shop cancelled"
-	p.state, p.reason, p.booked = "refunded", cmp.Or(p.reason, reason), p.amount
-	p.order.note("refunded: " + p.reason)
+	if p.state == "" {
+		p.ledger = p.order
+	}
+	ours, cancels := p.cancelsOrder(), p.state == "kept" || p.cancelsOrder()
+	p.state, p.reason, p.account = "refunded", cmp.Or(p.reason, reason), false
+	if p.booked = p.amount; p.foreign {
+		p.booked = 0
+	}
+	p.ledger.note("refunded: " + p.reason)
 	if cancels {
-		p.order.status, p.order.cancelling = 5, false
-		p.order.note("cancelled")
-		p.order.free()
+		m.cancelled(p.ledger, !ours && p.ledger.status >= 2)
+	}
+}
+
+// cancelled ends a paid order whose money is back.
+func (m *model) cancelled(o *modelOrder, offSale bool) {
+	o.status, o.cancelling = 5, false
+	o.note("cancelled")
+	o.free()
+	for _, p := range o.paintings {
+		p.forSale = p.forSale && !offSale
 	}
 }
 
@@ -807,11 +1351,16 @@ func (m *model) report(p *modelPayment) reply {
 	switch {
 	case m.trouble.lookUp:
 		return gatewaySilent
-	case p == nil || p.order == nil || p.sandbox:
-		return reply{404, "imp_uid: 해당 결제 내역이 존재하지 않습니다"}
-	}
-	m.settle(p)
-	switch {
+	case p == nil || p.sandbox:
+		return noSuchPayment
+	case p.unreadable():
+		return gatewayBroken
+	case p.order == nil:
+		return noSuchPayment
+	case !m.settle(p):
+		return reply{409, "imp_uid: 이미 다른 주문에 사용된 결제입니다"}
+	case p.awaitsDeposit():
+		return m.endAccount(p)
 	case p.state == "":
 		return reply{400, "imp_uid: 결제가 완료되지 않았습니다"}
 	case p.state == "kept":
@@ -831,48 +1380,69 @@ func (m *model) report(p *modelPayment) reply {
 	}
 }
 
+// endAccount ends a virtual account, unless a deposit comes first.
+func (m *model) endAccount(p *modelPayment) reply {
+	switch {
+	case m.trouble.account:
+		return gatewaySilent
+	case m.trouble.deposit && !m.now.After(p.until):
+		p.pay(m.now)
+	default:
+		p.status, p.changed = "cancelled", m.now
+	}
+	return reply{409, "가상계좌로는 결제할 수 없어 발급된 계좌를 해지했습니다. 다른 결제 수단을 이용해 주세요"}
+}
+
 // noticed is report for the gateway itself, which is told no more than that we have seen it.
 func (m *model) noticed(p *modelPayment) reply {
-	if r := m.report(p); r == gatewaySilent {
+	if r := m.report(p); r.status >= 500 {
 		return r
 	}
 	return reply{200, "확인했습니다"}
 }
 
 // check settles all that the gateway has for an order, first what is paid and then what was given back, the oldest first.
-// An unpaid order for which nothing is paid is left alone. False: the gateway does not answer.
-func (m *model) check(o *modelOrder) bool {
+// An unpaid order for which nothing is paid is left alone. The problem is that the gateway gives no usable answer.
+func (m *model) check(o *modelOrder) (problem reply) {
 	if m.trouble.lookUp {
-		return false
+		return gatewaySilent
 	}
 	var paid, back []*modelPayment
 	for _, p := range m.payments {
 		switch {
-		case p.order != o || !p.moved():
-		case p.back == 0:
+		case p.order != o || !p.listed():
+		case p.status == "paid":
 			paid = append(paid, p)
 		default:
 			back = append(back, p)
 		}
 	}
-	if !o.unpaid() || len(paid) > 0 {
-		for _, p := range append(paid, back...) {
-			m.settle(p)
-		}
+	switch {
+	case o.unpaid() && slices.ContainsFunc(paid, (*modelPayment).unreadable):
+		return gatewayBroken
+	case o.unpaid() && len(paid) == 0:
+		return noProblem
 	}
-	return true
+	for _, p := range append(paid, back...) {
+		if p.unreadable() {
+			problem = gatewayBroken
+			continue
+		}
+		m.settle(p)
+	}
+	return problem
 }
 
-// reconcile looks at an order whose time has come: an unpaid one ends when its hold is over, but not before the gateway
-// was asked, or was silent for as long again.
-func (m *model) reconcile(o *modelOrder, hold time.Duration) {
+// reconcile asks about an order whose time has come: an unpaid one ends when its hold is over, but not before the gateway
+// has given an answer, or none for as long again.
+func (m *model) reconcile(o *modelOrder) {
 	unpaid := o.unpaid()
-	looked := m.check(o)
-	if !looked {
+	problem := m.check(o)
+	if problem != noProblem {
 		o.silent = m.now
 	}
-	if unpaid && o.unpaid() && !m.now.Before(o.until) && (looked || !m.now.Before(o.made.Add(2*hold))) {
-		o.end("expired")
+	if unpaid && o.unpaid() && !m.now.Before(o.until) && (problem == noProblem || !m.now.Before(o.until.Add(orderHold))) {
+		m.end(o, "expired")
 	}
 }
 
@@ -881,17 +1451,20 @@ func (m *model) delete(user string, o *modelOrder, wanted *int) reply {
 	switch {
 	case user == "":
 		return nobodyAsks
-	case !o.seenBy(user):
+	case o == nil || o.ended == "deleted" || user != o.buyer && user != adminID:
 		return noSuchOrder
+	case o.ended != "":
+		return orderDeleted
 	case !o.unpaid():
 		return m.deletePaid(user, o, wanted)
-	case !m.check(o):
-		return gatewaySilent
-	case !o.unpaid():
+	}
+	if problem := m.check(o); problem != noProblem {
+		return problem
+	} else if !o.unpaid() {
 		return reply{409, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요"}
 	}
-	o.end("deleted")
-	return reply{200, "결제 오류로 임시 주문서를 삭제했습니다"}
+	m.end(o, "deleted")
+	return orderDeleted
 }
 
 func (m *model) deletePaid(user string, o *modelOrder, wanted *int) reply {
@@ -906,8 +1479,7 @@ func (m *model) deletePaid(user string, o *modelOrder, wanted *int) reply {
 	case !cancel && o.cancelling:
 		return reply{409, "결제 취소가 진행 중입니다"}
 	case !cancel:
-		o.status = 4
-		o.note("return requested")
+		o.move(4)
 		return reply{200, "해당 주문의 반품 요청이 완료되었습니다"}
 	case o.status == 4 && user != adminID:
 		return reply{409, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다"}
@@ -915,51 +1487,121 @@ func (m *model) deletePaid(user string, o *modelOrder, wanted *int) reply {
 		return reply{409, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다"}
 	}
 	if status := m.cancelOrder(user, o); status != 200 {
-		return reply{status, "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"}
+		return refundPending(status)
 	}
 	return reply{200, "해당 주문의 결제 취소가 완료되었습니다"}
 }
 
+func refundPending(status int) reply {
+	return reply{status, "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"}
+}
+
 func (m *model) cancelOrder(user string, o *modelOrder) (status int) {
-	i := slices.IndexFunc(m.payments, func(p *modelPayment) bool {
-		return p.order == o && (p.state == "kept" || p.reason == "buyer cancelled" || p.reason == "shop cancelled")
-	})
+	i := slices.IndexFunc(m.payments, func(p *modelPayment) bool { return p.ledger == o && (p.state == "kept" || p.cancelsOrder()) })
+	p := m.payments[i]
 	if o.cancelling {
-		return m.refundAgain(m.payments[i])
+		return m.refundAgain(p)
 	}
 	o.cancelling = true
 	o.note("cancel requested")
-	reason := "buyer cancelled"
+	p.state, p.reason = "refunding", "buyer cancelled"
 	if user == adminID {
-		reason = "shop cancelled"
+		p.reason = "shop cancelled"
 	}
-	p := m.payments[i]
-	p.state, p.reason = "refunding", reason
-	o.note("refunding: " + reason)
-	return m.cancel(p)
+	o.note("refunding: " + p.reason)
+	return m.cancel(p, p.booked)
 }
 
-// advance is PATCH /api/orders/:id.
-func (m *model) advance(user string, o *modelOrder, to int) reply {
-	messages := map[int]string{1: "해당 주문이 발송 준비 중 단계로 변경되었습니다", 2: "해당 주문이 배송 중 단계로 변경되었습니다",
-		3: "해당 주문이 배송 완료 단계로 변경되었습니다", 4: "해당 주문의 반품 요청 단계로 변경되었습니다"}
-	onward := to >= 1 && to <= 3
+// helpRefund is POST /api/orders/:id/refund.
+func (m *model) helpRefund(user string, o *modelOrder, p *modelPayment, toAccount bool) reply {
 	switch {
 	case user == "":
 		return nobodyAsks
-	case !o.seenBy(user):
+	case user != adminID:
+		return adminsOnly
+	case o == nil || p == nil || p.ledger != o:
 		return noSuchOrder
-	case onward && user != adminID:
-		return reply{403, "관리자만 사용할 수 있습니다"}
-	case o.cancelling, onward && o.status != to-1, !onward && (to != 4 || o.status < 1 || o.status > 3):
+	case p.state != "refunding":
+		return reply{409, "imp_uid: 환불할 금액이 없는 결제입니다"}
+	case toAccount:
+		p.account = true
+		if status := m.refundAgain(p); status != 200 {
+			return refundPending(status)
+		}
+	default:
+		m.paidByHand(p)
+	}
+	return reply{200, "환불이 처리되었습니다"}
+}
+
+// paidByHand books that the rest of a payment was paid back by other means.
+func (m *model) paidByHand(p *modelPayment) {
+	if !p.foreign {
+		p.byHand, p.booked = p.amount-p.booked, p.amount
+	}
+	p.state, p.handed, p.account = "refunded", true, false
+	p.ledger.note("refunded by hand: " + p.reason)
+	if p.cancelsOrder() {
+		m.cancelled(p.ledger, false)
+	}
+}
+
+// changeSale is PATCH /api/products/:id. An unpaid order that has a painting taken off sale ends, unless its money has come.
+func (m *model) changeSale(user string, p *modelPainting, forSale bool) reply {
+	switch {
+	case user == "":
+		return nobodyAsks
+	case user != adminID:
+		return adminsOnly
+	}
+	if !forSale && p.owner != nil && p.owner.unpaid() {
+		o := p.owner
+		if problem := m.check(o); problem != noProblem {
+			return problem
+		} else if o.unpaid() {
+			m.end(o, "withdrawn")
+		}
+	}
+	if p.owner != nil && !p.owner.unpaid() {
+		return reply{409, "결제된 주문의 작품은 판매 상태를 변경할 수 없습니다"}
+	}
+	p.forSale = forSale
+	return reply{200, "판매 상태가 변경되었습니다"}
+}
+
+// advance is PATCH /api/orders/:id: one step on or back, a return, or a return taken back.
+func (m *model) advance(user string, o *modelOrder, to int) reply {
+	messages := []string{"해당 주문이 결제 완료 단계로 변경되었습니다", "해당 주문이 발송 준비 중 단계로 변경되었습니다",
+		"해당 주문이 배송 중 단계로 변경되었습니다", "해당 주문이 배송 완료 단계로 변경되었습니다", "해당 주문의 반품 요청 단계로 변경되었습니다"}
+	if user == "" {
+		return nobodyAsks
+	} else if !o.seenBy(user) {
+		return noSuchOrder
+	}
+	sent := o.status >= 1 && o.status <= 3
+	allowed := false
+	switch {
+	case to == 4:
+		allowed = sent
+	case o.status == 4:
+		allowed = to == o.cameFrom
+	case to >= 0 && to <= 3:
+		if user != adminID {
+			return adminsOnly
+		}
+		allowed = (sent || o.status == 0) && (to == o.status+1 || to == o.status-1)
+	}
+	if !allowed || o.cancelling {
 		return reply{400, "변경실패, 진행 단계가 알맞지 않습니다"}
 	}
-	o.status = to
-	o.note([]string{"preparing", "shipping", "delivered", "return requested"}[to-1])
+	o.move(to)
 	return reply{200, messages[to]}
 }
 
-// sameSet reports whether a and b, each without repeats, have the same elements.
-func sameSet(a, b []string) bool {
-	return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
+func (o *modelOrder) move(to int) {
+	if to == 4 {
+		o.cameFrom = o.status
+	}
+	o.status = to
+	o.note([]string{"paid", "preparing", "shipping", "delivered", "return requested"}[to])
 }
