@@ -654,7 +654,7 @@ func (c *crash) call(rng *rand.Rand, user, method, path string, body any) answer
 	switch a.status {
 	case 0, http.StatusServiceUnavailable, http.StatusTooManyRequests: // no client tries again at once
 		pause(c.over, time.Duration(50+rng.IntN(200))*time.Millisecond)
-	case http.StatusOK, http.StatusCreated, http.StatusBadRequest, http.StatusNotFound, http.StatusConflict,
+	case http.StatusOK, http.StatusCreated, http.StatusBadRequest, http.StatusForbidden, http.StatusNotFound, http.StatusConflict,
 		http.StatusBadGateway, http.StatusGatewayTimeout:
 	default:
 		c.t.Errorf("%s %s, request %s: %s", method, path, a.header.Get("X-Request-Id"), a.body)
