@@ -42,7 +42,7 @@ const devPagePolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src
 var devUsers = []devUser{
 	{ID: "61a4e52b4f5f6aa036bfec61", Name: "가람", Variable: "BUYER"},
 	{ID: "61a4e52b4f5f6aa036bfec62", Name: "나래", Variable: "BUYER2"},
-	{ID: "61a4e52b4f5f6aa036bfec6a", Name: "관리자", Variable: "DESK", Admin: true},
+	{ID: "61a4e52b4f5f6aa036bfec6a", Name: "관리자", Variable: "ADMIN", Admin: true},
 }
 
 // devUser is a user of local development, as the page gets it.
@@ -152,6 +152,7 @@ func (env *devEnv) setUp(ctx context.Context, s *server, address string, out io.
 		}
 		response.Body.Close()
 	}
+	s.mux.HandleFunc("GET /local/payments", env.gateway.listPayments)
 	s.mux.HandleFunc("POST /local/payments", env.gateway.window)
 	s.mux.HandleFunc("POST /local/payments/{imp_uid}", env.gateway.console)
 	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {

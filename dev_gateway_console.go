@@ -50,9 +50,25 @@ func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 	writeFakeJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
 }
 
+// listPayments lists the payments of an order as a call, for local development: GET ?merchant_uid=… → an array of them as the API
+// shows them, the oldest first. "refunds_refused" says besides what the card company answers to every refund, "" if it makes them.
+func (g *fakeGateway) listPayments(w http.ResponseWriter, r *http.Request) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	list := []map[string]any{}
+	for _, p := range g.payments {
+		if p.MerchantUID == r.URL.Query().Get("merchant_uid") {
+			shown := p.object()
+			shown["refunds_refused"] = p.RefundsRefused
+			list = append(list, shown)
+		}
+	}
+	writeFakeJSON(w, http.StatusOK, list)
+}
+
 // console is what can happen to a payment afterwards as a call, for local development: POST {"do": "refund" ("amount": 0 is all
-// that is left), "chargeback", "deposit" or "expire" (both of a virtual account), "notify": also give notice of it}. Without
-// "notify" the notice is lost. It answers the payment as the API shows it.
+// that is left), "chargeback", "refuse" (all refunds from now on), "deposit" or "expire" (both of a virtual account), "notify":
+// also give notice of it}. Without "notify" the notice is lost. It answers the payment as the API shows it.
 func (g *fakeGateway) console(w http.ResponseWriter, r *http.Request) {
 	var request struct {
 		Do     string `json:"do"`
@@ -70,12 +86,14 @@ func (g *fakeGateway) console(w http.ResponseWriter, r *http.Request) {
 			problem = g.refund(p, request.Amount, "콘솔에서 취소")
 		case "chargeback":
 			problem = g.takeBack(p)
+		case "refuse":
+			problem = g.refuseRefunds(p)
 		case "deposit":
 			problem = g.payIn(p)
 		case "expire":
 			problem = g.endAccount(p)
 		default:
-			problem = "do는 refund, chargeback, deposit, expire 중 하나여야 합니다"
+			problem = "do는 refund, chargeback, refuse, deposit, expire 중 하나여야 합니다"
 		}
 		if problem == "" {
 			shown = p.object()
@@ -110,6 +128,16 @@ func (g *fakeGateway) takeBack(p *fakePayment) (problem string) {
 		return fakeNoTarget
 	}
 	g.giveBack(p, p.Amount-p.Cancelled, "카드사 승인취소")
+	return ""
+}
+
+// refuseRefunds has the card company refuse every refund of a payment from now on. It needs the lock.
+func (g *fakeGateway) refuseRefunds(p *fakePayment) (problem string) {
+	if p == nil {
+		return fakeNoTarget
+	}
+	p.RefundsRefused = "카드사 거절"
+	g.save()
 	return ""
 }
 

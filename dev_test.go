@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -45,6 +47,19 @@ func TestPage(t *testing.T) {
 		b.see("h1", "장바구니")
 		b.resize(phone)
 		b.click("주문하기$")
+	}
+	// choose clicks, and waits until the order in view has the status.
+	choose := func(pattern, status string) {
+		t.Helper()
+		b.click(pattern)
+		b.see(".status", status)
+	}
+	// deliver takes the order in view through the administrator's three steps.
+	deliver := func() {
+		t.Helper()
+		choose("^발송 준비 시작$", "발송준비중")
+		choose("^발송$", "배송중")
+		choose("^배송 완료로 표시$", "배송완료")
 	}
 	// escape closes the payment window, and with it the order.
 	escape := func() {
@@ -117,7 +132,8 @@ func TestPage(t *testing.T) {
 		t.Errorf("pasted, %s\nanswers %s\nnot     %s", recorded.Curl, got, compact.String())
 	}
 
-	// The administrator finds the order by its number and sends it; the buyer returns it, and gets the money back.
+	// The administrator finds the order by its number, goes one step too far and back, and sends it; the buyer returns it, changes
+	// their mind twice, and gets the money back.
 	var number string
 	b.run(`document.querySelector('h1').innerText.replace('주문 ', '')`, &number)
 	b.click("^관리자$")
@@ -129,18 +145,15 @@ func TestPage(t *testing.T) {
 	b.until(`document.querySelectorAll('a.sheet').length === 1`, nil)
 	b.resize(wide)
 	b.click("^잠식 결제완료")
-	b.click("^발송 준비 시작$")
-	b.see(".status", "발송준비중")
-	b.click("^발송$")
-	b.see(".status", "배송중")
-	b.click("^배송 완료로 표시$")
-	b.see(".status", "배송완료")
+	choose("^발송 준비 시작$", "발송준비중")
+	choose("^한 단계 되돌리기$", "결제완료")
+	deliver()
 	b.click("^나래$")
-	b.click("^반품 신청$")
-	b.see(".status", "반품요청중")
+	choose("^반품 신청$", "반품요청중")
+	choose("^반품 신청 철회$", "배송완료")
+	choose("^반품 신청$", "반품요청중")
 	b.click("^관리자$")
-	b.click("^반품 확인 · 환불$")
-	b.see(".status", "결제취소")
+	choose("^반품 확인 · 환불$", "결제취소")
 
 	// Two buyers want one painting. The first one's payment window closes before it reports the payment: the painting stays held
 	// until the reconciler finds the payment. The second buyer orders another one.
@@ -176,33 +189,150 @@ func TestPage(t *testing.T) {
 	b.see(".counts", "결제완료")
 	b.resize(phone)
 
+	// Part of the money goes back in the gateway's console, with a notice. When the painting is delivered the card company takes
+	// all of it back, and the notice is lost: the reconciler finds it, and the painting is off sale until it is back.
+	b.click("^첫눈 결제완료")
+	b.click("^1,000원 환불")
+	b.see(".history", "일부 환불 · 1,000원")
+	b.click("^관리자$")
+	deliver()
+	b.click("^알림을 잃어버림$")
+	b.resize(phone)
+	b.tabTo("^카드사 승인취소")
+	b.press("Enter")
+	b.see("#notice", "카드사 승인취소: 결제사에서 처리했습니다")
+	b.see(".status", "배송완료")
+	s.later(s.config.reconcile)
+	b.see(".status", "결제취소")
+	b.see("#notice", "자동 대사")
+	b.see("#view", "판매를 재개합니다")
+	b.click("^갤러리$")
+	b.resize(phone)
+	b.tabTo("^판매 재개 ‘첫눈’$")
+	b.press("Enter")
+	b.see("#notice", "판매 상태가 변경되었습니다")
+	b.until(`!document.querySelector('#view').innerText.includes('판매 재개 ‘첫눈’')`, nil)
+
+	// It is sold again, and now the card company refuses to refund it. The administrator pays the money back by other means.
+	b.click("^나래$")
+	order("첫눈")
+	choose("^결제하기$", "결제완료")
+	b.click("^앞으로 환불 거절")
+	b.see(".payment", "결제사는 환불을 거절합니다")
+	b.click("^결제 취소$")
+	b.see("#notice", "환불이 아직 완료되지 않았습니다")
+	s.later(time.Hour)
+	s.later(time.Hour)
+	b.click("^관리자$")
+	b.click("^주문 관리$")
+	b.see("h1", "주문 관리")
+	b.run(`document.querySelector('[name=number]').value = ''`, nil)
+	b.click("^막힌 환불만$")
+	b.click("^찾기$")
+	b.until(`document.querySelectorAll('a.sheet').length === 1`, nil)
+	b.click("^첫눈 결제완료")
+	b.see(".payment", "환불 시작")
+	b.resize(phone)
+	b.tabTo("^직접 환불한 것으로 기록$")
+	b.press(" ")
+	b.see(".status", "결제취소")
+	b.see(".history", "직접 환불 · 구매자 취소 · 550,000원")
+
+	// A virtual account is no way to pay: the service ends it. Into one that it has not heard of the money may come all the same,
+	// and back it goes to an account alone.
+	b.click("^나래$")
+	order("흐르는 것들")
+	b.click("^가상계좌 발급하기$")
+	b.see("#pay-alert", "가상계좌로는 결제할 수 없어")
+	choose("^가상계좌 발급 직후 창이 꺼짐", "결제미완료")
+	b.see(".payment", "해지됨")
+	b.click("^알림을 잃어버림$")
+	choose("^가상계좌에 입금", "결제완료")
+	b.click("^결제 취소$")
+	b.see("#notice", "환불이 아직 완료되지 않았습니다")
+	b.click("^관리자$")
+	choose("^이 계좌로 환불$", "결제취소")
+	b.resize(wide)
+
 	// An order that is deleted is gone.
+	b.click("^나래$")
 	order("흐르는 것들")
 	escape()
 
 	// What the page said is what the books say: the orders by age, the payments by amount and end, what the gateway keeps.
 	books := queryText(t, s.config.databaseURL,
 		`SELECT string_agg(concat_ws(' ', total_price, status, ended), ', ' ORDER BY created_at, ended) FROM orders`)
-	if want := "171000 5, 109000 -1 deleted, 109000 5, 550000 0, 109000 0, 1690000 -1 deleted"; books != want {
+	if want := "171000 5, 109000 -1 deleted, 109000 5, 550000 5, 109000 0, 550000 5, 1690000 5, 1690000 -1 deleted"; books != want {
 		t.Errorf("orders: %s\nwant %s", books, want)
 	}
 	books = queryText(t, s.config.databaseURL,
 		`SELECT string_agg(concat_ws(' ', amount, refunded, reason), ', ' ORDER BY amount, reason) FROM payments`)
-	if want := "109000 109000 shop cancelled, 109000 0, 170000 170000 amount differs, 171000 171000 buyer cancelled, 550000 0"; books != want {
+	if want := "109000 109000 shop cancelled, 109000 0, 170000 170000 amount differs, 171000 171000 buyer cancelled, " +
+		"550000 550000 buyer cancelled, 550000 550000 refunded at the gateway, 1690000 1690000 buyer cancelled"; books != want {
 		t.Errorf("payments: %s\nwant %s", books, want)
 	}
-	if kept := s.wantBalanced().Gateway.Kept; kept != 109000+550000 {
-		t.Errorf("the gateway keeps %d won", kept)
+	s.wantMismatches()
+	if report := s.audit(); report.Ledger.Kept != 109000 || report.Ledger.ByHand != 550000 || report.Gateway.Kept != 109000+550000 {
+		t.Errorf("the books have %+v, the gateway %+v", report.Ledger, report.Gateway)
 	}
 
-	// The refusals are those that the story is about: another's order after a change of buyers, a payment too low, a painting held.
+	// The refusals are those that the story is about: two refunds, another's order after a change of buyers, a payment too low, a
+	// virtual account, a painting held.
 	slices.Sort(b.refused)
-	wanted := regexp.MustCompile(`^(GET /api/orders/\w+ 404, ){4}PATCH /api/orders/pay 400, POST /api/orders 409$`)
+	wanted := regexp.MustCompile(`^(DELETE /api/orders/\w+ 502, ){2}(GET /api/orders/\w+ 404, ){4}` +
+		`PATCH /api/orders/pay 400, PATCH /api/orders/pay 409, POST /api/orders 409$`)
 	if refused := strings.Join(b.refused, ", "); !wanted.MatchString(refused) {
 		t.Errorf("refused: %s", refused)
 	}
 	if len(b.problems) > 0 {
 		t.Errorf("the page did what no page should:\n%s", strings.Join(b.problems, "\n"))
+	}
+}
+
+// The page sees an order's payments as the gateway has them, those too that the service knows nothing of.
+func TestFakeGatewayListsPayments(t *testing.T) {
+	g := newFakeGateway(nil)
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /local/payments", g.listPayments)
+	mux.HandleFunc("POST /local/payments/{imp_uid}", g.console)
+	call := func(method, path, body string) (status int, answer string) {
+		w := httptest.NewRecorder()
+		mux.ServeHTTP(w, httptest.NewRequest(method, "/local/payments"+path, strings.NewReader(body)))
+		return w.Code, w.Body.String()
+	}
+	want := func(order string, payments ...string) {
+		t.Helper()
+		var list []struct {
+			ImpUID  string `json:"imp_uid"`
+			Status  string `json:"status"`
+			Refused string `json:"refunds_refused"`
+		}
+		_, answer := call("GET", "?merchant_uid="+order, "")
+		check(t, json.Unmarshal([]byte(answer), &list))
+		got := []string{}
+		for _, p := range list {
+			got = append(got, strings.TrimSpace(p.ImpUID+" "+p.Status+" "+p.Refused))
+		}
+		if !slices.Equal(got, payments) {
+			t.Errorf("of order %s: %q, want %q", order, got, payments)
+		}
+	}
+	account := g.pay(fakePayment{MerchantUID: "a", Amount: 5900, Status: "ready", PayMethod: "vbank"})
+	card := g.pay(fakePayment{MerchantUID: "a", Amount: 5900})
+	other := g.pay(fakePayment{MerchantUID: "b", Amount: 5900})
+	if status, answer := call("POST", "/"+card, `{"do":"refuse"}`); status != 200 {
+		t.Error(answer)
+	}
+	want("a", account+" ready", card+" paid 카드사 거절")
+	want("b", other+" paid")
+	if _, answer := call("GET", "?merchant_uid=c", ""); strings.TrimSpace(answer) != "[]" {
+		t.Errorf("of no order: %s", answer)
+	}
+	if err := g.refundInConsole(card, 0); err == nil {
+		t.Error("refunded against the card company's word")
+	}
+	if status, _ := call("POST", "/imp_none", `{"do":"refuse"}`); status != 400 {
+		t.Errorf("of no payment: %d", status)
 	}
 }
 
