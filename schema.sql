@@ -451,29 +451,52 @@ CREATE TABLE gateway_lists (
 
 CREATE INDEX IF NOT EXISTS orders_ended_by_buyer ON orders (user_id, updated_at) WHERE ended IS NOT NULL;
 
--- step 11: a live order has all of its paintings, whatever statement made it
+-- step 11: whatever statement changes an order, it has what it says
 
--- As in step 3, and checked when an order is made too: a live order has all of its paintings, one that is over has none.
-CREATE FUNCTION orders_have_their_paintings() RETURNS trigger LANGUAGE plpgsql AS $$
+-- Checked when a transaction commits. An order is made unpaid. A live order has all of its paintings; one that is over has
+-- none. A paid order has exactly one payment that is kept, or on its way back because the order is being cancelled; it is in
+-- won and of the order's total. Any other order keeps none. The reasons are those of cancelReasons in payment.go.
+-- The first query is the usual case, and as cheap as it can be; the second is the rule.
+CREATE FUNCTION orders_are_whole() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+	usual boolean := NEW.status = -1 AND NEW.ended IS NULL;
 BEGIN
+	IF TG_OP = 'INSERT' AND NEW.status <> -1 THEN
+		RAISE EXCEPTION 'order % is made paid', NEW.id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_are_made_unpaid';
+	END IF;
+	IF NEW.status BETWEEN 0 AND 4 AND NEW.cancelling_since IS NULL THEN
+		usual := EXISTS (SELECT FROM payments p WHERE p.order_id = NEW.id AND p.state = 'kept' AND p.currency = 'KRW' AND p.amount = NEW.total_price);
+	END IF;
+	IF usual THEN
+		IF (SELECT count(*) FROM products p WHERE p.id = ANY ((SELECT NEW.product_ids)::text[]) AND p.order_id = NEW.id) = cardinality(NEW.product_ids) THEN
+			RETURN NULL;
+		END IF;
+	END IF;
 	IF EXISTS (SELECT FROM orders o WHERE o.id = NEW.id
-		AND CASE WHEN o.ended IS NULL AND o.status < 5 THEN cardinality(o.product_ids) ELSE 0 END
-			<> (SELECT count(*) FROM products p WHERE p.id = ANY (o.product_ids) AND p.order_id = o.id)) THEN
+			AND CASE WHEN o.ended IS NULL AND o.status < 5 THEN cardinality(o.product_ids) ELSE 0 END
+				<> (SELECT count(*) FROM products p WHERE p.id = ANY (o.product_ids) AND p.order_id = o.id)) THEN
 		RAISE EXCEPTION 'order % and its paintings do not agree', NEW.id
 			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_paintings_agree';
 	END IF;
+	IF EXISTS (SELECT FROM orders o LEFT JOIN payments p ON p.order_id = o.id AND (p.state = 'kept'
+				OR p.state = 'refunding' AND o.cancelling_since IS NOT NULL AND p.reason IN ('buyer cancelled', 'shop cancelled'))
+			WHERE o.id = NEW.id
+			GROUP BY o.id
+			HAVING count(p.imp_uid) <> CASE WHEN o.status BETWEEN 0 AND 4 THEN 1 ELSE 0 END
+				OR NOT coalesce(bool_and(p.currency = 'KRW' AND p.amount = o.total_price), true)) THEN
+		RAISE EXCEPTION 'order % and its payments do not agree', NEW.id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_payments_agree';
+	END IF;
 	RETURN NULL;
 END $$;
-CREATE CONSTRAINT TRIGGER orders_have_their_paintings AFTER INSERT ON orders
-	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION orders_have_their_paintings();
 DROP TRIGGER orders_agree_with_paintings ON orders;
-CREATE CONSTRAINT TRIGGER orders_agree_with_paintings AFTER UPDATE OF status, ended ON orders
-	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
-	WHEN (OLD.ended IS DISTINCT FROM NEW.ended OR OLD.status < 0 AND NEW.status >= 0 OR NEW.status = 5)
-	EXECUTE FUNCTION orders_have_their_paintings();
+CREATE CONSTRAINT TRIGGER orders_are_whole AFTER INSERT OR UPDATE OF status, ended, cancelling_since ON orders
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION orders_are_whole();
 
 -- step 12: a painting is only with a live order that asked for it
 
+-- As in step 3, and when a painting moves from one order to another: the one that has it in the end is live and asked for it.
 CREATE OR REPLACE FUNCTION orders_and_paintings_agree() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
 	IF EXISTS (SELECT FROM products p JOIN orders o ON o.id = ANY (ARRAY[OLD.order_id, p.order_id])
@@ -484,56 +507,39 @@ BEGIN
 	END IF;
 	RETURN NULL;
 END $$;
-DROP TRIGGER paintings_agree_with_orders ON products;
-CREATE CONSTRAINT TRIGGER paintings_agree_with_orders AFTER UPDATE OF order_id ON products
-	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (OLD.order_id IS DISTINCT FROM NEW.order_id)
-	EXECUTE FUNCTION orders_and_paintings_agree();
-CREATE CONSTRAINT TRIGGER new_paintings_agree_with_orders AFTER INSERT ON products
-	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.order_id IS NOT NULL)
-	EXECUTE FUNCTION orders_and_paintings_agree();
 
--- step 13: a paid order has its money
+-- step 13: a payment is kept for a paid order only
 
--- Checked when a transaction commits: a paid order has exactly one payment that is kept, or on its way back because the
--- order is being cancelled; it is in won and of the order's total. Any other order keeps none. The reasons are those of
--- cancelReasons in payment.go.
-CREATE FUNCTION orders_and_payments_agree() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE
-	an_order text;
+-- The same, seen from a payment. A new one is the usual case: it is kept for a paid order that is not being cancelled.
+CREATE FUNCTION payments_agree_with_orders() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-	IF TG_TABLE_NAME = 'payments' THEN
-		an_order := NEW.order_id;
-	ELSE
-		an_order := NEW.id;
+	IF TG_OP = 'INSERT' AND NEW.state <> 'kept' THEN
+		RETURN NULL;
+	END IF;
+	IF TG_OP = 'INSERT' AND NEW.currency = 'KRW' THEN
+		IF EXISTS (SELECT FROM orders o WHERE o.id = NEW.order_id AND o.status BETWEEN 0 AND 4 AND o.cancelling_since IS NULL
+				AND o.total_price = NEW.amount) THEN
+			RETURN NULL;
+		END IF;
 	END IF;
 	IF EXISTS (SELECT FROM orders o LEFT JOIN payments p ON p.order_id = o.id AND (p.state = 'kept'
 				OR p.state = 'refunding' AND o.cancelling_since IS NOT NULL AND p.reason IN ('buyer cancelled', 'shop cancelled'))
-			WHERE o.id = an_order
+			WHERE o.id = NEW.order_id
 			GROUP BY o.id
 			HAVING count(p.imp_uid) <> CASE WHEN o.status BETWEEN 0 AND 4 THEN 1 ELSE 0 END
 				OR NOT coalesce(bool_and(p.currency = 'KRW' AND p.amount = o.total_price), true)) THEN
-		RAISE EXCEPTION 'order % and its payments do not agree', an_order
+		RAISE EXCEPTION 'payment % and its order do not agree', NEW.imp_uid
 			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_payments_agree';
 	END IF;
 	RETURN NULL;
 END $$;
-CREATE CONSTRAINT TRIGGER orders_agree_with_payments AFTER UPDATE OF status, cancelling_since ON orders
-	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
-	WHEN (OLD.status <> NEW.status OR OLD.cancelling_since IS DISTINCT FROM NEW.cancelling_since)
-	EXECUTE FUNCTION orders_and_payments_agree();
-CREATE CONSTRAINT TRIGGER new_orders_agree_with_payments AFTER INSERT ON orders
-	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.status >= 0)
-	EXECUTE FUNCTION orders_and_payments_agree();
-
--- step 14: a payment is kept for a paid order only
-
 CREATE CONSTRAINT TRIGGER payments_agree_with_orders AFTER INSERT OR UPDATE OF state ON payments
-	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION orders_and_payments_agree();
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION payments_agree_with_orders();
 
--- step 15: old rows are held to what was said above
+-- step 14: old rows are held to what was said above
 
 ALTER TABLE orders VALIDATE CONSTRAINT orders_only_unpaid_end;
 
--- step 16: the same for payments
+-- step 15: the same for payments
 
 ALTER TABLE payments VALIDATE CONSTRAINT payments_by_hand_are_refunded;

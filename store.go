@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -196,8 +197,10 @@ const (
 	setActor = `SELECT set_config('lumiere.change', $1, true)`
 	// lockBuyer is setActor, and takes the lock under which the orders of buyer $2 change one at a time.
 	lockBuyer = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended($2, 0))`
-	// lockBuyerOf is lockBuyer for the buyer of the order $2.
-	lockBuyerOf = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
+	// lockBuyerOf is lockBuyer for the buyer of the order $2. It also has the server end the transaction when its client is
+	// silent for 5 seconds between two statements: a replica that vanishes must not keep an order locked until TCP notices.
+	lockBuyerOf = `SELECT set_config('lumiere.change', $1, true), set_config('idle_in_transaction_session_timeout', '5000', true),
+		pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
 )
 
 // newOrder is an order about to be made. Prices are the client's, to be compared with the catalogue's.
@@ -229,15 +232,31 @@ type createResult struct {
 	items      []requestedItem
 }
 
-// insertOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. The same request
+// createOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. The same request
 // again finds that order and begins its hold anew. A hold that takes a painting over from the replaced order ends at most
 // twice o.hold after the first of them began. Once such a hold has ended unpaid, the buyer has to leave the painting to
 // others for o.hold.
-//
-// It is one round trip: under the buyer's lock, one statement locks the free ones of the paintings in id order, and makes
-// the order if that is all of them and every price is the catalogue's. A painting that is already taken is not locked, so
-// that losers neither wait nor write.
-func (s *store) insertOrder(ctx context.Context, by actor, o newOrder) (created createResult, err error) {
+func (s *store) createOrder(ctx context.Context, by actor, o newOrder) (createResult, error) {
+	created, numberOf, err := s.insertOrder(ctx, by, o, false)
+	if err == nil && numberOf == statusUnpaid {
+		if created.orderID, err = s.renewHold(ctx, by, o); err == nil && created.orderID == "" {
+			created, numberOf, err = s.insertOrder(ctx, by, o, true)
+		}
+	}
+	created.numberUsed = numberOf >= statusPaid
+	taken := func(item requestedItem) bool { return !item.known || !item.free }
+	if err != nil || created.orderID != "" || created.numberUsed || slices.ContainsFunc(created.items, taken) {
+		return created, err
+	}
+	err = s.markLeftToOthers(ctx, o, created.items)
+	return created, err
+}
+
+// insertOrder makes a new order in one round trip: under the buyer's lock, one statement locks the free ones of the paintings
+// in id order, and makes the order if that is all of them and every price is the catalogue's. A painting that is already
+// taken is not locked, so that losers neither wait nor write. It returns the status of the buyer's order that has the number
+// already, or noStatus. No order is made then, except in place of an unpaid one when sameNumber is set.
+func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumber bool) (created createResult, numberOf int, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyer, by.setting(), o.userID)
 	batch.Queue(`
@@ -245,39 +264,24 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder) (created 
 			SELECT a.n, a.id, a.price AS price_asked, p.price, p.title, p.image, p.artist_name AS artist,
 				p.size || '(' || p.canvas || '호)' AS size
 			FROM unnest((SELECT $1::text[]), (SELECT $2::bigint[])) WITH ORDINALITY AS a (id, price, n) LEFT JOIN products p ON p.id = a.id
-		), used AS (
-			SELECT id FROM orders WHERE number = $5::text AND user_id = $4::text AND ended IS NULL AND status >= 0
+		), existing AS (
+			SELECT status FROM orders WHERE number = $5::text AND user_id = $4::text AND ended IS NULL
 		), unpaid AS MATERIALIZED (
 			SELECT id, product_ids, coalesce(held_again_since, created_at) AS held_since
 			FROM orders WHERE user_id = $4 AND status = -1 AND ended IS NULL
 		), locked AS MATERIALIZED (
 			SELECT p.id, p.for_sale FROM products p
 			WHERE p.id = ANY($1::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
-				AND ((p.order_id IS NULL AND p.for_sale) OR p.order_id = (SELECT id FROM unpaid))
+				AND ((p.order_id IS NULL AND p.for_sale) OR p.order_id = (SELECT id FROM unpaid WHERE held_since + 2 * $9::interval > $8::timestamptz))
 			ORDER BY p.id FOR NO KEY UPDATE
-		), left_to_others AS MATERIALIZED (
-			SELECT i.id, max(o.updated_at) + $9::interval AS until
-			FROM orders o CROSS JOIN unnest(o.product_ids) AS i (id)
-			WHERE o.user_id = $4 AND o.ended IS NOT NULL AND o.updated_at > $8::timestamptz - $9
-				AND o.ended <> 'replaced' AND o.held_again_since IS NOT NULL
-				AND NOT EXISTS (SELECT FROM unpaid WHERE i.id = ANY(unpaid.product_ids))
-			GROUP BY i.id
-			UNION ALL
-			SELECT i.id, $8 + $9 FROM unpaid CROSS JOIN unnest(product_ids) AS i (id) WHERE held_since + 2 * $9 <= $8
-		), repeated AS (
-			UPDATE orders SET held_until = h.until, next_look_at = h.until, updated_at = $8
-			FROM (SELECT id, least($8 + $9, held_since + 2 * $9) AS until FROM unpaid) h
-			WHERE orders.id = h.id AND number = $5 AND status = -1 AND ended IS NULL
-				AND shipping_price = $6 AND total_price = $7
-				AND (SELECT array_agg((i ->> 'product') || ' ' || (i ->> 'price') ORDER BY i ->> 'product') FROM json_array_elements(items) AS i)
-					= (SELECT array_agg(id || ' ' || price_asked ORDER BY id) FROM requested)
-				AND delivery_info::text = $10 AND delivery_details::text = $11 AND orderer_info::text = $12
-			RETURNING orders.id
+		), left_to_others AS (
+			SELECT FROM orders WHERE user_id = $4 AND ended IS NOT NULL AND updated_at > $8 - $9 AND ended <> 'replaced' AND held_again_since IS NOT NULL
+				AND $1 && product_ids AND NOT coalesce($1 <@ (SELECT product_ids FROM unpaid), false)
+				AND EXISTS (SELECT FROM unnest(product_ids) AS i (id) WHERE i.id = ANY($1) AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}')))
 		), accepted AS (
 			SELECT sum(price) AS price FROM requested
-			HAVING NOT EXISTS (SELECT FROM used) AND NOT EXISTS (SELECT FROM repeated)
-				AND bool_and(price = price_asked AND id IN (SELECT id FROM locked WHERE for_sale) AND id NOT IN (SELECT id FROM left_to_others))
-				AND sum(price) + $6::bigint = $7::bigint
+			HAVING NOT EXISTS (SELECT FROM existing WHERE status >= 0 OR NOT $13::boolean) AND NOT EXISTS (SELECT FROM left_to_others)
+				AND bool_and(price = price_asked AND id IN (SELECT id FROM locked WHERE for_sale)) AND sum(price) + $6::bigint = $7::bigint
 		), replaced AS (
 			UPDATE orders SET ended = 'replaced', updated_at = $8, next_look_at = NULL
 			WHERE id = (SELECT id FROM unpaid) AND status = -1 AND ended IS NULL AND EXISTS (SELECT FROM accepted)
@@ -285,36 +289,79 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder) (created 
 		), made AS (
 			INSERT INTO orders (id, user_id, number, status, created_at, updated_at, held_until, next_look_at, held_again_since,
 				shipping_price, total_price, product_ids, items, delivery_info, delivery_details, orderer_info)
-			SELECT $3::text, $4, $5, -1, $8, $8, h.until, h.until, h.held_since, $6, $7, $1,
+			SELECT $3::text, $4, $5, -1, $8, $8, least($8 + $9, h.since + 2 * $9), least($8 + $9, h.since + 2 * $9), h.since, $6, $7, $1,
 				(SELECT array_to_json(array_agg(i)) FROM (SELECT image, title, artist, size, price, id AS product FROM requested ORDER BY n) i),
 				$10::text::json, $11::text::json, $12::text::json
 			FROM accepted, (SELECT count(*) FROM replaced) AS after_replaced,
-				(SELECT least($8 + $9, min(held_since) + 2 * $9) AS until, min(held_since) AS held_since FROM unpaid WHERE product_ids && $1) AS h
+				(SELECT (SELECT held_since FROM unpaid WHERE product_ids && $1) AS since) AS h
 			RETURNING id
 		), moved AS (
 			UPDATE products SET order_id = CASE WHEN products.id = ANY($1) THEN made.id END FROM made
 			WHERE products.id = ANY($1::text[] || coalesce((SELECT product_ids FROM replaced), '{}'))
 		)
-		SELECT r.id, coalesce(r.title, ''), r.price IS NOT NULL,
-			r.id IN (SELECT id FROM locked WHERE for_sale) AND r.id NOT IN (SELECT id FROM left_to_others), coalesce(r.price, 0),
-			(SELECT until FROM left_to_others l WHERE l.id = r.id),
-			coalesce((SELECT id FROM made), (SELECT id FROM repeated), ''), EXISTS (SELECT FROM used)
+		SELECT r.id, coalesce(r.title, ''), r.price IS NOT NULL, r.id IN (SELECT id FROM locked WHERE for_sale), coalesce(r.price, 0),
+			coalesce((SELECT id FROM made), ''), coalesce((SELECT status FROM existing), $14::smallint)
 		FROM requested r ORDER BY r.n`,
 		o.productIDs, o.prices, o.id, o.userID, o.number, o.shippingPrice, o.total, o.createdAt, o.hold,
-		o.deliveryInfo, o.deliveryDetails, o.ordererInfo,
+		o.deliveryInfo, o.deliveryDetails, o.ordererInfo, sameNumber, noStatus,
 	).Query(func(rows pgx.Rows) error {
 		var item requestedItem
-		_, err := pgx.ForEachRow(rows, []any{&item.id, &item.title, &item.known, &item.free, &item.price, &item.until,
-			&created.orderID, &created.numberUsed}, func() error {
+		_, err := pgx.ForEachRow(rows, []any{&item.id, &item.title, &item.known, &item.free, &item.price, &created.orderID, &numberOf}, func() error {
 			created.items = append(created.items, item)
 			return nil
 		})
 		return err
 	})
 	if err := s.transact(ctx, batch); err != nil {
-		return createResult{}, err
+		return createResult{}, noStatus, err
 	}
-	return created, nil
+	return created, numberOf, nil
+}
+
+// noStatus stands for the status of an order that there is not.
+const noStatus = -2
+
+// renewHold begins the hold of the buyer's unpaid order anew when it is the same as o: number, paintings, prices and texts. It
+// returns that order's id, and "" when there is none.
+func (s *store) renewHold(ctx context.Context, by actor, o newOrder) (id string, err error) {
+	batch := &pgx.Batch{}
+	batch.Queue(lockBuyer, by.setting(), o.userID)
+	batch.Queue(`
+		UPDATE orders SET updated_at = $6, held_until = h.until, next_look_at = h.until
+		FROM (SELECT id, least($6::timestamptz + $7::interval, coalesce(held_again_since, created_at) + 2 * $7) AS until
+			FROM orders WHERE user_id = $1 AND status = -1 AND ended IS NULL) h
+		WHERE orders.id = h.id AND number = $2 AND status = -1 AND ended IS NULL AND shipping_price = $3 AND total_price = $4
+			AND (SELECT array_agg((i ->> 'product') || ' ' || (i ->> 'price') ORDER BY i ->> 'product') FROM json_array_elements(items) AS i)
+				= (SELECT array_agg(a.id || ' ' || a.price ORDER BY a.id) FROM unnest($5::text[], $8::bigint[]) AS a (id, price))
+			AND delivery_info::text = $9 AND delivery_details::text = $10 AND orderer_info::text = $11
+		RETURNING orders.id`,
+		o.userID, o.number, o.shippingPrice, o.total, o.productIDs, o.createdAt, o.hold, o.prices, o.deliveryInfo, o.deliveryDetails, o.ordererInfo,
+	).QueryRow(oneRow(&id))
+	if err = s.transact(ctx, batch); errors.Is(err, errStale) {
+		err = nil
+	}
+	return id, err
+}
+
+// markLeftToOthers notes which of items, all of them free, the buyer has to leave to others, and until when.
+func (s *store) markLeftToOthers(ctx context.Context, o newOrder, items []requestedItem) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		WITH unpaid AS (SELECT product_ids, coalesce(held_again_since, created_at) AS held_since FROM orders WHERE user_id = $1 AND status = -1 AND ended IS NULL)
+		SELECT i.id, max(updated_at) + $3::interval FROM orders CROSS JOIN unnest(product_ids) AS i (id)
+		WHERE user_id = $1 AND ended IS NOT NULL AND updated_at > $2::timestamptz - $3 AND ended <> 'replaced' AND held_again_since IS NOT NULL AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}')) GROUP BY i.id
+		UNION ALL
+		SELECT i.id, $2::timestamptz + $3 FROM unpaid CROSS JOIN unnest(product_ids) AS i (id) WHERE held_since + 2 * $3 <= $2`, o.userID, o.createdAt, o.hold)
+	var id string
+	var until time.Time
+	_, err := pgx.ForEachRow(rows, []any{&id, &until}, func() error {
+		if i := slices.IndexFunc(items, func(item requestedItem) bool { return item.id == id }); i >= 0 {
+			items[i].free, items[i].until = false, new(until)
+		}
+		return nil
+	})
+	return err
 }
 
 // freeing is part of a statement whose CTE o has ended orders (id, product_ids, off_sale): it gives back what they hold,

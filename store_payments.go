@@ -88,10 +88,6 @@ const lockRevivable = `
 			SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND x.status >= 0)
 	FROM o JOIN locked l ON l.id = ANY(o.product_ids)`
 
-// boundIdleness has the server end the transaction when its client is silent for 5 seconds between two statements: a
-// replica that vanishes must not keep an order locked until TCP notices.
-const boundIdleness = `SELECT set_config('idle_in_transaction_session_timeout', '5000', true)`
-
 // recordSettlement reads the ledger of payment p's order under the order's locks, has decide say what becomes of p, and
 // writes that. It takes two round trips (three for a tombstone) and one transaction, and asks the gateway nothing in
 // between. A refund that is decided is leased to the caller for refundLease. It returns errNotFound when the order is not
@@ -109,7 +105,6 @@ func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment
 	id := p.merchantUID
 	read := &pgx.Batch{}
 	read.Queue(`BEGIN`)
-	read.Queue(boundIdleness)
 	read.Queue(lockBuyerOf, by.setting(), id)
 	read.Queue(`SELECT id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $1 FOR NO KEY UPDATE`, id).QueryRow(func(row pgx.Row) error {
 		return row.Scan(&ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
