@@ -798,6 +798,10 @@ func (l *modelRun) settleDown() {
 		l.tick(25 * time.Hour)
 		l.round()
 	}
+	l.say("the audit") // has the reconciler ask about what no list shows
+	l.auditSince(l.begun)
+	l.tick(time.Second)
+	l.round()
 	for _, p := range l.model.payments {
 		if p.state != "refunding" {
 			continue
@@ -811,10 +815,6 @@ func (l *modelRun) settleDown() {
 			l.fail("the refund of %s is not done", p.impUID)
 		}
 	}
-	l.say("the audit") // has the reconciler ask about what no list shows
-	l.auditSince(l.begun)
-	l.tick(time.Second)
-	l.round()
 	l.wantSettled()
 }
 
