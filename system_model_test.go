@@ -801,8 +801,10 @@ func (l *modelRun) settleDown() {
 	}
 	l.say("the audit") // has the reconciler ask about what no list shows
 	l.auditSince(l.begun)
-	l.tick(time.Second)
-	l.round()
+	for range 2 { // an order that a check has changed is asked about once more
+		l.tick(refundLease)
+		l.round()
+	}
 	for _, p := range l.model.payments {
 		if p.state != "refunding" {
 			continue
