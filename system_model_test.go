@@ -117,7 +117,7 @@ var moves = []struct {
 	{3, "chargeback", (*modelRun).playChargeback},
 	{6, "account", (*modelRun).playAccount},
 	{3, "card company", (*modelRun).playCardCompany},
-	{5, "change of mind", (*modelRun).playChangeOfMind},
+	{7, "change of mind", (*modelRun).playChangeOfMind},
 	{4, "catalogue", (*modelRun).playCatalogue},
 	{5, "sale", (*modelRun).playSale},
 	{8, "refund", (*modelRun).playRefund},
@@ -287,6 +287,32 @@ func (l *modelRun) compare() {
 		got = append(got, fmt.Sprintf("the gateway gave back %d of %s", l.back(p.impUID), p.impUID))
 	}
 	l.wantSame(got, want)
+	l.compareOpen()
+}
+
+// compareOpen fails unless the service counts as many holds and refunds that are not done as the model.
+func (l *modelRun) compareOpen() {
+	l.t.Helper()
+	var want openBalances
+	for _, o := range l.model.orders {
+		if o.unpaid() {
+			want.holds++
+		}
+	}
+	for _, p := range l.model.payments {
+		switch {
+		case p.stuck():
+			want.refundsStuck++
+		case p.state == "refunding":
+			want.refunds++
+		}
+	}
+	got, err := l.store.readOpenBalances(context.Background(), l.model.now)
+	check(l.t, err)
+	if got.holds != want.holds || got.refunds != want.refunds || got.refundsStuck != want.refundsStuck {
+		l.fail("the service has %d holds, %d refunds and %d stuck ones, the model %d, %d and %d",
+			got.holds, got.refunds, got.refundsStuck, want.holds, want.refunds, want.refundsStuck)
+	}
 }
 
 // wantSame fails unless the service has the same lines as the model, in any order.
@@ -495,15 +521,19 @@ func (l *modelRun) playCharge() {
 var otherShops = []string{"another-shops-order", "61a7adc903b7708e5dbba694"}
 
 // playReport is a browser that reports a payment, again or for the first time.
-func (l *modelRun) playReport() { l.playSeen("the browser reports", l.model.report, l.shop.report) }
+func (l *modelRun) playReport() { l.playReportOf(lately(l, l.model.payments)) }
+
+func (l *modelRun) playReportOf(p *modelPayment) {
+	l.playSeen(p, "the browser reports", l.model.report, l.shop.report)
+}
 
 // playNotice is the gateway's notice of a payment: late, repeated, in any order.
 func (l *modelRun) playNotice() {
-	l.playSeen("the gateway gives notice of", l.model.noticed, l.notice)
+	l.playSeen(lately(l, l.model.payments), "the gateway gives notice of", l.model.noticed, l.notice)
 }
 
-func (l *modelRun) playSeen(what string, model func(*modelPayment) reply, service func(string) answer) {
-	p, impUID := lately(l, l.model.payments), "imp_unknown"
+func (l *modelRun) playSeen(p *modelPayment, what string, model func(*modelPayment) reply, service func(string) answer) {
+	impUID := "imp_unknown"
 	if p != nil {
 		impUID = p.impUID
 	}
@@ -610,9 +640,12 @@ func (l *modelRun) playChangeOfMind() {
 	switch n := l.random.IntN(6); {
 	case n == 0 || n == 1:
 		merchant := pick(l, otherShops)
-		if p.order = nil; n == 0 {
-			p.order = lately(l, l.model.orders)
-			merchant = p.order.id
+		other := lately(l, l.model.orders)
+		if n == 1 || other == p.order {
+			other = nil
+		}
+		if p.order = other; other != nil {
+			merchant = other.id
 		}
 		l.atGateway(p.impUID, func(there *fakePayment) { there.MerchantUID = merchant })
 		l.say("%s is of order %s now", p.impUID, merchant)
@@ -627,6 +660,9 @@ func (l *modelRun) playChangeOfMind() {
 	p.fickle = true
 	l.atGateway(p.impUID, func(there *fakePayment) { there.Status, there.Cancelled = p.status, p.back })
 	l.say("%s is %s now, with %d back, garbled=%v", p.impUID, p.status, p.back, p.garbled)
+	if l.random.IntN(2) == 0 {
+		l.playReportOf(p)
+	}
 }
 
 // playCatalogue imports a painting at another price, or as sold elsewhere, or as back.
