@@ -195,6 +195,11 @@ func (l *modelRun) latePayment(fits func(*modelPayment) bool) *modelPayment {
 	return lately(l, slices.DeleteFunc(slices.Clone(l.model.payments), func(p *modelPayment) bool { return !fits(p) }))
 }
 
+// lateOrder picks one of the last ten orders that fit; nil when there is none.
+func (l *modelRun) lateOrder(fits func(*modelOrder) bool) *modelOrder {
+	return lately(l, slices.DeleteFunc(slices.Clone(l.model.orders), func(o *modelOrder) bool { return !fits(o) }))
+}
+
 // user is mostly the order's buyer, or else the administrator, another buyer or "".
 func (l *modelRun) user(o *modelOrder) string {
 	switch n := l.random.IntN(20); {
@@ -472,7 +477,7 @@ func (l *modelRun) playShow() {
 	}
 }
 
-// playCharge has a payment window end in one of the ways there are. The service is not told.
+// playCharge has a payment window end in one of the ways there are. Mostly the service is not told yet.
 func (l *modelRun) playCharge() {
 	if p := l.latePayment(func(p *modelPayment) bool { return p.status == "ready" && !p.vbank }); p != nil && l.random.IntN(4) == 0 {
 		p.pay(l.model.now)
@@ -481,6 +486,9 @@ func (l *modelRun) playCharge() {
 		return
 	}
 	p := &modelPayment{order: lately(l, l.model.orders), status: "paid", changed: l.model.now}
+	if ended := l.lateOrder(func(o *modelOrder) bool { return o.ended != "" }); ended != nil && l.random.IntN(4) == 0 {
+		p.order = ended
+	}
 	merchant, kind := pick(l, otherShops), l.random.IntN(24)
 	if kind < 2 {
 		p.order = nil
@@ -514,6 +522,9 @@ func (l *modelRun) playCharge() {
 	l.model.payments = append(l.model.payments, p)
 	l.names = append(l.names, p.impUID, fmt.Sprintf("payment%d", len(l.model.payments)))
 	l.say("%s: %d %s for order %s, %s %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, method, p.sandbox)
+	if l.random.IntN(3) == 0 {
+		l.playReportOf(p)
+	}
 }
 
 // otherShops are merchant_uids of other shops that use the gateway's account; one of them looks like ours.
