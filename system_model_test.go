@@ -567,15 +567,18 @@ func (l *modelRun) playDelete() {
 // playStep moves an order on, back, or to any status.
 func (l *modelRun) playStep() {
 	o := lately(l, l.model.orders)
+	if paid := l.lateOrder(func(o *modelOrder) bool { return o.status >= 0 && o.status < 5 }); paid != nil && l.random.IntN(3) > 0 {
+		o = paid
+	}
 	user, to := l.user(o), l.random.IntN(5)
 	if o != nil {
 		switch n := l.random.IntN(10); {
-		case n < 5:
-			user, to = adminID, o.status+1
-		case n < 7:
-			user, to = adminID, o.status-1
-		case n < 9 && o.status == 4:
+		case n < 6 && o.status == 4:
 			to = o.cameFrom
+		case n < 6:
+			user, to = adminID, o.status+1
+		case n < 8:
+			user, to = adminID, o.status-1
 		}
 	}
 	want := l.model.advance(user, o, to)
