@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -19,12 +20,14 @@ import (
 // crossing is one interleaving: the order that both actions are about, and what they need.
 type crossing struct {
 	*shop
-	buyer, rival    string
-	deleter         string // who may cancel the order: its buyer, or the administrator
-	painting, order string
-	first           string // the payment that pays for the order; the gateway has its money in most situations
-	paidBefore      int    // how many payments the gateway had already
-	begun           time.Time
+	buyer, rival      string
+	deleter           string // who may cancel the order: its buyer, or the administrator
+	painting, order   string
+	body              map[string]any // that made the order
+	first             string         // the payment that pays for the order; the gateway has its money in most situations
+	forward, backward int            // the statuses one step on and back
+	paidBefore        int            // how many payments the gateway had already
+	begun             time.Time
 }
 
 // situations are the states of an order before the actions. Each order's hold has just ended.
@@ -34,17 +37,25 @@ var situations = []struct {
 }{
 	{"unpaid", func(c *crossing) {}},
 	{"unpaid, its money at the gateway", (*crossing).pay},
-	{"expired, its money at the gateway", func(c *crossing) { c.round(); c.pay() }},
-	{"paid", func(c *crossing) { c.pay(); c.want(c.report(c.first), 200, "결제 성공") }},
-	{"return requested", func(c *crossing) {
+	{accountIssued, func(c *crossing) { c.first = c.account(c.order) }},
+	{"expired, its money at the gateway", func(c *crossing) {
+		check(c.t, c.settler.checkOrders(c.t.Context()))
 		c.pay()
-		c.want(c.report(c.first), 200, "결제 성공")
+	}},
+	{"paid", (*crossing).paid},
+	{"shipping", func(c *crossing) {
+		c.paid()
+		c.step(1)
+		c.step(2)
+		c.forward, c.backward = 3, 1
+	}},
+	{"return requested", func(c *crossing) {
+		c.paid()
 		c.want(c.call(c.buyer, "DELETE", "/api/orders/"+c.order, `{"status":4}`), 200, "")
 		c.deleter = adminID
 	}},
 	{"cancelled, its refund not done", func(c *crossing) {
-		c.pay()
-		c.want(c.report(c.first), 200, "결제 성공")
+		c.paid()
 		c.fake.faultOnce("cancel", fault{before: answer500})
 		c.want(c.call(c.buyer, "DELETE", "/api/orders/"+c.order, nil), 503, "")
 		c.clock.advance(time.Minute)
@@ -57,6 +68,9 @@ var situations = []struct {
 	}},
 }
 
+// accountIssued is the one situation in which a deposit may come.
+const accountIssued = "unpaid, a virtual account issued"
+
 // action does something about an order. It returns the answer of its last call, and the payment or order that it is about.
 type action func(*crossing) (a answer, about string)
 
@@ -68,12 +82,31 @@ var actions = []struct {
 }{
 	{"report", false, func(c *crossing) (answer, string) { c.payOnce(); return c.report(c.first), c.first }},
 	{"notice", true, func(c *crossing) (answer, string) { c.payOnce(); return c.notice(c.first), c.first }},
+	{deposit, true, func(c *crossing) (answer, string) {
+		c.fake.deposit(c.first) // the account may have ended
+		return c.notice(c.first), c.first
+	}},
 	{"reconciler", false, func(c *crossing) (answer, string) { c.round(); return answer{status: 200}, "" }},
+	{"list reader", true, func(c *crossing) (answer, string) {
+		check(c.t, c.settler.readList(c.t.Context(), gatewayPaid))
+		check(c.t, c.settler.readList(c.t.Context(), gatewayCancelled))
+		return answer{status: 200}, ""
+	}},
 	{"delete", false, func(c *crossing) (answer, string) { return c.delete("") }},
 	{"return", false, func(c *crossing) (answer, string) { return c.delete(`{"status":4}`) }},
-	{"step", false, func(c *crossing) (answer, string) {
-		return c.call(adminID, "PATCH", "/api/orders/"+c.order, `{"status":1}`), c.order
+	{"step", false, func(c *crossing) (answer, string) { return c.step(c.forward) }},
+	{"step back", false, func(c *crossing) (answer, string) { return c.step(c.backward) }},
+	{"withdraw", false, func(c *crossing) (answer, string) {
+		return c.call(adminID, "PATCH", "/api/products/"+c.painting, `{"forSale":false}`), c.painting
 	}},
+	{"import", true, func(c *crossing) (answer, string) {
+		c.catalogue(120000, false, c.painting)
+		return answer{status: 200}, ""
+	}},
+	{"refund to an account", false, func(c *crossing) (answer, string) {
+		return c.helpRefund(`"account":{"holder":"홍길동","bank":"04","number":"000-000-000000"}`)
+	}},
+	{"refund by hand", true, func(c *crossing) (answer, string) { return c.helpRefund(`"byHand":"계좌 이체"`) }},
 	{"second payment", true, func(c *crossing) (answer, string) { return c.reportNew(c.order, 109000) }},
 	{"wrong amount", false, func(c *crossing) (answer, string) { return c.reportNew(c.order, 1000) }},
 	{"refund in the console", false, func(c *crossing) (answer, string) {
@@ -86,9 +119,12 @@ var actions = []struct {
 		c.fake.refundInConsole(c.first, 1000)
 		return c.notice(c.first), c.first
 	}},
+	{"order sent again", true, (*crossing).orderAgain},
 	{"another order of the buyer's, paid", true, func(c *crossing) (answer, string) { return c.orderAndPay(c.buyer) }},
 	{"a rival's order, paid", false, func(c *crossing) (answer, string) { return c.orderAndPay(c.rival) }},
 }
+
+const deposit = "deposit"
 
 func (c *crossing) pay() { c.first = c.charge(c.order, 109000) }
 
@@ -96,6 +132,34 @@ func (c *crossing) payOnce() {
 	if c.first == "" {
 		c.pay()
 	}
+}
+
+func (c *crossing) paid() {
+	c.pay()
+	c.want(c.report(c.first), 200, "결제 성공")
+}
+
+// step has the administrator move the order to a status.
+func (c *crossing) step(to int) (answer, string) {
+	return c.call(adminID, "PATCH", "/api/orders/"+c.order, map[string]int{"status": to}), c.order
+}
+
+// helpRefund has the administrator help the refund of the payment as the rest of the body says.
+func (c *crossing) helpRefund(rest string) (answer, string) {
+	c.payOnce()
+	a := c.call(adminID, "POST", "/api/orders/"+c.order+"/refund", `{"imp_uid":"`+c.first+`",`+rest+`}`)
+	if a.status == 404 {
+		return a, "" // the payment is not in the ledger yet
+	}
+	return a, c.first
+}
+
+// orderAgain sends the request for the order once more.
+func (c *crossing) orderAgain() (answer, string) {
+	a := c.call(c.buyer, "POST", "/api/orders", c.body)
+	var made orderCreated
+	check(c.t, json.Unmarshal([]byte(a.body), &made))
+	return a, made.OrderID
 }
 
 // round has the reconciler do what is due.
@@ -133,26 +197,36 @@ var trueWhen = map[string]struct {
 	whys []string // one of them, from its beginning
 }{
 	"결제 성공": {false, []string{"payment kept"}},
-	"금액 불일치, 위조된 결제 시도":                             {false, []string{"refunding: amount differs"}},
-	"주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다":            {false, []string{"refunding: paintings gone"}},
-	"이미 결제된 주문이므로 중복된 결제 금액을 환불합니다":                 {false, []string{"refunding: order paid already"}},
-	"이미 취소된 주문이므로 결제 금액을 환불합니다":                     {false, []string{"refunding: order cancelled"}},
-	"imp_uid: 취소된 결제입니다":                            {false, []string{"refunded: refunded at the gateway", "refunding: buyer cancelled", "refunding: shop cancelled"}},
-	"주문서 생성 성공":                                     {true, []string{"created"}},
-	"결제 오류로 임시 주문서를 삭제했습니다":                         {true, []string{"deleted"}},
-	"결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요":        {false, []string{"paid", "revived"}},
-	"해당 주문의 결제 취소가 완료되었습니다":                         {false, []string{"cancelled"}},
-	"결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다": {false, []string{"cancel requested"}},
-	"결제 취소가 진행 중입니다":                                {false, []string{"cancel requested"}},
-	"이미 취소된 주문입니다":                                  {false, []string{"cancelled"}},
-	"해당 주문의 반품 요청이 완료되었습니다":                         {true, []string{"return requested"}},
-	"이미 반품을 요청한 주문입니다":                              {false, []string{"return requested"}},
-	"반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다":                 {false, []string{"return requested"}},
-	"발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다":        {false, []string{"preparing"}},
-	"해당 주문이 발송 준비 중 단계로 변경되었습니다":                    {true, []string{"preparing"}},
-	"해당 주문내역이 존재하지 않습니다":                            {false, []string{"deleted", "replaced", "expired"}},
-	"변경실패, 진행 단계가 알맞지 않습니다":                         {}, // the two say what the call did not do
-	"이미 판매되었거나 다른 구매자가 결제 중인 작품이 있습니다":              {},
+	"금액 불일치, 위조된 결제 시도":                                 {false, []string{"refunding: amount differs"}},
+	"주문 시간이 지나 작품이 이미 판매되어 결제 금액을 환불합니다":                {false, []string{"refunding: paintings gone"}},
+	"이미 결제된 주문이므로 중복된 결제 금액을 환불합니다":                     {false, []string{"refunding: order paid already"}},
+	"이미 취소된 주문이므로 결제 금액을 환불합니다":                         {false, []string{"refunding: order cancelled"}},
+	"imp_uid: 취소된 결제입니다":                                {false, []string{"refunded: refunded at the gateway", "refunding: buyer cancelled", "refunding: shop cancelled"}},
+	"주문서 생성 성공":                                         {false, []string{"created"}},
+	"결제 오류로 임시 주문서를 삭제했습니다":                             {false, []string{"deleted", "replaced", "expired", "withdrawn"}},
+	"결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요":            {false, []string{"paid", "revived"}},
+	"해당 주문의 결제 취소가 완료되었습니다":                             {false, []string{"cancelled"}},
+	"결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다":     {false, []string{"cancel requested", "refunding"}},
+	"결제 취소가 진행 중입니다":                                    {false, []string{"cancel requested", "refunding"}},
+	"환불이 처리되었습니다":                                       {false, []string{"refunded"}},
+	"이미 취소된 주문입니다":                                      {false, []string{"cancelled"}},
+	"해당 주문의 반품 요청이 완료되었습니다":                             {true, []string{"return requested"}},
+	"이미 반품을 요청한 주문입니다":                                  {false, []string{"return requested"}},
+	"반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다":                     {false, []string{"return requested"}},
+	"발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다":            {false, []string{"preparing"}},
+	"해당 주문이 결제 완료 단계로 변경되었습니다":                          {true, []string{"paid"}},
+	"해당 주문이 발송 준비 중 단계로 변경되었습니다":                        {true, []string{"preparing"}},
+	"해당 주문이 배송 완료 단계로 변경되었습니다":                          {true, []string{"delivered"}},
+	"해당 주문내역이 존재하지 않습니다":                                {false, []string{"deleted", "replaced", "expired", "withdrawn"}},
+	"판매 상태가 변경되었습니다":                                    {}, // wantTrue looks at the painting
+	"가상계좌로는 결제할 수 없어 발급된 계좌를 해지했습니다. 다른 결제 수단을 이용해 주세요": {}, // these say what the call did not do
+	"imp_uid: 환불할 금액이 없는 결제입니다":                         {},
+	"imp_uid: 결제가 완료되지 않았습니다":                           {},
+	"result.id: 이미 결제된 주문에 사용된 주문 번호입니다":                {},
+	"결제된 주문의 작품은 판매 상태를 변경할 수 없습니다":                     {},
+	"orderItems[0].price: 작품 가격은 120000원입니다":            {},
+	"변경실패, 진행 단계가 알맞지 않습니다":                             {},
+	"이미 판매되었거나 다른 구매자가 결제 중인 작품이 있습니다":                  {},
 	"확인했습니다": {}, // the gateway is told nothing
 	"":       {}, // the reconciler answers no call
 }
@@ -161,7 +235,8 @@ var trueWhen = map[string]struct {
 var changesAnyway = []string{
 	"결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요", // its money was found
 	"결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다",
-	"imp_uid: 취소된 결제입니다", // which cancels the order that was paid with it
+	"imp_uid: 취소된 결제입니다",            // which cancels the order that was paid with it
+	"결제된 주문의 작품은 판매 상태를 변경할 수 없습니다", // its money was found
 }
 
 // wantTrue fails unless what a call was answered is true.
@@ -172,10 +247,18 @@ func (c *crossing) wantTrue(request string, a answer, about string) {
 		c.t.Fatalf("%s was answered %d %s", request, a.status, a.body)
 	}
 	rows := c.lines(`SELECT why FROM history WHERE (order_id = $1 OR imp_uid = $1) AND (NOT $2 OR request_id = $3)`, about, said.own, request)
-	if len(said.whys) > 0 && !slices.ContainsFunc(rows, func(why string) bool {
+	if about != "" && len(said.whys) > 0 && !slices.ContainsFunc(rows, func(why string) bool {
 		return slices.ContainsFunc(said.whys, func(w string) bool { return strings.HasPrefix(why, w) })
 	}) {
 		c.t.Errorf("%s was answered %d %s, but the history of %s has only %q", request, a.status, a.message(), about, rows)
+	}
+	switch {
+	case a.message() == "판매 상태가 변경되었습니다":
+		if rows := c.lines(`SELECT id FROM products WHERE id = $1 AND (for_sale OR order_id IS NOT NULL)`, about); len(rows) > 0 {
+			c.t.Errorf("%s took the painting off sale, and it is on sale or ordered", request)
+		}
+	case a.status == 201 && about == c.order && slices.Contains(rows, "expired"):
+		c.t.Errorf("%s began the order's hold anew, and it expired", request)
 	}
 	if a.status >= 400 && !slices.Contains(changesAnyway, a.message()) {
 		if rows := c.lines(`SELECT why FROM history WHERE request_id = $1 AND to_status IS NOT NULL`, request); len(rows) > 0 {
@@ -197,25 +280,42 @@ func (c *crossing) lines(sql string, args ...any) []string {
 // them or is back.
 func (c *crossing) wantWhole() {
 	c.t.Helper()
-	c.clock.advance(25 * time.Hour) // every refund is due, and the last look at every order
+	c.clock.advance(25 * time.Hour) // every refund is due, and every check of an order
 	c.round()
 	buyers := []string{c.buyer, c.rival}
-	for _, line := range c.lines(`SELECT format('order %s has status %s, and is unpaid or cancelling', id, status) FROM orders
-		WHERE user_id = ANY($1) AND (cancelling_since IS NOT NULL OR status = -1 AND ended IS NULL)`, buyers) {
+	for _, line := range c.lines(`SELECT format('order %s has status %s, and is unpaid, cancelling or to be checked', id, status) FROM orders
+		WHERE user_id = ANY($1) AND (cancelling_since IS NOT NULL OR status = -1 AND ended IS NULL OR next_look_at IS NOT NULL)`, buyers) {
 		c.t.Error(line)
 	}
-	c.wantBalancedSince(c.begun)
+	c.wantAudited(buyers)
 	booked := c.lines(`SELECT imp_uid FROM payments JOIN orders ON orders.id = order_id WHERE user_id = ANY($1) ORDER BY 1`, buyers)
 	var there []string
 	for _, p := range c.fake.all()[c.paidBefore:] {
-		there = append(there, p.ImpUID)
+		if !p.PaidAt.IsZero() {
+			there = append(there, p.ImpUID)
+		}
 	}
 	slices.Sort(there)
 	if !slices.Equal(booked, there) {
-		c.t.Errorf("the books know of the payments %q, the gateway of %q", booked, there)
+		c.t.Errorf("the ledger knows of the payments %q, the gateway of %q", booked, there)
 	}
-	// What was just paid would be looked at once more, amid the next crossing.
-	c.lines(`UPDATE orders SET next_look_at = NULL WHERE next_look_at IS NOT NULL RETURNING id`)
+}
+
+// wantAudited fails unless the audit finds nothing but what was paid back by hand and at the gateway too.
+func (c *crossing) wantAudited(buyers []string) {
+	c.t.Helper()
+	var want, got []string
+	for _, impUID := range c.lines(`SELECT imp_uid FROM payments JOIN orders ON orders.id = order_id WHERE user_id = ANY($1) AND by_hand IS NOT NULL`, buyers) {
+		if c.back(impUID) > 0 {
+			want = append(want, fmt.Sprint(impUID, ": ", mismatchBackTwice.name))
+		}
+	}
+	for _, m := range c.auditSince(c.begun).Mismatches {
+		got = append(got, fmt.Sprint(m.ImpUID, ": ", m.Kind))
+	}
+	if !slices.Equal(got, want) {
+		c.t.Errorf("the audit finds %q, not %q", got, want)
+	}
 }
 
 // cross runs the whole second action when the first has come to its test point number stop.
@@ -276,9 +376,12 @@ func TestInterleavings(t *testing.T) {
 			s := newDirectShop(t)
 			paintings := s.paintings(1000, 99000)
 			next := func() *crossing {
-				c := &crossing{shop: s, buyer: newTestID(), rival: newTestID(), painting: paintings[0], paidBefore: len(s.fake.all()), begun: s.clock.Now()}
+				s.clock.advance(time.Second) // what was done before is not audited again
+				c := &crossing{shop: s, buyer: newTestID(), rival: newTestID(), painting: paintings[0], forward: 1,
+					paidBefore: len(s.fake.all()), begun: s.clock.Now()}
 				c.deleter, paintings = c.buyer, paintings[1:]
-				c.order = s.order(c.buyer, c.painting)
+				c.body = orderBody(newNumber(), c.painting)
+				_, c.order = c.orderAgain()
 				s.clock.advance(s.config.hold)
 				situation.setUp(c)
 				return c
@@ -293,6 +396,9 @@ func TestInterleavings(t *testing.T) {
 				c.wantWhole()
 				for i, point := range points {
 					for _, second := range actions {
+						if second.name == deposit && situation.name != accountIssued {
+							continue
+						}
 						c := next()
 						cross(c, first.do, second.do, i+1)
 						c.wantWhole()
@@ -303,7 +409,6 @@ func TestInterleavings(t *testing.T) {
 					}
 				}
 			}
-			s.wantBalanced()
 			t.Logf("%d crossings", crossings)
 		})
 	}

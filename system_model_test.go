@@ -81,6 +81,7 @@ type modelRun struct {
 
 // newModelRun begins a run with three buyers and four paintings.
 func newModelRun(s *shop, seed uint64) *modelRun {
+	s.clock.advance(time.Second) // what earlier runs did is not audited again
 	l := &modelRun{shop: s, seed: seed, random: rand.New(rand.NewPCG(seed, 0)), counts: map[string]int{}, begun: s.clock.Now()}
 	for i := range 3 {
 		l.buyers = append(l.buyers, newTestID())
@@ -91,8 +92,7 @@ func newModelRun(s *shop, seed uint64) *modelRun {
 		l.names = append(l.names, id, fmt.Sprintf("painting%d", i+1))
 	}
 	l.names = append(l.names, adminID, "administrator")
-	delay := pick(l, []time.Duration{0, 0, 5 * time.Minute, maxListDelay})
-	l.atGateway("", func(*fakePayment) { l.fake.listDelay = delay })
+	l.fake.listDelay = pick(l, []time.Duration{0, 0, 5 * time.Minute, maxListDelay}) // no call is under way
 	return l
 }
 
@@ -116,7 +116,7 @@ var moves = []struct {
 	{3, "chargeback", (*modelRun).playChargeback},
 	{6, "account", (*modelRun).playAccount},
 	{3, "card company", (*modelRun).playCardCompany},
-	{5, "change of mind", (*modelRun).playChangeOfMind},
+	{7, "change of mind", (*modelRun).playChangeOfMind},
 	{4, "catalogue", (*modelRun).playCatalogue},
 	{5, "sale", (*modelRun).playSale},
 	{8, "refund", (*modelRun).playRefund},
@@ -193,6 +193,11 @@ func lately[T any](l *modelRun, from []*T) *T {
 // latePayment picks one of the last ten payments that fit; nil when there is none.
 func (l *modelRun) latePayment(fits func(*modelPayment) bool) *modelPayment {
 	return lately(l, slices.DeleteFunc(slices.Clone(l.model.payments), func(p *modelPayment) bool { return !fits(p) }))
+}
+
+// lateOrder picks one of the last ten orders that fit; nil when there is none.
+func (l *modelRun) lateOrder(fits func(*modelOrder) bool) *modelOrder {
+	return lately(l, slices.DeleteFunc(slices.Clone(l.model.orders), func(o *modelOrder) bool { return !fits(o) }))
 }
 
 // user is mostly the order's buyer, or else the administrator, another buyer or "".
@@ -286,6 +291,32 @@ func (l *modelRun) compare() {
 		got = append(got, fmt.Sprintf("the gateway gave back %d of %s", l.back(p.impUID), p.impUID))
 	}
 	l.wantSame(got, want)
+	l.compareOpen()
+}
+
+// compareOpen fails unless the service counts as many holds and refunds that are not done as the model.
+func (l *modelRun) compareOpen() {
+	l.t.Helper()
+	var want openBalances
+	for _, o := range l.model.orders {
+		if o.unpaid() {
+			want.holds++
+		}
+	}
+	for _, p := range l.model.payments {
+		switch {
+		case p.stuck():
+			want.refundsStuck++
+		case p.state == "refunding":
+			want.refunds++
+		}
+	}
+	got, err := l.store.readOpenBalances(context.Background(), l.model.now)
+	check(l.t, err)
+	if got.holds != want.holds || got.refunds != want.refunds || got.refundsStuck != want.refundsStuck {
+		l.fail("the service has %d holds, %d refunds and %d stuck ones, the model %d, %d and %d",
+			got.holds, got.refunds, got.refundsStuck, want.holds, want.refunds, want.refundsStuck)
+	}
 }
 
 // wantSame fails unless the service has the same lines as the model, in any order.
@@ -446,7 +477,7 @@ func (l *modelRun) playShow() {
 	}
 }
 
-// playCharge has a payment window end in one of the ways there are. The service is not told.
+// playCharge has a payment window end in one of the ways there are. Mostly the service is not told yet.
 func (l *modelRun) playCharge() {
 	if p := l.latePayment(func(p *modelPayment) bool { return p.status == "ready" && !p.vbank }); p != nil && l.random.IntN(4) == 0 {
 		p.pay(l.model.now)
@@ -455,6 +486,9 @@ func (l *modelRun) playCharge() {
 		return
 	}
 	p := &modelPayment{order: lately(l, l.model.orders), status: "paid", changed: l.model.now}
+	if ended := l.lateOrder(func(o *modelOrder) bool { return o.ended != "" }); ended != nil && l.random.IntN(4) == 0 {
+		p.order = ended
+	}
 	merchant, kind := pick(l, otherShops), l.random.IntN(24)
 	if kind < 2 {
 		p.order = nil
@@ -488,21 +522,28 @@ func (l *modelRun) playCharge() {
 	l.model.payments = append(l.model.payments, p)
 	l.names = append(l.names, p.impUID, fmt.Sprintf("payment%d", len(l.model.payments)))
 	l.say("%s: %d %s for order %s, %s %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, method, p.sandbox)
+	if l.random.IntN(3) == 0 {
+		l.playReportOf(p)
+	}
 }
 
 // otherShops are merchant_uids of other shops that use the gateway's account; one of them looks like ours.
 var otherShops = []string{"another-shops-order", "61a7adc903b7708e5dbba694"}
 
 // playReport is a browser that reports a payment, again or for the first time.
-func (l *modelRun) playReport() { l.playSeen("the browser reports", l.model.report, l.shop.report) }
+func (l *modelRun) playReport() { l.playReportOf(lately(l, l.model.payments)) }
+
+func (l *modelRun) playReportOf(p *modelPayment) {
+	l.playSeen(p, "the browser reports", l.model.report, l.shop.report)
+}
 
 // playNotice is the gateway's notice of a payment: late, repeated, in any order.
 func (l *modelRun) playNotice() {
-	l.playSeen("the gateway gives notice of", l.model.noticed, l.notice)
+	l.playSeen(lately(l, l.model.payments), "the gateway gives notice of", l.model.noticed, l.notice)
 }
 
-func (l *modelRun) playSeen(what string, model func(*modelPayment) reply, service func(string) answer) {
-	p, impUID := lately(l, l.model.payments), "imp_unknown"
+func (l *modelRun) playSeen(p *modelPayment, what string, model func(*modelPayment) reply, service func(string) answer) {
+	impUID := "imp_unknown"
 	if p != nil {
 		impUID = p.impUID
 	}
@@ -526,15 +567,18 @@ func (l *modelRun) playDelete() {
 // playStep moves an order on, back, or to any status.
 func (l *modelRun) playStep() {
 	o := lately(l, l.model.orders)
+	if paid := l.lateOrder(func(o *modelOrder) bool { return o.status >= 0 && o.status < 5 }); paid != nil && l.random.IntN(3) > 0 {
+		o = paid
+	}
 	user, to := l.user(o), l.random.IntN(5)
 	if o != nil {
 		switch n := l.random.IntN(10); {
-		case n < 5:
-			user, to = adminID, o.status+1
-		case n < 7:
-			user, to = adminID, o.status-1
-		case n < 9 && o.status == 4:
+		case n < 6 && o.status == 4:
 			to = o.cameFrom
+		case n < 6:
+			user, to = adminID, o.status+1
+		case n < 8:
+			user, to = adminID, o.status-1
 		}
 	}
 	want := l.model.advance(user, o, to)
@@ -609,9 +653,12 @@ func (l *modelRun) playChangeOfMind() {
 	switch n := l.random.IntN(6); {
 	case n == 0 || n == 1:
 		merchant := pick(l, otherShops)
-		if p.order = nil; n == 0 {
-			p.order = lately(l, l.model.orders)
-			merchant = p.order.id
+		other := lately(l, l.model.orders)
+		if n == 1 || other == p.order {
+			other = nil
+		}
+		if p.order = other; other != nil {
+			merchant = other.id
 		}
 		l.atGateway(p.impUID, func(there *fakePayment) { there.MerchantUID = merchant })
 		l.say("%s is of order %s now", p.impUID, merchant)
@@ -626,6 +673,9 @@ func (l *modelRun) playChangeOfMind() {
 	p.fickle = true
 	l.atGateway(p.impUID, func(there *fakePayment) { there.Status, there.Cancelled = p.status, p.back })
 	l.say("%s is %s now, with %d back, garbled=%v", p.impUID, p.status, p.back, p.garbled)
+	if l.random.IntN(2) == 0 {
+		l.playReportOf(p)
+	}
 }
 
 // playCatalogue imports a painting at another price, or as sold elsewhere, or as back.
@@ -798,6 +848,12 @@ func (l *modelRun) settleDown() {
 		l.tick(25 * time.Hour)
 		l.round()
 	}
+	l.say("the audit") // has the reconciler ask about what no list shows
+	l.auditSince(l.begun)
+	for range 2 { // an order that a check has changed is asked about once more
+		l.tick(refundLease)
+		l.round()
+	}
 	for _, p := range l.model.payments {
 		if p.state != "refunding" {
 			continue
@@ -811,10 +867,6 @@ func (l *modelRun) settleDown() {
 			l.fail("the refund of %s is not done", p.impUID)
 		}
 	}
-	l.say("the audit") // has the reconciler ask about what no list shows
-	l.auditSince(l.begun)
-	l.tick(time.Second)
-	l.round()
 	l.wantSettled()
 }
 
