@@ -591,7 +591,7 @@ func (c *crash) helpRefunds(rng *rand.Rand) {
 			if p.MerchantUID != o.ID || p.PaidAt.IsZero() || p.Cancelled == p.Amount {
 				continue
 			}
-			body := map[string]any{"imp_uid": p.ImpUID, "account": refundAccount{Holder: "홍길동", Bank: "은행", Number: crashAccount}}
+			body := map[string]any{"imp_uid": p.ImpUID, "account": map[string]string{"holder": "홍길동", "bank": "은행", "number": crashAccount}}
 			if p.RefundsRefused != "" && rng.IntN(4) > 0 {
 				body = map[string]any{"imp_uid": p.ImpUID, "byHand": "은행 송금"}
 			}
@@ -713,10 +713,11 @@ func (c *crash) endListLeases() {
 
 // settleDown waits until nothing is left to be done but what is planned for later than that: first the leases of what
 // the reconciler has just looked at, then only the looks a day after an order's last change. Refunds that need a person get
-// one.
+// one; that they need one shows after few attempts, which are not waited for either.
 func (c *crash) settleDown(ahead string) {
 	rng, listed := c.newRNG(5), c.calmAt.Add(crashListDelay+time.Second).UTC().Format(time.RFC3339Nano)
 	c.wait(func() string {
+		execSQL(c.t, c.postgres.url, `UPDATE payments SET next_attempt_at = now() WHERE state = 'refunding' AND leased_until <= now()`)
 		c.helpRefunds(rng)
 		return queryText(c.t, c.postgres.url, `SELECT concat_ws(', ',
 			(SELECT count(*) || ' refunds' FROM payments WHERE state = 'refunding' HAVING count(*) > 0),
