@@ -362,27 +362,57 @@ func TestHelpWhatIsNotDue(t *testing.T) {
 	kept, keptUID, _ := s.paid(buyerB)
 	s.fake.setFaults(nil)
 	back, backUID, _ := s.orderIn(statusCancelled)
+	const notDue = "imp_uid: 환불할 금액이 없는 결제입니다"
 	for name, row := range map[string]struct {
 		order, impUID string
 		status        int
+		message       string
 	}{
-		"a payment that is kept":              {kept, keptUID, 409},
-		"a payment that is back":              {back, backUID, 409},
-		"another order's payment that is due": {kept, impUID, 404},
-		"another order's payment":             {order, keptUID, 404},
-		"no payment of ours":                  {order, newImpUID(), 404},
-		"no order of ours":                    {newTestID(), impUID, 404},
+		"a payment that is kept":              {kept, keptUID, 409, notDue},
+		"a payment that is back":              {back, backUID, 409, notDue},
+		"another order's payment that is due": {kept, impUID, 404, ""},
+		"another order's payment":             {order, keptUID, 404, ""},
+		"no payment of ours":                  {order, newImpUID(), 404, ""},
+		"no order of ours":                    {newTestID(), impUID, 404, ""},
 	} {
 		for _, help := range []string{"account", "byHand"} {
 			t.Run(name+", "+help, func(t *testing.T) {
 				s := rowOf(t, s)
 				before, cancels := s.fingerprint(), s.fake.calls("cancel")
-				s.want(s.helpRefund(row.order, row.impUID, help), row.status, "")
+				s.want(s.helpRefund(row.order, row.impUID, help), row.status, row.message)
 				if s.fingerprint() != before || s.fake.calls("cancel") != cancels {
 					t.Error("something has changed")
 				}
 			})
 		}
+	}
+}
+
+// A refund that is done while a person's help waits for its row needs none.
+func TestHelpWhileTheRefundIsDone(t *testing.T) {
+	for _, help := range []string{"account", "byHand"} {
+		t.Run(help, func(t *testing.T) {
+			s := newShop(t)
+			order, _, _ := s.paid(buyerA)
+			s.refuseCancels()
+			duplicate := s.charge(order, 109000)
+			s.want(s.report(duplicate), 409, "")
+			conn, err := pgx.Connect(t.Context(), s.config.databaseURL)
+			check(t, err)
+			defer conn.Close(context.Background())
+			tx, err := conn.Begin(t.Context())
+			check(t, err)
+			_, err = tx.Exec(t.Context(), `UPDATE payments SET state = 'refunded', refunded = amount WHERE imp_uid = $1`, duplicate)
+			check(t, err)
+			helped := make(chan answer, 1)
+			go func() { helped <- s.helpRefund(order, duplicate, help) }()
+			s.waitForLocks(t, 1)
+			check(t, tx.Commit(t.Context()))
+			s.want(<-helped, 409, messageCancelling)
+			if got := s.column(duplicate, "(state, attempts, refund_account, by_hand)"); got != "(refunded,1,,)" {
+				t.Errorf("state, attempts, account, by hand: %s", got)
+			}
+		})
 	}
 }
 
