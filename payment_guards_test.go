@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -186,6 +187,8 @@ func TestReplicaVanishesWhileItSettles(t *testing.T) {
 	p, err := s.settler.gateway.payment(t.Context(), impUID)
 	check(t, err)
 	locked, silent, vanished := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	endSilence := sync.OnceFunc(func() { close(silent) })
+	defer endSilence()
 	go func() {
 		_, _, err := s.store.recordSettlement(context.WithoutCancel(t.Context()), byReconciler, p, s.now(), func(orderLedger) decision {
 			close(locked)
@@ -201,7 +204,7 @@ func TestReplicaVanishesWhileItSettles(t *testing.T) {
 		return a.status != http.StatusServiceUnavailable
 	})
 	s.want(a, 200, "결제 성공")
-	close(silent)
+	endSilence()
 	if err := <-vanished; err == nil {
 		t.Error("the silent replica's transaction went on")
 	}
@@ -282,6 +285,9 @@ func TestRefundFailsWhileAnotherSucceeds(t *testing.T) {
 	}
 	if got := s.column(impUID, "(refusals, last_error, updated_at < (SELECT updated_at FROM orders) + interval '1 second')"); got != "(0,,t)" {
 		t.Errorf("refusals, last error, unchanged since: %s", got)
+	}
+	if strings.Contains(s.logged.String(), "SQLSTATE") {
+		t.Errorf("the database refused something:\n%s", s.logged)
 	}
 }
 
