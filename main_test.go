@@ -55,6 +55,9 @@ var testPostgres = sync.OnceValues(func() (databaseURL string, err error) {
 		"synchronous_commit": "off",
 		"full_page_writes":   "off",
 		"max_connections":    "200",
+		"checkpoint_timeout": "1h", // a new database for each test is much to write down
+		"max_wal_size":       "4GB",
+		"wal_init_zero":      "off",
 	}})
 	if err != nil {
 		return "", err
