@@ -230,6 +230,8 @@ type createResult struct {
 	orderID    string // the order made, or the same one that the buyer has already
 	numberUsed bool   // an order of this buyer's that was paid has the number
 	items      []requestedItem
+
+	leftToOthers bool // the buyer has to leave one of items to others
 }
 
 // createOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. The same request
@@ -244,11 +246,9 @@ func (s *store) createOrder(ctx context.Context, by actor, o newOrder) (createRe
 		}
 	}
 	created.numberUsed = numberOf >= statusPaid
-	taken := func(item requestedItem) bool { return !item.known || !item.free }
-	if err != nil || created.orderID != "" || created.numberUsed || slices.ContainsFunc(created.items, taken) {
-		return created, err
+	if err == nil && created.leftToOthers && created.orderID == "" && !created.numberUsed {
+		err = s.markLeftToOthers(ctx, o, created.items)
 	}
-	err = s.markLeftToOthers(ctx, o, created.items)
 	return created, err
 }
 
@@ -300,13 +300,15 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 			WHERE products.id = ANY($1::text[] || coalesce((SELECT product_ids FROM replaced), '{}'))
 		)
 		SELECT r.id, coalesce(r.title, ''), r.price IS NOT NULL, r.id IN (SELECT id FROM locked WHERE for_sale), coalesce(r.price, 0),
-			coalesce((SELECT id FROM made), ''), coalesce((SELECT status FROM existing), $14::smallint)
+			coalesce((SELECT id FROM made), ''), coalesce((SELECT status FROM existing), $14::smallint),
+			EXISTS (SELECT FROM left_to_others) OR EXISTS (SELECT FROM unpaid WHERE held_since + 2 * $9 <= $8 AND $1 && product_ids)
 		FROM requested r ORDER BY r.n`,
 		o.productIDs, o.prices, o.id, o.userID, o.number, o.shippingPrice, o.total, o.createdAt, o.hold,
 		o.deliveryInfo, o.deliveryDetails, o.ordererInfo, sameNumber, noStatus,
 	).Query(func(rows pgx.Rows) error {
 		var item requestedItem
-		_, err := pgx.ForEachRow(rows, []any{&item.id, &item.title, &item.known, &item.free, &item.price, &created.orderID, &numberOf}, func() error {
+		_, err := pgx.ForEachRow(rows, []any{&item.id, &item.title, &item.known, &item.free, &item.price,
+			&created.orderID, &numberOf, &created.leftToOthers}, func() error {
 			created.items = append(created.items, item)
 			return nil
 		})
@@ -343,7 +345,7 @@ func (s *store) renewHold(ctx context.Context, by actor, o newOrder) (id string,
 	return id, err
 }
 
-// markLeftToOthers notes which of items, all of them free, the buyer has to leave to others, and until when.
+// markLeftToOthers notes which of items the buyer has to leave to others, and until when.
 func (s *store) markLeftToOthers(ctx context.Context, o newOrder, items []requestedItem) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
