@@ -41,9 +41,10 @@ type server struct {
 // request is an *http.Request with what a handler needs beside it.
 type request struct {
 	*http.Request
-	caller  caller // zero on a public route without a valid token
-	id      string // written to the log, the history and the response's X-Request-Id
-	orderID string // set by the handler, for the log line of the request
+	body    io.Reader // the Request's Body, up to maxBody
+	caller  caller    // zero on a public route without a valid token
+	id      string    // written to the log, the history and the response's X-Request-Id
+	orderID string    // set by the handler, for the log line of the request
 }
 
 // actor returns the actor of the changes that the request makes.
@@ -137,9 +138,10 @@ func (s *server) add(rt route) {
 	stats := s.metrics.route(rt.pattern)
 	s.mux.HandleFunc(rt.pattern, func(w http.ResponseWriter, hr *http.Request) {
 		start := s.now()
-		r := &request{Request: hr, id: s.requestID(hr)}
+		// hr.Body stays what net/http made it: by its type it knows that a client which sent Expect: 100-continue was not
+		// asked for the body, so that it need not wait for one after the response.
+		r := &request{Request: hr, body: http.MaxBytesReader(w, hr.Body, maxBody), id: s.requestID(hr)}
 		w.Header().Set("X-Request-Id", r.id)
-		hr.Body = http.MaxBytesReader(w, hr.Body, maxBody)
 
 		var cause error
 		status := rt.success
@@ -308,7 +310,7 @@ const maxBody = 1 << 20
 // readBody returns the request's body. The error is a 413 when it is larger than maxBody, and a 400 when it cannot be read
 // or is not UTF-8.
 func readBody(r *request) ([]byte, error) {
-	body, err := io.ReadAll(r.Body)
+	body, err := io.ReadAll(r.body)
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
 	case tooLarge:

@@ -1,14 +1,21 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 )
 
@@ -65,6 +72,41 @@ func TestHeadersOfEveryAnswer(t *testing.T) {
 		if row.status == 204 && (h.Get("Access-Control-Max-Age") != "600" || h.Get("Access-Control-Allow-Methods") != "GET, POST, PATCH, DELETE" ||
 			h.Get("Access-Control-Allow-Headers") != "Authorization, Content-Type") {
 			t.Errorf("preflight: %v", h)
+		}
+	}
+}
+
+// A client that sent Expect: 100-continue waits with its body, so an answer without a look at the body must not wait for it.
+func TestExpectContinue(t *testing.T) {
+	s := newShop(t)
+	service := httptest.NewServer(s.server) // not the shop's, which reads every body
+	defer service.Close()
+	for _, row := range []struct {
+		authorization string
+		statuses      string // of all answers, 100 included
+	}{
+		{"", "401"},
+		{"Authorization: " + s.as(buyerA) + "\r\n", "100 400"},
+	} {
+		connection, err := net.Dial("tcp", service.Listener.Addr().String())
+		check(t, err)
+		defer connection.Close()
+		fmt.Fprintf(connection, "POST /api/orders HTTP/1.1\r\nHost: test\r\n%sContent-Length: 2\r\nExpect: 100-continue\r\n\r\n", row.authorization)
+		check(t, connection.SetReadDeadline(time.Now().Add(10*time.Second))) // far less than the server waits for a body
+		answers, statuses := bufio.NewReader(connection), ""
+		for {
+			answered, err := http.ReadResponse(answers, nil)
+			if err != nil {
+				t.Fatalf("after %q: %v", statuses, err)
+			}
+			statuses += " " + strconv.Itoa(answered.StatusCode)
+			if answered.StatusCode != http.StatusContinue {
+				break
+			}
+			io.WriteString(connection, "{}")
+		}
+		if statuses != " "+row.statuses {
+			t.Errorf("answered%s, want %s", statuses, row.statuses)
 		}
 	}
 }
