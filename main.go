@@ -130,6 +130,7 @@ func version() string {
 // serve runs the service until ctx ends. Requests under way then have drainTime to finish, and the reconciler and the
 // metrics server another backgroundStopTime.
 func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
+	defer catchBrokenPipe()()
 	log := newLog(c, errOut)
 	var env *devEnv // nil outside local development
 	if c.local {
@@ -162,6 +163,15 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 		}
 	}
 	return runServer(ctx, s, listener, metricsListener)
+}
+
+// catchBrokenPipe keeps the process alive when the reader of its standard output or error ends: the writes fail then, and no
+// longer end the program. The commands are not kept, so that they end with the pager that they were piped into. The caller
+// calls stop.
+func catchBrokenPipe() (stop func()) {
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGPIPE) // not signal.Ignore, which child processes would inherit
+	return func() { signal.Stop(caught) }
 }
 
 // listen opens the port of the API. In local development only this machine can reach it.

@@ -28,6 +28,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv("TEST_RUN_MAIN") != "" { // set by programCommand
+		main()
+		return
+	}
 	code := wantWholeAPI(m.Run())
 	if err := stopTestPostgres(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -825,6 +829,38 @@ func command(t *testing.T, databaseURL, in string, args ...string) (string, erro
 	var out bytes.Buffer
 	err := run(t.Context(), args, func(name string) string { return environment[name] }, strings.NewReader(in), &out, &out)
 	return out.String(), err
+}
+
+// programCommand returns the program as a process of its own, ended with the test, with this environment and no other variable.
+func programCommand(t *testing.T, environment map[string]string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+	cmd.Env = []string{"TEST_RUN_MAIN=1"}
+	for name, value := range environment {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	return cmd
+}
+
+// The service goes on when what reads its log ends.
+func TestLogPipeCloses(t *testing.T) {
+	program := programCommand(t, map[string]string{"DATABASE_URL": newTestDatabase(t), "JWT_SECRET": testSecret, "IAMPORT_KEY": "key",
+		"IAMPORT_SECRET": "secret", "IAMPORT_URL": "http://127.0.0.1:9", "PORT": "0"})
+	logged, err := program.StderrPipe()
+	check(t, err)
+	check(t, program.Start())
+	var serving struct{ Msg, Address string }
+	check(t, json.NewDecoder(logged).Decode(&serving))
+	check(t, logged.Close())
+	for range 3 { // each is logged
+		request, err := newCall(t.Context(), "GET", "http://"+strings.Replace(serving.Address, "[::]", "127.0.0.1", 1)+"/healthz", "", nil)
+		check(t, err)
+		a, err := exchange(http.DefaultClient.Do, request)
+		if err != nil || a.status != 200 {
+			t.Fatalf("%d, %v", a.status, err)
+		}
+	}
+	check(t, program.Process.Signal(syscall.SIGTERM))
+	check(t, program.Wait())
 }
 
 func TestCommands(t *testing.T) {
