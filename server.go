@@ -323,13 +323,15 @@ func readBody(r *request) ([]byte, error) {
 	return body, nil
 }
 
-// decodeJSON decodes the JSON in text into value. The error is a 400. It names the field whose type is wrong; prefix is
-// the path of value in the request body, "" for the body itself.
+// decodeJSON decodes the JSON in text into value. The error is a 400. It names the field whose type is wrong, or the key that
+// comes twice in one object; prefix is the path of value in the request body, "" for the body itself.
 func decodeJSON(text []byte, prefix string, value any) error {
 	err := json.Unmarshal(text, value)
 	mistyped, wrongType := errors.AsType[*json.UnmarshalTypeError](err)
 	switch {
-	case err == nil:
+	case err == nil && prefix == "":
+		return checkUniqueKeys(text)
+	case err == nil: // part of a body that was checked as a whole
 		return nil
 	case wrongType && prefix+mistyped.Field != "":
 		return fieldError(joinField(prefix, mistyped.Field), "형식이 올바르지 않습니다")
