@@ -198,11 +198,10 @@ func listenMetrics(c config) (net.Listener, error) {
 // runServer serves the API until ctx ends, with the reconciler and, when its listener is not nil, the metrics server in
 // the background.
 func runServer(ctx context.Context, s *server, listener, metricsListener net.Listener) error {
+	s.logStart(listener)
 	if metricsListener != nil {
 		s.log.Info("serving metrics", "address", metricsListener.Addr().String())
 	}
-	s.log.Info("serving", "address", listener.Addr().String(), "version", version())
-
 	backgroundCtx, stop := context.WithCancel(ctx)
 	defer stop()
 	var background sync.WaitGroup
@@ -219,6 +218,16 @@ func runServer(ctx context.Context, s *server, listener, metricsListener net.Lis
 	waitAtMost(&background, backgroundStopTime)
 	s.log.Info("stopped")
 	return err
+}
+
+// logStart writes the first line of the log. With IAMPORT_SANDBOX it is a warning.
+func (s *server) logStart(listener net.Listener) {
+	attrs := []any{"address", listener.Addr().String(), "version", version()}
+	if s.config.sandbox {
+		s.log.Warn("serving", append(attrs, "sandbox", true, "warning", "test payments buy paintings")...)
+		return
+	}
+	s.log.Info("serving", attrs...)
 }
 
 const (

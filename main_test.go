@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -335,6 +336,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 		jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.fake.key,
 		iamportSecret: s.fake.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
 		origins: []string{"https://lumiere.example"},
+		proxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}, // the tests name their requests
 	}
 	for _, f := range change {
 		f(&c)
@@ -449,6 +451,7 @@ func (s *shop) send(request *http.Request) (*http.Response, error) {
 	if request.Body == nil {
 		request.Body = http.NoBody
 	}
+	request.RemoteAddr = "127.0.0.1:1"
 	recorder := httptest.NewRecorder()
 	s.ServeHTTP(recorder, request)
 	return recorder.Result(), nil
@@ -952,8 +955,8 @@ func TestMetricsAddress(t *testing.T) {
 	}()
 	var metrics, service struct{ Msg, Address string }
 	lines := json.NewDecoder(logged)
-	check(t, lines.Decode(&metrics))
 	check(t, lines.Decode(&service))
+	check(t, lines.Decode(&metrics))
 	if metrics.Msg != "serving metrics" || service.Msg != "serving" {
 		t.Fatal(metrics, service)
 	}
