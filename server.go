@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -179,11 +180,16 @@ func (s *server) call(rt route, r *request) (body any, err error) {
 	return rt.handle(r)
 }
 
-// logRequest writes the log line of a request. The line has no personal data: no token, no body, no query, no address.
+// logRequest writes the log line of a request. The line has no personal data: no token, no body, no query, no address. A 500
+// is a fault of this program, and an error in the log. The other 5xx say that something which it depends on is away or busy:
+// each is a warning, and what is away has a line of its own.
 func (s *server) logRequest(r *request, pattern string, status int, elapsed time.Duration, cause error) {
 	level := slog.LevelInfo
-	if status >= 500 {
+	switch {
+	case status == http.StatusInternalServerError:
 		level = slog.LevelError
+	case status > http.StatusInternalServerError:
+		level = slog.LevelWarn
 	}
 	attrs := []slog.Attr{slog.String("route", pattern), slog.Int("status", status),
 		slog.Float64("ms", float64(elapsed.Microseconds())/1000), slog.String("request", r.id)}
@@ -201,6 +207,7 @@ func (s *server) logRequest(r *request, pattern string, status int, elapsed time
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set("Cache-Control", "no-store")
 	if s.cors(w, r) {
 		return
 	}
@@ -219,9 +226,11 @@ func (s *server) noSuchCall(w http.ResponseWriter, r *http.Request) {
 	if recorder.status == http.StatusMethodNotAllowed {
 		text = "이 주소에서 지원하지 않는 요청 방식입니다"
 	}
+	id := s.requestID(r)
+	w.Header().Set("X-Request-Id", id)
 	writeJSON(w, recorder.status, message{text})
 	s.metrics.noRoute.count(recorder.status, 0)
-	s.logRequest(&request{Request: r, id: s.requestID(r)}, "none", recorder.status, 0, nil)
+	s.logRequest(&request{Request: r, id: id}, "none", recorder.status, 0, nil)
 }
 
 // statusOnly is an http.ResponseWriter that keeps the status and drops the body.
@@ -255,15 +264,22 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	return true
 }
 
-// requestIDPattern matches the X-Request-Id values that are accepted from a client or a proxy.
+// requestIDPattern matches the X-Request-Id values that are accepted from a proxy.
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
 
-// requestID returns the request's own X-Request-Id when it is acceptable, else a new one.
+// requestID returns a new id for the request. When it comes from one of the trusted proxies with an acceptable X-Request-Id,
+// requestID returns that one. Nobody else's is accepted, because the id is written into the history, which cannot be changed.
 func (s *server) requestID(r *http.Request) string {
-	if id := r.Header.Get("X-Request-Id"); requestIDPattern.MatchString(id) {
+	if id := r.Header.Get("X-Request-Id"); requestIDPattern.MatchString(id) && s.fromProxy(r) {
 		return id
 	}
 	return s.random()
+}
+
+// fromProxy reports whether the request's peer is one of the trusted proxies.
+func (s *server) fromProxy(r *http.Request) bool {
+	peer, _ := parseAddress(r.RemoteAddr)
+	return slices.ContainsFunc(s.config.proxies, func(p netip.Prefix) bool { return p.Contains(peer) })
 }
 
 // ---- JSON
