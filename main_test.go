@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -844,6 +845,18 @@ func programCommand(t *testing.T, environment map[string]string, args ...string)
 	return cmd
 }
 
+func TestGOGCIsRespected(t *testing.T) {
+	const given = 77 // as the Go runtime sets it from GOGC
+	defer debug.SetGCPercent(debug.SetGCPercent(given))
+	for gogc, want := range map[string]int{"": 300, "77": given} {
+		debug.SetGCPercent(given)
+		tuneGC(func(string) string { return gogc })
+		if got := debug.SetGCPercent(given); got != want {
+			t.Errorf("GOGC=%s: %d percent, want %d", gogc, got, want)
+		}
+	}
+}
+
 // The service goes on when what reads its log ends.
 func TestLogPipeCloses(t *testing.T) {
 	program := programCommand(t, map[string]string{"DATABASE_URL": newTestDatabase(t), "JWT_SECRET": testSecret, "IAMPORT_KEY": "key",
@@ -911,6 +924,27 @@ func TestConfiguration(t *testing.T) {
 		{"TRUSTED_PROXIES=10.0.0.0/8, 192.0.2.7,2001:db8::/32", "", ""},
 		{"TRUSTED_PROXIES=proxy.example", "", "TRUSTED_PROXIES"},
 		{"METRICS_ADDR=:9100", "", ""},
+		// A blank variable is not set.
+		{"JWT_SECRET=" + strings.Repeat(" ", 32), "", "JWT_SECRET is not set"},
+		{"JWT_SECRET= " + strings.Repeat("x", 30) + " ", "", "JWT_SECRET has 30 bytes"},
+		{"IAMPORT_KEY= ", "", "IAMPORT_KEY is not set"},
+		{"DATABASE_URL=\t", "", "DATABASE_URL is not set"},
+		{"PORT= ", "", ""},
+		{"CORS_ORIGINS= , ", "", ""},
+		{"LOCAL= ", "", ""},
+		{"LOCAL=0", "", ""},
+		{"LOCAL=perhaps", "", "LOCAL"},
+		// The gateway is called by https alone, except on this machine.
+		{"IAMPORT_URL=http://api.iamport.kr", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://127.0.0.1.example", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://10.0.0.1", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://127.0.0.1@gateway.example", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=https://", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=ftp://127.0.0.1", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://127.0.0.1:8000", "", ""},
+		{"IAMPORT_URL=http://[::1]:8000", "", ""},
+		{"IAMPORT_URL=http://localhost:8000", "", ""},
+		{"IAMPORT_URL= https://gateway.example/ ", "", ""},
 	} {
 		name, value, _ := strings.Cut(row.set, "=")
 		c, err := readConfig(func(asked string) string {
@@ -929,14 +963,45 @@ func TestConfiguration(t *testing.T) {
 			t.Errorf("%+v: %v", row, err)
 		}
 	}
-	c, err := readConfig(func(string) string { return "" }, "")
-	if err != nil || !c.local || c.port != 5000 {
-		t.Errorf("nothing set: %+v, %v", c, err)
-	}
-	_, err = readConfig(func(name string) string { return map[string]string{"PORT": "x", "JWT_SECRET": "short"}[name] }, "")
+	_, err := readConfig(func(name string) string { return map[string]string{"PORT": "x", "JWT_SECRET": "short"}[name] }, "")
 	for _, name := range []string{"PORT", "JWT_SECRET", "DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"} {
 		if err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("not all problems at once: %v lacks %s", err, name)
+		}
+	}
+}
+
+// Local development starts where nothing belongs to a deployment, and where it is asked for. A deployment that lost its secrets
+// does not start.
+func TestLocalConfiguration(t *testing.T) {
+	whole := map[string]string{"DATABASE_URL": "postgres://db", "JWT_SECRET": "short", "IAMPORT_KEY": "key", "IAMPORT_SECRET": "hidden-value",
+		"IAMPORT_URL": "http://gateway.example", "CORS_ORIGINS": "https://lumiere.example", "LOCAL": "1"}
+	for _, row := range []struct {
+		set   map[string]string
+		local bool
+	}{
+		{map[string]string{}, true},
+		{map[string]string{"DATABASE_URL": " ", "TRUSTED_PROXIES": " "}, true},
+		{map[string]string{"PORT": "5001", "ORDER_HOLD": "1m", "LOG_LEVEL": "debug", "IAMPORT_SANDBOX": "true"}, true},
+		{map[string]string{"TRUSTED_PROXIES": "10.0.0.0/8"}, false},
+		{map[string]string{"CORS_ORIGINS": "https://lumiere.example"}, false},
+		{map[string]string{"METRICS_ADDR": ":9100"}, false},
+		{map[string]string{"METRICS_ADDR": ":9100", "LOCAL": "false"}, false},
+		{map[string]string{"METRICS_ADDR": ":9100", "LOCAL": "1"}, true},
+		{whole, true},
+	} {
+		c, err := readConfig(func(name string) string { return row.set[name] }, "")
+		switch {
+		case row.local && (err != nil || !c.local || c.databaseURL != "" || len(c.jwtSecret) > 0 || c.iamportKey+c.iamportSecret+c.iamportURL != ""):
+			t.Errorf("%v: %+v, %v", row.set, c, err)
+		case row.local && len(c.origins) > 0 != (row.set["CORS_ORIGINS"] != ""):
+			t.Errorf("%v: origins %v", row.set, c.origins)
+		case !row.local:
+			for _, name := range secretNames {
+				if err == nil || !strings.Contains(err.Error(), name+" is not set") {
+					t.Errorf("%v: %v, without %s", row.set, err, name)
+				}
+			}
 		}
 	}
 }
