@@ -34,6 +34,8 @@ type server struct {
 	log     *slog.Logger
 	mux     *http.ServeMux
 
+	devHosts []string // the Hosts that local development answers to; nil: all
+
 	limits  *limiter // of payment look-ups that callers cause
 	metrics *metrics
 	outage  outage // whether the gateway responds
@@ -208,6 +210,10 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Cache-Control", "no-store")
+	if s.devHosts != nil && !s.allowsLocally(r) {
+		writeJSON(w, http.StatusForbidden, message{messageNotLocal})
+		return
+	}
 	if s.cors(w, r) {
 		return
 	}
