@@ -38,10 +38,11 @@ var secretNames = []string{"DATABASE_URL", "JWT_SECRET", "IAMPORT_KEY", "IAMPORT
 // requiredNames lists the variables that a command requires outside local development, by command. The command that
 // serves is "".
 var requiredNames = map[string][]string{
-	"":       secretNames,
-	"import": {"DATABASE_URL"},
-	"token":  {"JWT_SECRET"},
-	"audit":  {"DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"},
+	"":        secretNames,
+	"import":  {"DATABASE_URL"},
+	"migrate": {"DATABASE_URL"},
+	"token":   {"JWT_SECRET"},
+	"audit":   {"DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"},
 }
 
 // deploymentNames lists further variables that only a deployment sets. A deployment that lost its secrets is recognized by

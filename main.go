@@ -27,12 +27,13 @@ Usage:
   lumiere                                    serve
   lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
   lumiere audit [-since 24h] [-json]         compare the ledger with the gateway; exit 0 only when they balance
+  lumiere migrate                            bring the schema up to date; serving does it too
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
-  lumiere healthcheck                        exit 0 when the running service is ready
+  lumiere healthcheck [-live]                exit 0 when the running service is ready; -live: when it is alive
   lumiere version                            print the version
 
-Without DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET it runs in local development, with a private PostgreSQL,
-a sample catalogue and a fake gateway. README.md describes the configuration.
+With no variable of a deployment set, or with LOCAL=1, it runs in local development, with a private PostgreSQL, a sample catalogue
+and a fake gateway. README.md describes the configuration.
 `
 
 func main() {
@@ -83,8 +84,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 		user, isAdmin := flags.String("user", "", ""), flags.Bool("admin", false, "")
 		ttl := flags.Duration("ttl", 3*time.Hour, "")
 		execute = func(c config) error { return tokenCommand(c, *user, *isAdmin, *ttl, out) }
+	case "migrate":
+		execute = func(c config) error { return migrateCommand(ctx, c, out) }
 	case "healthcheck":
-		execute = func(c config) error { return healthcheckCommand(ctx, c) }
+		live := flags.Bool("live", false, "")
+		execute = func(c config) error { return healthcheckCommand(ctx, c, *live) }
 	case "version":
 		execute = func(config) error { _, err := fmt.Fprintln(out, "lumiere", version()); return err }
 	case "-h", "-help", "--help", "help":
@@ -312,7 +316,7 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 		defer file.Close()
 		in = file
 	}
-	return withStore(ctx, &c, func(store *store) error {
+	return withStore(ctx, &c, (*store).migrateEmpty, func(store *store) error {
 		result, err := importCatalogue(ctx, store, in)
 		if err != nil {
 			return err
@@ -326,17 +330,30 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 	})
 }
 
-// withStore calls fn with the database of c, its schema up to date, and closes the database afterwards. In local
-// development it first completes c with the addresses and keys of the private PostgreSQL and the fake gateway.
-func withStore(ctx context.Context, c *config, fn func(*store) error) (err error) {
+// migrateCommand brings the schema up to date and prints its version.
+func migrateCommand(ctx context.Context, c config, out io.Writer) error {
+	return withStore(ctx, &c, (*store).migrateAll, func(store *store) error {
+		version, err := store.schemaVersion(ctx)
+		if err == nil {
+			fmt.Fprintf(out, "the schema is at step %d\n", version)
+		}
+		return err
+	})
+}
+
+// withStore calls fn with the database of c once prepare has returned nil, and closes the database afterwards. In local
+// development it first completes c with the addresses and keys of the private PostgreSQL and the fake gateway. That database is
+// the program's own, so its schema is brought up to date, whatever prepare would do.
+func withStore(ctx context.Context, c *config, prepare func(*store, context.Context) error, fn func(*store) error) (err error) {
 	if c.local {
 		leave, err := joinDevEnv(ctx, c)
 		if err != nil {
 			return err
 		}
 		defer leave()
+		prepare = (*store).migrateAll
 	}
-	store, err := openMigratedStore(ctx, c.databaseURL)
+	store, err := openPreparedStore(ctx, c.databaseURL, prepare)
 	if err != nil {
 		return err
 	}
@@ -362,11 +379,16 @@ func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io
 	return err
 }
 
-// healthcheckCommand returns nil when the service on this machine answers /readyz with 200 within 5 seconds.
-func healthcheckCommand(ctx context.Context, c config) error {
+// healthcheckCommand returns nil when the service on this machine answers /readyz, or /healthz when live, with 200 within 5
+// seconds.
+func healthcheckCommand(ctx context.Context, c config, live bool) error {
+	path := "/readyz"
+	if live {
+		path = "/healthz"
+	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/readyz", c.port), nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", c.port, path), nil)
 	if err != nil {
 		return err
 	}
@@ -377,7 +399,7 @@ func healthcheckCommand(ctx context.Context, c config) error {
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(response.Body, 1000))
-		return fmt.Errorf("not ready: %s: %s", response.Status, text)
+		return fmt.Errorf("%s: %s: %s", path, response.Status, text)
 	}
 	return nil
 }

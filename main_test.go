@@ -901,6 +901,73 @@ func TestCommands(t *testing.T) {
 	}
 }
 
+// Only migrate, serving, and an import into an empty database change the schema.
+func TestCommandsAndTheSchema(t *testing.T) {
+	newest := len(migrations())
+	version := func(databaseURL string) int {
+		store, err := openStore(t.Context(), databaseURL, nil)
+		check(t, err)
+		defer store.close()
+		version, err := store.schemaVersion(t.Context())
+		check(t, err)
+		return version
+	}
+	migrate := func(databaseURL string, steps int) {
+		store, err := openStore(t.Context(), databaseURL, nil)
+		check(t, err)
+		defer store.close()
+		check(t, store.migrate(t.Context(), migrations()[:steps]))
+	}
+	commands := map[string][]string{"import": {"import", "-"}, "audit": {"audit"}, "migrate": {"migrate"}}
+	for _, row := range []struct {
+		command     string
+		steps, then int
+		refused     bool
+	}{
+		{"migrate", 0, newest, false},
+		{"migrate", newest - 1, newest, false},
+		{"migrate", newest, newest, false},
+		{"import", 0, newest, false},
+		{"import", newest - 1, newest - 1, true},
+		{"import", newest, newest, false},
+		{"audit", 0, 0, true},
+		{"audit", newest - 1, newest - 1, true},
+	} {
+		databaseURL := newTestDatabase(t)
+		migrate(databaseURL, row.steps)
+		environment := map[string]string{"DATABASE_URL": databaseURL, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "secret", "IAMPORT_URL": "http://127.0.0.1:9"}
+		var out bytes.Buffer
+		err := run(t.Context(), commands[row.command], func(name string) string { return environment[name] }, strings.NewReader("[]"), &out, &out)
+		if (err != nil) != row.refused || err != nil && !strings.Contains(err.Error(), "run lumiere migrate") {
+			t.Errorf("%+v: %v, %s", row, err, &out)
+		}
+		if got := version(databaseURL); got != row.then {
+			t.Errorf("%+v: then the schema is at step %d", row, got)
+		}
+		if row.command == "migrate" && out.String() != fmt.Sprintf("the schema is at step %d\n", newest) {
+			t.Errorf("migrate prints %q", &out)
+		}
+	}
+}
+
+func TestHealthcheck(t *testing.T) {
+	s := newShop(t)
+	_, port, _ := strings.Cut(strings.TrimPrefix(s.url, "http://"), ":")
+	healthcheck := func(args ...string) error {
+		return run(t.Context(), append([]string{"healthcheck"}, args...), func(name string) string { return map[string]string{"PORT": port}[name] }, nil, io.Discard, io.Discard)
+	}
+	check(t, healthcheck())
+	check(t, healthcheck("-live"))
+	s.clock.advance(time.Hour) // in which no round of the reconciler finished
+	if err := healthcheck(); err == nil || !strings.Contains(err.Error(), "503") {
+		t.Errorf("a service that is not ready: %v", err)
+	}
+	check(t, healthcheck("-live"))
+	if !strings.Contains(readText(t, "Dockerfile"), `"healthcheck", "-live"]`) {
+		t.Error("the container is not checked for being alive")
+	}
+}
+
 func TestConfiguration(t *testing.T) {
 	whole := map[string]string{"DATABASE_URL": "postgres://db", "JWT_SECRET": testSecret, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "hidden-value"}
 	for _, row := range []struct {
