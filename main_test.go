@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -452,7 +453,7 @@ func (s *shop) send(request *http.Request) (*http.Response, error) {
 	if request.Body == nil {
 		request.Body = http.NoBody
 	}
-	request.RemoteAddr = "127.0.0.1:1"
+	request.RemoteAddr = cmp.Or(request.RemoteAddr, "127.0.0.1:1")
 	recorder := httptest.NewRecorder()
 	s.ServeHTTP(recorder, request)
 	return recorder.Result(), nil
