@@ -9,5 +9,5 @@ FROM gcr.io/distroless/static-debian12:nonroot
 COPY --from=build /lumiere /lumiere
 USER nonroot
 EXPOSE 5000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["/lumiere", "healthcheck"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["/lumiere", "healthcheck", "-live"]
 ENTRYPOINT ["/lumiere"]

@@ -43,14 +43,6 @@ func newTokens(secret []byte, now func() time.Time) *tokens {
 	return &tokens{secret: secret, parser: parser, now: now, verified: map[[sha256.Size]byte]verifiedToken{}}
 }
 
-// claims are the claims of a token. Only the JSON boolean true in isAdmin makes an administrator. IsAdmin is an any so
-// that a token with another type there is still valid, as a buyer's.
-type claims struct {
-	ID      string `json:"id"`
-	IsAdmin any    `json:"isAdmin"`
-	jwt.RegisteredClaims
-}
-
 // errNoToken says that a request has no bearer token.
 var errNoToken = errors.New("no bearer token")
 
@@ -82,24 +74,36 @@ func (t *tokens) caller(r *http.Request) (caller, error) {
 	return verified.caller, nil
 }
 
-// verify checks the token's signature, its expiry and that its id is an ObjectId.
+// verify checks the token as RFC 7515 and RFC 7519 demand, and that its id is an ObjectId. Claims are decoded into a map, so
+// that their names are case-sensitive, and of a name that comes twice the last one counts. Only the JSON boolean true in isAdmin
+// makes an administrator.
 func (t *tokens) verify(token string) (verifiedToken, error) {
-	var c claims
-	if _, err := t.parser.ParseWithClaims(token, &c, func(*jwt.Token) (any, error) { return t.secret, nil }); err != nil {
+	claims := jwt.MapClaims{}
+	parsed, err := t.parser.ParseWithClaims(token, claims, func(*jwt.Token) (any, error) { return t.secret, nil })
+	if err != nil {
 		return verifiedToken{}, err
 	}
-	id, ok := parseID(c.ID)
+	if _, has := parsed.Header["crit"]; has {
+		return verifiedToken{}, errors.New("the token has extensions that must be understood")
+	}
+	text, _ := claims["id"].(string)
+	id, ok := parseID(text)
 	if !ok {
 		return verifiedToken{}, errors.New("the token's id is not an ObjectId")
 	}
-	return verifiedToken{caller: caller{id: id, admin: c.IsAdmin == true}, expires: c.ExpiresAt.Time}, nil
+	expires, err := claims.GetExpirationTime()
+	if err != nil {
+		return verifiedToken{}, err
+	}
+	return verifiedToken{caller: caller{id: id, admin: claims["isAdmin"] == true}, expires: expires.Time}, nil
 }
 
 // issue returns a token for c that is valid from now for ttl.
 func (t *tokens) issue(c caller, now time.Time, ttl time.Duration) (string, error) {
-	return jwt.NewWithClaims(jwt.SigningMethodHS256, claims{
-		ID:               c.id,
-		IsAdmin:          c.admin,
-		RegisteredClaims: jwt.RegisteredClaims{IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(ttl))},
+	return jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{
+		"id":      c.id,
+		"isAdmin": c.admin,
+		"iat":     now.Unix(),
+		"exp":     now.Add(ttl).Unix(),
 	}).SignedString(t.secret)
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/sha256"
+	"encoding/base64"
 	"fmt"
 	"net/http"
 	"strings"
@@ -28,6 +29,16 @@ func TestTokens(t *testing.T) {
 	without := func(key string) string {
 		return sign(jwt.SigningMethodHS256, []byte(testSecret), func(c jwt.MapClaims) { delete(c, key) })
 	}
+	// raw signs a header and claims that are written out.
+	raw := func(header, claims string) string {
+		text := base64.RawURLEncoding.EncodeToString([]byte(header)) + "." + base64.RawURLEncoding.EncodeToString([]byte(claims))
+		signature, err := jwt.SigningMethodHS256.Sign(text, []byte(testSecret))
+		check(t, err)
+		return "Bearer " + text + "." + base64.RawURLEncoding.EncodeToString(signature)
+	}
+	const header = `{"alg":"HS256","typ":"JWT"}`
+	claims := fmt.Sprintf(`"id":"%s","exp":%d`, buyerA, now.Add(time.Hour).Unix())
+	past := now.Add(-time.Hour).Unix()
 	as := func(jwt.MapClaims) {}
 	good := with("isAdmin", false)
 	parts := strings.Split(good, ".")
@@ -47,6 +58,21 @@ func TestTokens(t *testing.T) {
 		{"no exp", without("exp")},
 		{"exp no number", with("exp", "tomorrow")},
 		{"exp null", with("exp", nil)},
+		{"exp a text of digits", with("exp", fmt.Sprint(now.Add(time.Hour).Unix()))},
+		{"exp twice, the last one past", raw(header, fmt.Sprintf(`{%s,"exp":%d}`, claims, past))},
+		{"exp twice, the last one a text", raw(header, fmt.Sprintf(`{%s,"exp":"%d"}`, claims, now.Add(time.Hour).Unix()))},
+		{"exp in another case", raw(header, strings.Replace(`{`+claims+`}`, `"exp"`, `"EXP"`, 1))},
+		{"nbf in the future", with("nbf", now.Add(time.Second).Unix())},
+		{"nbf a text", with("nbf", fmt.Sprint(past))},
+		{"nbf twice, the last one in the future", raw(header, fmt.Sprintf(`{%s,"nbf":%d,"nbf":%d}`, claims, past, now.Add(time.Minute).Unix()))},
+		{"crit", raw(`{"alg":"HS256","crit":["b64"],"b64":true}`, `{`+claims+`}`)},
+		{"crit unknown", raw(`{"alg":"HS256","crit":["x"],"x":1}`, `{`+claims+`}`)},
+		{"crit empty", raw(`{"alg":"HS256","crit":[]}`, `{`+claims+`}`)},
+		{"crit null", raw(`{"alg":"HS256","crit":null}`, `{`+claims+`}`)},
+		{"crit twice", raw(`{"alg":"HS256","crit":["x"],"crit":[]}`, `{`+claims+`}`)},
+		{"alg twice, the last one none", raw(`{"alg":"HS256","alg":"none"}`, `{`+claims+`}`)},
+		{"id in another case", raw(header, strings.Replace(`{`+claims+`}`, `"id"`, `"ID"`, 1))},
+		{"id twice, the last one no ObjectId", raw(header, `{`+claims+`,"id":"me"}`)},
 		{"no id", without("id")},
 		{"id null", with("id", nil)},
 		{"id empty", with("id", "")},
@@ -70,6 +96,11 @@ func TestTokens(t *testing.T) {
 		{"id in upper case", with("id", strings.ToUpper(buyerA))},
 		{"isAdmin left out", without("isAdmin")},
 		{"isAdmin a text", with("isAdmin", "true")},
+		{"nbf now", with("nbf", now.Unix())},
+		{"exp a fraction", with("exp", float64(now.Unix())+3600.5)},
+		{"exp twice, the first one past", raw(header, fmt.Sprintf(`{"exp":%d,%s}`, past, claims))},
+		{"id in another case beside it", raw(header, `{`+claims+`,"ID":"`+buyerB+`"}`)},
+		{"isAdmin in another case", raw(header, `{`+claims+`,"ISADMIN":true}`)},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			s := rowOf(t, s)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,33 +32,29 @@ type config struct {
 	local                     bool // local development
 }
 
-// secretNames lists the variables that have no default. When none of them is set, the service runs in local development.
+// secretNames lists the variables that have no default.
 var secretNames = []string{"DATABASE_URL", "JWT_SECRET", "IAMPORT_KEY", "IAMPORT_SECRET"}
 
 // requiredNames lists the variables that a command requires outside local development, by command. The command that
 // serves is "".
 var requiredNames = map[string][]string{
-	"":       secretNames,
-	"import": {"DATABASE_URL"},
-	"token":  {"JWT_SECRET"},
-	"audit":  {"DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"},
+	"":        secretNames,
+	"import":  {"DATABASE_URL"},
+	"migrate": {"DATABASE_URL"},
+	"token":   {"JWT_SECRET"},
+	"audit":   {"DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"},
 }
 
+// deploymentNames lists further variables that only a deployment sets. A deployment that lost its secrets is recognized by
+// them: it must not serve local development's tokens.
+var deploymentNames = []string{"TRUSTED_PROXIES", "CORS_ORIGINS", "METRICS_ADDR"}
+
 // readConfig returns the configuration for command. The error lists every problem at once, and never contains the value
-// of a secret.
+// of a secret. In local development the secrets and IAMPORT_URL stay empty: devEnv sets its own.
 func readConfig(getenv func(string) string, command string) (config, error) {
 	env := &environment{getenv: getenv}
-	local := env.hasNoSecret()
-	if !local {
-		env.checkSecrets(command)
-	}
 	c := config{
-		databaseURL:    env.text("DATABASE_URL", ""),
-		jwtSecret:      []byte(getenv("JWT_SECRET")),
-		iamportKey:     env.text("IAMPORT_KEY", ""),
-		iamportSecret:  env.text("IAMPORT_SECRET", ""),
-		iamportURL:     env.iamportURL(),
-		sandbox:        env.sandbox(),
+		sandbox:        env.boolean("IAMPORT_SANDBOX"),
 		port:           env.port(),
 		shipping:       env.shipping(),
 		metricsAddress: env.metricsAddress(),
@@ -66,7 +63,14 @@ func readConfig(getenv func(string) string, command string) (config, error) {
 		origins:        env.origins(),
 		proxies:        env.proxies(),
 		logLevel:       env.logLevel(),
-		local:          local,
+		local:          env.boolean("LOCAL") || !env.isDeployment(),
+	}
+	if !c.local {
+		env.checkSecrets(command)
+		c.databaseURL = env.text("DATABASE_URL", "")
+		c.jwtSecret = []byte(env.text("JWT_SECRET", ""))
+		c.iamportKey, c.iamportSecret = env.text("IAMPORT_KEY", ""), env.text("IAMPORT_SECRET", "")
+		c.iamportURL = env.iamportURL()
 	}
 	return c, errors.Join(env.problems...)
 }
@@ -81,7 +85,8 @@ func (e *environment) problem(format string, args ...any) {
 	e.problems = append(e.problems, fmt.Errorf(format, args...))
 }
 
-// text returns the variable without surrounding space, or fallback when nothing is left.
+// text returns the variable without surrounding space, or fallback when nothing is left. Every variable is read through text
+// or list, so that a blank one is not set.
 func (e *environment) text(name, fallback string) string {
 	if value := strings.TrimSpace(e.getenv(name)); value != "" {
 		return value
@@ -100,38 +105,49 @@ func (e *environment) list(name string) iter.Seq[string] {
 	}
 }
 
-// hasNoSecret reports whether every variable of secretNames is unset.
-func (e *environment) hasNoSecret() bool {
-	return !slices.ContainsFunc(secretNames, func(name string) bool { return e.getenv(name) != "" })
+// isDeployment reports whether any variable of secretNames or deploymentNames is set.
+func (e *environment) isDeployment() bool {
+	return slices.ContainsFunc(slices.Concat(secretNames, deploymentNames), func(name string) bool { return e.text(name, "") != "" })
 }
 
 // checkSecrets checks that what command requires is set, and that the JWT secret is as long as RFC 7518 section 3.2
 // demands for HS256.
 func (e *environment) checkSecrets(command string) {
 	for _, name := range requiredNames[command] {
-		if e.getenv(name) == "" {
-			e.problem("%s is not set (with none of %s set, the service runs in local development)", name, strings.Join(secretNames, ", "))
+		if e.text(name, "") == "" {
+			e.problem("%s is not set (the service runs in local development with LOCAL=1, or with none of %s set)",
+				name, strings.Join(slices.Concat(secretNames, deploymentNames), ", "))
 		}
 	}
-	if n := len(e.getenv("JWT_SECRET")); n > 0 && n < 32 {
+	if n := len(e.text("JWT_SECRET", "")); n > 0 && n < 32 {
 		e.problem("JWT_SECRET has %d bytes; at least 32 are needed", n)
 	}
 }
 
+// iamportURL returns the gateway's address. It must be encrypted, because each call carries a token that moves money; a
+// gateway on this machine need not.
 func (e *environment) iamportURL() string {
-	url := strings.TrimSuffix(e.text("IAMPORT_URL", "https://api.iamport.kr"), "/")
-	if !strings.HasPrefix(url, "https://") && !strings.HasPrefix(url, "http://") {
-		e.problem("IAMPORT_URL must begin with https:// or http://")
+	text := strings.TrimSuffix(e.text("IAMPORT_URL", "https://api.iamport.kr"), "/")
+	u, err := url.Parse(text)
+	if err != nil || u.Hostname() == "" || u.Scheme != "https" && (u.Scheme != "http" || !isLoopback(u.Hostname())) {
+		e.problem("IAMPORT_URL must begin with https:// (http:// only to this machine)")
 	}
-	return url
+	return text
 }
 
-func (e *environment) sandbox() bool {
-	sandbox, err := strconv.ParseBool(e.text("IAMPORT_SANDBOX", "false"))
+// isLoopback reports whether host is a name or an address of this machine alone.
+func isLoopback(host string) bool {
+	address, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && address.Unmap().IsLoopback()
+}
+
+// boolean returns a variable that is false by default.
+func (e *environment) boolean(name string) bool {
+	value, err := strconv.ParseBool(e.text(name, "false"))
 	if err != nil {
-		e.problem("IAMPORT_SANDBOX must be true or false")
+		e.problem("%s must be true or false", name)
 	}
-	return sandbox
+	return value
 }
 
 func (e *environment) port() int {

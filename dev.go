@@ -21,7 +21,8 @@ import (
 )
 
 // Local development: everything that the service depends on, run on this machine and reachable from this machine only. It
-// runs when DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET are all unset, and cannot be enabled otherwise.
+// runs when no variable of a deployment is set, or with LOCAL=1. It answers its own page, front ends of the configured origins and
+// the terminal: see allowsLocally.
 
 // devCatalogueFile is the sample catalogue, in the format of the import command.
 //
@@ -152,6 +153,7 @@ func (env *devEnv) setUp(ctx context.Context, s *server, address string, out io.
 		}
 		response.Body.Close()
 	}
+	s.devHosts = devHosts(address)
 	s.mux.HandleFunc("GET /local/payments", env.gateway.listPayments)
 	s.mux.HandleFunc("POST /local/payments", env.gateway.window)
 	s.mux.HandleFunc("POST /local/payments/{imp_uid}", env.gateway.console)
@@ -163,6 +165,42 @@ func (env *devEnv) setUp(ctx context.Context, s *server, address string, out io.
 	})
 	s.add(route{pattern: "GET /local/catalogue", access: public, success: http.StatusOK, handle: s.showDevCatalogue})
 	return env.printBanner(s, address, out)
+}
+
+// messageNotLocal is the answer to a request that allowsLocally refuses.
+const messageNotLocal = "이 컴퓨터의 페이지와 터미널에서만 사용할 수 있습니다"
+
+// devHosts returns what the Host header is in requests to address, a host and port of this machine.
+func devHosts(address string) []string {
+	_, port, _ := net.SplitHostPort(address)
+	var hosts []string
+	for _, host := range []string{"127.0.0.1", "localhost", "[::1]"} {
+		if port == "80" { // which browsers leave out
+			hosts = append(hosts, host)
+		}
+		hosts = append(hosts, host+":"+port)
+	}
+	return hosts
+}
+
+// allowsLocally reports whether local development answers r. Any page in the developer's browser can send requests here:
+//   - A page whose name was made to resolve to 127.0.0.1 could read the answers too. Its Host is its name.
+//   - The calls below /local/ are closed to pages of other origins than ours and those of CORS_ORIGINS. Programs in a terminal
+//     send no Origin.
+//   - The tokens are for our own page alone, which its browser says with Sec-Fetch-Site; no page can set that. The terminal has
+//     the tokens of the banner.
+func (s *server) allowsLocally(r *http.Request) bool {
+	if !slices.Contains(s.devHosts, r.Host) {
+		return false
+	}
+	if !strings.HasPrefix(r.URL.Path, "/local/") {
+		return true
+	}
+	if r.URL.Path == "/local/catalogue" {
+		return r.Header.Get("Sec-Fetch-Site") == "same-origin"
+	}
+	origin := r.Header.Get("Origin")
+	return origin == "" || origin == "http://"+r.Host || slices.Contains(s.config.origins, origin)
 }
 
 // devCatalogue is what the page needs to start.

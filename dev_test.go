@@ -336,6 +336,67 @@ func TestFakeGatewayListsPayments(t *testing.T) {
 	}
 }
 
+// Whatever a browser may send from pages of others, local development gives them neither a token nor a payment.
+func TestLocalDevelopmentAnswersItsPageAlone(t *testing.T) {
+	s := newShop(t, func(c *config) { c.local = true })
+	env := &devEnv{gateway: s.fake.fakeGateway}
+	check(t, env.setUp(t.Context(), s.server, "127.0.0.1:5000", io.Discard))
+	const catalogue, payments, page = "GET /local/catalogue", "POST /local/payments", "GET /"
+	for _, row := range []struct {
+		call, host, origin, site string
+		status                   int
+	}{
+		// Our own page.
+		{page, "127.0.0.1:5000", "", "none", 200},
+		{catalogue, "127.0.0.1:5000", "", "same-origin", 200},
+		{catalogue, "localhost:5000", "", "same-origin", 200},
+		{catalogue, "[::1]:5000", "", "same-origin", 200},
+		{payments, "localhost:5000", "http://localhost:5000", "same-origin", 200},
+		// A front end of CORS_ORIGINS.
+		{payments, "localhost:5000", "https://lumiere.example", "cross-site", 200},
+		{catalogue, "localhost:5000", "https://lumiere.example", "cross-site", 403},
+		// The terminal.
+		{payments, "127.0.0.1:5000", "", "", 200},
+		{catalogue, "127.0.0.1:5000", "", "", 403},
+		{"GET /api/products/cart-items", "127.0.0.1:5000", "", "", 200},
+		// A page of another's.
+		{payments, "127.0.0.1:5000", "https://else.example", "cross-site", 403},
+		{payments, "127.0.0.1:5000", "null", "cross-site", 403},
+		{payments, "127.0.0.1:5000", "http://127.0.0.1:8000", "same-site", 403},
+		{payments, "127.0.0.1:5000", "http://localhost:5000", "cross-site", 403},
+		{payments + "/imp_1", "127.0.0.1:5000", "https://else.example", "cross-site", 403},
+		{catalogue, "127.0.0.1:5000", "", "cross-site", 403},
+		{catalogue, "127.0.0.1:5000", "", "same-site", 403},
+		{catalogue, "127.0.0.1:5000", "", "none", 403},
+		// One whose name resolves to 127.0.0.1: the browser takes it for ours.
+		{page, "else.example:5000", "", "none", 403},
+		{catalogue, "else.example:5000", "", "same-origin", 403},
+		{payments, "else.example:5000", "http://else.example:5000", "same-origin", 403},
+		{"GET /api/products/cart-items", "else.example:5000", "", "same-origin", 403},
+		{"GET /readyz", "localhost.else.example:5000", "", "same-origin", 403},
+		{catalogue, "127.0.0.1", "", "same-origin", 403},
+		{catalogue, "127.0.0.1:5001", "", "same-origin", 403},
+		{catalogue, "", "", "same-origin", 403},
+	} {
+		method, path, _ := strings.Cut(row.call, " ")
+		r := httptest.NewRequest(method, path, strings.NewReader(`{"merchant_uid":"1","amount":1}`))
+		r.Host = row.host
+		for name, value := range map[string]string{"Origin": row.origin, "Sec-Fetch-Site": row.site} {
+			if value != "" {
+				r.Header.Set(name, value)
+			}
+		}
+		w := httptest.NewRecorder()
+		s.server.ServeHTTP(w, r)
+		if tokens := strings.Contains(w.Body.String(), "eyJ"); w.Code != row.status || tokens != (row.call == catalogue && row.status == 200) {
+			t.Errorf("%+v: %d %s", row, w.Code, w.Body)
+		}
+	}
+	if hosts := devHosts("127.0.0.1:80"); !slices.Contains(hosts, "localhost") || !slices.Contains(hosts, "localhost:80") {
+		t.Errorf("at port 80: %v", hosts)
+	}
+}
+
 func TestCacheDir(t *testing.T) {
 	home := t.TempDir()
 	t.Setenv("HOME", home)

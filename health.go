@@ -13,6 +13,7 @@ type health struct {
 	Database   string `json:"database"`
 	Reconciler string `json:"reconciler"`
 	Gateway    string `json:"gateway"`
+	Sandbox    bool   `json:"sandbox,omitempty"` // test payments buy paintings
 }
 
 // healthz answers GET /healthz, always with 200. A process that does not respond to it should be restarted.
@@ -28,7 +29,7 @@ func (s *server) healthz(*request) (any, error) {
 func (s *server) readyz(r *request) (any, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 	defer cancel()
-	state := health{Database: "ok", Reconciler: "ok", Gateway: "ok"}
+	state := health{Database: "ok", Reconciler: "ok", Gateway: "ok", Sandbox: s.config.sandbox}
 	version, err := s.store.schemaVersion(ctx)
 	switch {
 	case err != nil:

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -48,6 +49,27 @@ func TestReadyWithoutAGateway(t *testing.T) {
 		s.report(newImpUID()) // that there is none is an answer
 		if a := s.want(s.ready(), 200, ""); strings.Contains(a.body, gatewayDown) {
 			t.Errorf("after %s: %s", name, a.body)
+		}
+	}
+}
+
+// That test payments buy paintings is said wherever an operator looks.
+func TestSandboxIsSaid(t *testing.T) {
+	for _, sandbox := range []bool{false, true} {
+		s := newShop(t, func(c *config) { c.sandbox = sandbox })
+		if a := s.want(s.ready(), 200, ""); strings.Contains(a.body, `,"sandbox":true}`) != sandbox {
+			t.Errorf("sandbox %v: answered %s", sandbox, a.body)
+		}
+		s.scrape().want(t, parsedMetrics{"lumiere_sandbox": boolValue(sandbox)})
+		s.logged.Reset()
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		check(t, err)
+		s.logStart(listener)
+		listener.Close()
+		line := s.lines("serving")[0]
+		if want := map[bool]any{false: "INFO", true: "WARN"}[sandbox]; line["level"] != want || (line["sandbox"] == true) != sandbox ||
+			(line["warning"] == "test payments buy paintings") != sandbox {
+			t.Errorf("sandbox %v: logged %v", sandbox, line)
 		}
 	}
 }

@@ -27,23 +27,32 @@ Usage:
   lumiere                                    serve
   lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
   lumiere audit [-since 24h] [-json]         compare the ledger with the gateway; exit 0 only when they balance
+  lumiere migrate                            bring the schema up to date; serving does it too
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
-  lumiere healthcheck                        exit 0 when the running service is ready
+  lumiere healthcheck [-live]                exit 0 when the running service is ready; -live: when it is alive
   lumiere version                            print the version
 
-Without DATABASE_URL, JWT_SECRET, IAMPORT_KEY and IAMPORT_SECRET it runs in local development, with a private PostgreSQL,
-a sample catalogue and a fake gateway. README.md describes the configuration.
+With no variable of a deployment set, or with LOCAL=1, it runs in local development, with a private PostgreSQL, a sample catalogue
+and a fake gateway. README.md describes the configuration.
 `
 
 func main() {
 	time.Local = time.UTC
-	debug.SetGCPercent(300) // requests keep no memory, so the heap stays small and a third of the collections is enough
+	tuneGC(os.Getenv)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "lumiere:", err)
 		os.Exit(1)
+	}
+}
+
+// tuneGC has the garbage collector run a third as often, unless GOGC says how often. Requests keep no memory, so the heap stays
+// small all the same. GOMEMLIMIT still has it run whenever memory gets scarce.
+func tuneGC(getenv func(string) string) {
+	if getenv("GOGC") == "" {
+		debug.SetGCPercent(300)
 	}
 }
 
@@ -75,8 +84,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 		user, isAdmin := flags.String("user", "", ""), flags.Bool("admin", false, "")
 		ttl := flags.Duration("ttl", 3*time.Hour, "")
 		execute = func(c config) error { return tokenCommand(c, *user, *isAdmin, *ttl, out) }
+	case "migrate":
+		execute = func(c config) error { return migrateCommand(ctx, c, out) }
 	case "healthcheck":
-		execute = func(c config) error { return healthcheckCommand(ctx, c) }
+		live := flags.Bool("live", false, "")
+		execute = func(c config) error { return healthcheckCommand(ctx, c, *live) }
 	case "version":
 		execute = func(config) error { _, err := fmt.Fprintln(out, "lumiere", version()); return err }
 	case "-h", "-help", "--help", "help":
@@ -130,6 +142,7 @@ func version() string {
 // serve runs the service until ctx ends. Requests under way then have drainTime to finish, and the reconciler and the
 // metrics server another backgroundStopTime.
 func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
+	defer catchBrokenPipe()()
 	log := newLog(c, errOut)
 	var env *devEnv // nil outside local development
 	if c.local {
@@ -164,6 +177,15 @@ func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	return runServer(ctx, s, listener, metricsListener)
 }
 
+// catchBrokenPipe keeps the process alive when the reader of its standard output or error ends: the writes fail then, and no
+// longer end the program. The commands are not kept, so that they end with the pager that they were piped into. The caller
+// calls stop.
+func catchBrokenPipe() (stop func()) {
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGPIPE) // not signal.Ignore, which child processes would inherit
+	return func() { signal.Stop(caught) }
+}
+
 // listen opens the port of the API. In local development only this machine can reach it.
 func listen(c config) (net.Listener, error) {
 	host := ""
@@ -188,11 +210,10 @@ func listenMetrics(c config) (net.Listener, error) {
 // runServer serves the API until ctx ends, with the reconciler and, when its listener is not nil, the metrics server in
 // the background.
 func runServer(ctx context.Context, s *server, listener, metricsListener net.Listener) error {
+	s.logStart(listener)
 	if metricsListener != nil {
 		s.log.Info("serving metrics", "address", metricsListener.Addr().String())
 	}
-	s.log.Info("serving", "address", listener.Addr().String(), "version", version())
-
 	backgroundCtx, stop := context.WithCancel(ctx)
 	defer stop()
 	var background sync.WaitGroup
@@ -209,6 +230,16 @@ func runServer(ctx context.Context, s *server, listener, metricsListener net.Lis
 	waitAtMost(&background, backgroundStopTime)
 	s.log.Info("stopped")
 	return err
+}
+
+// logStart writes the first line of the log. With IAMPORT_SANDBOX it is a warning.
+func (s *server) logStart(listener net.Listener) {
+	attrs := []any{"address", listener.Addr().String(), "version", version()}
+	if s.config.sandbox {
+		s.log.Warn("serving", append(attrs, "sandbox", true, "warning", "test payments buy paintings")...)
+		return
+	}
+	s.log.Info("serving", attrs...)
 }
 
 const (
@@ -285,7 +316,7 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 		defer file.Close()
 		in = file
 	}
-	return withStore(ctx, &c, func(store *store) error {
+	return withStore(ctx, &c, (*store).migrateEmpty, func(store *store) error {
 		result, err := importCatalogue(ctx, store, in)
 		if err != nil {
 			return err
@@ -299,17 +330,30 @@ func importCommand(ctx context.Context, c config, name string, in io.Reader, out
 	})
 }
 
-// withStore calls fn with the database of c, its schema up to date, and closes the database afterwards. In local
-// development it first completes c with the addresses and keys of the private PostgreSQL and the fake gateway.
-func withStore(ctx context.Context, c *config, fn func(*store) error) (err error) {
+// migrateCommand brings the schema up to date and prints its version.
+func migrateCommand(ctx context.Context, c config, out io.Writer) error {
+	return withStore(ctx, &c, (*store).migrateAll, func(store *store) error {
+		version, err := store.schemaVersion(ctx)
+		if err == nil {
+			fmt.Fprintf(out, "the schema is at step %d\n", version)
+		}
+		return err
+	})
+}
+
+// withStore calls fn with the database of c once prepare has returned nil, and closes the database afterwards. In local
+// development it first completes c with the addresses and keys of the private PostgreSQL and the fake gateway. That database is
+// the program's own, so its schema is brought up to date, whatever prepare would do.
+func withStore(ctx context.Context, c *config, prepare func(*store, context.Context) error, fn func(*store) error) (err error) {
 	if c.local {
 		leave, err := joinDevEnv(ctx, c)
 		if err != nil {
 			return err
 		}
 		defer leave()
+		prepare = (*store).migrateAll
 	}
-	store, err := openMigratedStore(ctx, c.databaseURL)
+	store, err := openPreparedStore(ctx, c.databaseURL, prepare)
 	if err != nil {
 		return err
 	}
@@ -335,11 +379,16 @@ func tokenCommand(c config, user string, isAdmin bool, ttl time.Duration, out io
 	return err
 }
 
-// healthcheckCommand returns nil when the service on this machine answers /readyz with 200 within 5 seconds.
-func healthcheckCommand(ctx context.Context, c config) error {
+// healthcheckCommand returns nil when the service on this machine answers /readyz, or /healthz when live, with 200 within 5
+// seconds.
+func healthcheckCommand(ctx context.Context, c config, live bool) error {
+	path := "/readyz"
+	if live {
+		path = "/healthz"
+	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/readyz", c.port), nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", c.port, path), nil)
 	if err != nil {
 		return err
 	}
@@ -350,7 +399,7 @@ func healthcheckCommand(ctx context.Context, c config) error {
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(response.Body, 1000))
-		return fmt.Errorf("not ready: %s: %s", response.Status, text)
+		return fmt.Errorf("%s: %s: %s", path, response.Status, text)
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -13,9 +14,11 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -28,6 +31,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv("TEST_RUN_MAIN") != "" { // set by programCommand
+		main()
+		return
+	}
 	code := wantWholeAPI(m.Run())
 	if err := stopTestPostgres(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -334,6 +341,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 		jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.fake.key,
 		iamportSecret: s.fake.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
 		origins: []string{"https://lumiere.example"},
+		proxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}, // the tests name their requests
 	}
 	for _, f := range change {
 		f(&c)
@@ -448,6 +456,7 @@ func (s *shop) send(request *http.Request) (*http.Response, error) {
 	if request.Body == nil {
 		request.Body = http.NoBody
 	}
+	request.RemoteAddr = cmp.Or(request.RemoteAddr, "127.0.0.1:1")
 	recorder := httptest.NewRecorder()
 	s.ServeHTTP(recorder, request)
 	return recorder.Result(), nil
@@ -830,6 +839,50 @@ func command(t *testing.T, databaseURL, in string, args ...string) (string, erro
 	return out.String(), err
 }
 
+// programCommand returns the program as a process of its own, ended with the test, with this environment and no other variable.
+func programCommand(t *testing.T, environment map[string]string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+	cmd.Env = []string{"TEST_RUN_MAIN=1"}
+	for name, value := range environment {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	return cmd
+}
+
+func TestGOGCIsRespected(t *testing.T) {
+	const given = 77 // as the Go runtime sets it from GOGC
+	defer debug.SetGCPercent(debug.SetGCPercent(given))
+	for gogc, want := range map[string]int{"": 300, "77": given} {
+		debug.SetGCPercent(given)
+		tuneGC(func(string) string { return gogc })
+		if got := debug.SetGCPercent(given); got != want {
+			t.Errorf("GOGC=%s: %d percent, want %d", gogc, got, want)
+		}
+	}
+}
+
+// The service goes on when what reads its log ends.
+func TestLogPipeCloses(t *testing.T) {
+	program := programCommand(t, map[string]string{"DATABASE_URL": newTestDatabase(t), "JWT_SECRET": testSecret, "IAMPORT_KEY": "key",
+		"IAMPORT_SECRET": "secret", "IAMPORT_URL": "http://127.0.0.1:9", "PORT": "0"})
+	logged, err := program.StderrPipe()
+	check(t, err)
+	check(t, program.Start())
+	var serving struct{ Msg, Address string }
+	check(t, json.NewDecoder(logged).Decode(&serving))
+	check(t, logged.Close())
+	for range 3 { // each is logged
+		request, err := newCall(t.Context(), "GET", "http://"+strings.Replace(serving.Address, "[::]", "127.0.0.1", 1)+"/healthz", "", nil)
+		check(t, err)
+		a, err := exchange(http.DefaultClient.Do, request)
+		if err != nil || a.status != 200 {
+			t.Fatalf("%d, %v", a.status, err)
+		}
+	}
+	check(t, program.Process.Signal(syscall.SIGTERM))
+	check(t, program.Wait())
+}
+
 func TestCommands(t *testing.T) {
 	for _, args := range [][]string{{"nonsense"}, {"import"}, {"import", "a", "b"}, {"token", "-bad"}, {"serve"}} {
 		if out, err := command(t, "", "", args...); err == nil || !strings.Contains(out, "Usage:") {
@@ -849,6 +902,73 @@ func TestCommands(t *testing.T) {
 	}
 	if _, err := command(t, "", "", "token", "-user", "me"); err == nil {
 		t.Error("a token for nobody")
+	}
+}
+
+// Only migrate, serving, and an import into an empty database change the schema.
+func TestCommandsAndTheSchema(t *testing.T) {
+	newest := len(migrations())
+	version := func(databaseURL string) int {
+		store, err := openStore(t.Context(), databaseURL, nil)
+		check(t, err)
+		defer store.close()
+		version, err := store.schemaVersion(t.Context())
+		check(t, err)
+		return version
+	}
+	migrate := func(databaseURL string, steps int) {
+		store, err := openStore(t.Context(), databaseURL, nil)
+		check(t, err)
+		defer store.close()
+		check(t, store.migrate(t.Context(), migrations()[:steps]))
+	}
+	commands := map[string][]string{"import": {"import", "-"}, "audit": {"audit"}, "migrate": {"migrate"}}
+	for _, row := range []struct {
+		command     string
+		steps, then int
+		refused     bool
+	}{
+		{"migrate", 0, newest, false},
+		{"migrate", newest - 1, newest, false},
+		{"migrate", newest, newest, false},
+		{"import", 0, newest, false},
+		{"import", newest - 1, newest - 1, true},
+		{"import", newest, newest, false},
+		{"audit", 0, 0, true},
+		{"audit", newest - 1, newest - 1, true},
+	} {
+		databaseURL := newTestDatabase(t)
+		migrate(databaseURL, row.steps)
+		environment := map[string]string{"DATABASE_URL": databaseURL, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "secret", "IAMPORT_URL": "http://127.0.0.1:9"}
+		var out bytes.Buffer
+		err := run(t.Context(), commands[row.command], func(name string) string { return environment[name] }, strings.NewReader("[]"), &out, &out)
+		if (err != nil) != row.refused || err != nil && !strings.Contains(err.Error(), "run lumiere migrate") {
+			t.Errorf("%+v: %v, %s", row, err, &out)
+		}
+		if got := version(databaseURL); got != row.then {
+			t.Errorf("%+v: then the schema is at step %d", row, got)
+		}
+		if row.command == "migrate" && out.String() != fmt.Sprintf("the schema is at step %d\n", newest) {
+			t.Errorf("migrate prints %q", &out)
+		}
+	}
+}
+
+func TestHealthcheck(t *testing.T) {
+	s := newShop(t)
+	_, port, _ := strings.Cut(strings.TrimPrefix(s.url, "http://"), ":")
+	healthcheck := func(args ...string) error {
+		return run(t.Context(), append([]string{"healthcheck"}, args...), func(name string) string { return map[string]string{"PORT": port}[name] }, nil, io.Discard, io.Discard)
+	}
+	check(t, healthcheck())
+	check(t, healthcheck("-live"))
+	s.clock.advance(time.Hour) // in which no round of the reconciler finished
+	if err := healthcheck(); err == nil || !strings.Contains(err.Error(), "503") {
+		t.Errorf("a service that is not ready: %v", err)
+	}
+	check(t, healthcheck("-live"))
+	if !strings.Contains(readText(t, "Dockerfile"), `"healthcheck", "-live"]`) {
+		t.Error("the container is not checked for being alive")
 	}
 }
 
@@ -875,6 +995,27 @@ func TestConfiguration(t *testing.T) {
 		{"TRUSTED_PROXIES=10.0.0.0/8, 192.0.2.7,2001:db8::/32", "", ""},
 		{"TRUSTED_PROXIES=proxy.example", "", "TRUSTED_PROXIES"},
 		{"METRICS_ADDR=:9100", "", ""},
+		// A blank variable is not set.
+		{"JWT_SECRET=" + strings.Repeat(" ", 32), "", "JWT_SECRET is not set"},
+		{"JWT_SECRET= " + strings.Repeat("x", 30) + " ", "", "JWT_SECRET has 30 bytes"},
+		{"IAMPORT_KEY= ", "", "IAMPORT_KEY is not set"},
+		{"DATABASE_URL=\t", "", "DATABASE_URL is not set"},
+		{"PORT= ", "", ""},
+		{"CORS_ORIGINS= , ", "", ""},
+		{"LOCAL= ", "", ""},
+		{"LOCAL=0", "", ""},
+		{"LOCAL=perhaps", "", "LOCAL"},
+		// The gateway is called by https alone, except on this machine.
+		{"IAMPORT_URL=http://api.iamport.kr", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://127.0.0.1.example", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://10.0.0.1", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://127.0.0.1@gateway.example", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=https://", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=ftp://127.0.0.1", "", "IAMPORT_URL"},
+		{"IAMPORT_URL=http://127.0.0.1:8000", "", ""},
+		{"IAMPORT_URL=http://[::1]:8000", "", ""},
+		{"IAMPORT_URL=http://localhost:8000", "", ""},
+		{"IAMPORT_URL= https://gateway.example/ ", "", ""},
 	} {
 		name, value, _ := strings.Cut(row.set, "=")
 		c, err := readConfig(func(asked string) string {
@@ -893,14 +1034,45 @@ func TestConfiguration(t *testing.T) {
 			t.Errorf("%+v: %v", row, err)
 		}
 	}
-	c, err := readConfig(func(string) string { return "" }, "")
-	if err != nil || !c.local || c.port != 5000 {
-		t.Errorf("nothing set: %+v, %v", c, err)
-	}
-	_, err = readConfig(func(name string) string { return map[string]string{"PORT": "x", "JWT_SECRET": "short"}[name] }, "")
+	_, err := readConfig(func(name string) string { return map[string]string{"PORT": "x", "JWT_SECRET": "short"}[name] }, "")
 	for _, name := range []string{"PORT", "JWT_SECRET", "DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"} {
 		if err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("not all problems at once: %v lacks %s", err, name)
+		}
+	}
+}
+
+// Local development starts where nothing belongs to a deployment, and where it is asked for. A deployment that lost its secrets
+// does not start.
+func TestLocalConfiguration(t *testing.T) {
+	whole := map[string]string{"DATABASE_URL": "postgres://db", "JWT_SECRET": "short", "IAMPORT_KEY": "key", "IAMPORT_SECRET": "hidden-value",
+		"IAMPORT_URL": "http://gateway.example", "CORS_ORIGINS": "https://lumiere.example", "LOCAL": "1"}
+	for _, row := range []struct {
+		set   map[string]string
+		local bool
+	}{
+		{map[string]string{}, true},
+		{map[string]string{"DATABASE_URL": " ", "TRUSTED_PROXIES": " "}, true},
+		{map[string]string{"PORT": "5001", "ORDER_HOLD": "1m", "LOG_LEVEL": "debug", "IAMPORT_SANDBOX": "true"}, true},
+		{map[string]string{"TRUSTED_PROXIES": "10.0.0.0/8"}, false},
+		{map[string]string{"CORS_ORIGINS": "https://lumiere.example"}, false},
+		{map[string]string{"METRICS_ADDR": ":9100"}, false},
+		{map[string]string{"METRICS_ADDR": ":9100", "LOCAL": "false"}, false},
+		{map[string]string{"METRICS_ADDR": ":9100", "LOCAL": "1"}, true},
+		{whole, true},
+	} {
+		c, err := readConfig(func(name string) string { return row.set[name] }, "")
+		switch {
+		case row.local && (err != nil || !c.local || c.databaseURL != "" || len(c.jwtSecret) > 0 || c.iamportKey+c.iamportSecret+c.iamportURL != ""):
+			t.Errorf("%v: %+v, %v", row.set, c, err)
+		case row.local && len(c.origins) > 0 != (row.set["CORS_ORIGINS"] != ""):
+			t.Errorf("%v: origins %v", row.set, c.origins)
+		case !row.local:
+			for _, name := range secretNames {
+				if err == nil || !strings.Contains(err.Error(), name+" is not set") {
+					t.Errorf("%v: %v, without %s", row.set, err, name)
+				}
+			}
 		}
 	}
 }
@@ -919,8 +1091,8 @@ func TestMetricsAddress(t *testing.T) {
 	}()
 	var metrics, service struct{ Msg, Address string }
 	lines := json.NewDecoder(logged)
-	check(t, lines.Decode(&metrics))
 	check(t, lines.Decode(&service))
+	check(t, lines.Decode(&metrics))
 	if metrics.Msg != "serving metrics" || service.Msg != "serving" {
 		t.Fatal(metrics, service)
 	}

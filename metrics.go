@@ -119,6 +119,8 @@ func (s *server) metricsText(ctx context.Context) []byte {
 	e := &exposition{}
 	e.family("lumiere_build_info", "gauge", "The program; always 1.")
 	e.sample("", 1, "version", version())
+	e.family("lumiere_sandbox", "gauge", "1 when test payments buy paintings (IAMPORT_SANDBOX), else 0.")
+	e.sample("", boolValue(s.config.sandbox))
 	s.metrics.expose(e)
 	s.exposePool(e)
 	e.family("lumiere_database_up", "gauge", "1 when the database answered this scrape's statement within 2 seconds, else 0.")

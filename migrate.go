@@ -71,6 +71,27 @@ func (s *store) migrate(ctx context.Context, migrations []string) error {
 	return nil
 }
 
+// migrateAll applies those of the program's migrations that the database does not have yet.
+func (s *store) migrateAll(ctx context.Context) error { return s.migrate(ctx, migrations()) }
+
+// migrateEmpty is migrateAll for an empty database, and checkSchema for any other.
+func (s *store) migrateEmpty(ctx context.Context) error {
+	if version, err := s.schemaVersion(ctx); err == nil && version == 0 {
+		return s.migrateAll(ctx)
+	}
+	return s.checkSchema(ctx)
+}
+
+// checkSchema returns an error when the schema is older than the program. It changes nothing: a command of a newer build, run
+// from a laptop, must not migrate the database of the service.
+func (s *store) checkSchema(ctx context.Context) error {
+	version, err := s.schemaVersion(ctx)
+	if newest := len(migrations()); err == nil && version < newest {
+		err = fmt.Errorf("its schema is at step %d and this program needs step %d: run lumiere migrate first", version, newest)
+	}
+	return err
+}
+
 // retryMigration applies migration n, and tries again while others hold the locks that it needs.
 func (s *store) retryMigration(ctx context.Context, n int, migration string) error {
 	for try := 1; ; try++ {

@@ -536,8 +536,8 @@ func TestOpenAPIExamplesFit(t *testing.T) {
 func TestOpenAPIIsServed(t *testing.T) {
 	s := newShop(t)
 	a := s.want(s.call("", "GET", "/openapi.json", nil), 200, "")
-	if a.body != strings.TrimSuffix(string(openAPI), "\n") {
-		t.Errorf("answered %d bytes", len(a.body))
+	if a.body != strings.TrimSuffix(string(openAPI), "\n") || a.header.Get("Cache-Control") != "public, max-age=300" {
+		t.Errorf("answered %d bytes, %v", len(a.body), a.header)
 	}
 	s.wantBody(s.call("", "GET", "/", nil), 200, `{"name":"lumiere","version":"`+version()+`","openapi":"/openapi.json"}`)
 

@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -33,6 +34,8 @@ type server struct {
 	log     *slog.Logger
 	mux     *http.ServeMux
 
+	devHosts []string // the Hosts that local development answers to; nil: all
+
 	limits  *limiter // of payment look-ups that callers cause
 	metrics *metrics
 	outage  outage // whether the gateway responds
@@ -41,9 +44,10 @@ type server struct {
 // request is an *http.Request with what a handler needs beside it.
 type request struct {
 	*http.Request
-	caller  caller // zero on a public route without a valid token
-	id      string // written to the log, the history and the response's X-Request-Id
-	orderID string // set by the handler, for the log line of the request
+	body    io.Reader // the Request's Body, up to maxBody
+	caller  caller    // zero on a public route without a valid token
+	id      string    // written to the log, the history and the response's X-Request-Id
+	orderID string    // set by the handler, for the log line of the request
 }
 
 // actor returns the actor of the changes that the request makes.
@@ -137,9 +141,10 @@ func (s *server) add(rt route) {
 	stats := s.metrics.route(rt.pattern)
 	s.mux.HandleFunc(rt.pattern, func(w http.ResponseWriter, hr *http.Request) {
 		start := s.now()
-		r := &request{Request: hr, id: s.requestID(hr)}
+		// hr.Body stays what net/http made it: by its type it knows that a client which sent Expect: 100-continue was not
+		// asked for the body, so that it need not wait for one after the response.
+		r := &request{Request: hr, body: http.MaxBytesReader(w, hr.Body, maxBody), id: s.requestID(hr)}
 		w.Header().Set("X-Request-Id", r.id)
-		hr.Body = http.MaxBytesReader(w, hr.Body, maxBody)
 
 		var cause error
 		status := rt.success
@@ -177,11 +182,16 @@ func (s *server) call(rt route, r *request) (body any, err error) {
 	return rt.handle(r)
 }
 
-// logRequest writes the log line of a request. The line has no personal data: no token, no body, no query, no address.
+// logRequest writes the log line of a request. The line has no personal data: no token, no body, no query, no address. A 500
+// is a fault of this program, and an error in the log. The other 5xx say that something which it depends on is away or busy:
+// each is a warning, and what is away has a line of its own.
 func (s *server) logRequest(r *request, pattern string, status int, elapsed time.Duration, cause error) {
 	level := slog.LevelInfo
-	if status >= 500 {
+	switch {
+	case status == http.StatusInternalServerError:
 		level = slog.LevelError
+	case status > http.StatusInternalServerError:
+		level = slog.LevelWarn
 	}
 	attrs := []slog.Attr{slog.String("route", pattern), slog.Int("status", status),
 		slog.Float64("ms", float64(elapsed.Microseconds())/1000), slog.String("request", r.id)}
@@ -199,6 +209,11 @@ func (s *server) logRequest(r *request, pattern string, status int, elapsed time
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set("Cache-Control", "no-store")
+	if s.devHosts != nil && !s.allowsLocally(r) {
+		writeJSON(w, http.StatusForbidden, message{messageNotLocal})
+		return
+	}
 	if s.cors(w, r) {
 		return
 	}
@@ -217,9 +232,11 @@ func (s *server) noSuchCall(w http.ResponseWriter, r *http.Request) {
 	if recorder.status == http.StatusMethodNotAllowed {
 		text = "이 주소에서 지원하지 않는 요청 방식입니다"
 	}
+	id := s.requestID(r)
+	w.Header().Set("X-Request-Id", id)
 	writeJSON(w, recorder.status, message{text})
 	s.metrics.noRoute.count(recorder.status, 0)
-	s.logRequest(&request{Request: r, id: s.requestID(r)}, "none", recorder.status, 0, nil)
+	s.logRequest(&request{Request: r, id: id}, "none", recorder.status, 0, nil)
 }
 
 // statusOnly is an http.ResponseWriter that keeps the status and drops the body.
@@ -253,15 +270,22 @@ func (s *server) cors(w http.ResponseWriter, r *http.Request) (answered bool) {
 	return true
 }
 
-// requestIDPattern matches the X-Request-Id values that are accepted from a client or a proxy.
+// requestIDPattern matches the X-Request-Id values that are accepted from a proxy.
 var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
 
-// requestID returns the request's own X-Request-Id when it is acceptable, else a new one.
+// requestID returns a new id for the request. When it comes from one of the trusted proxies with an acceptable X-Request-Id,
+// requestID returns that one. Nobody else's is accepted, because the id is written into the history, which cannot be changed.
 func (s *server) requestID(r *http.Request) string {
-	if id := r.Header.Get("X-Request-Id"); requestIDPattern.MatchString(id) {
+	if id := r.Header.Get("X-Request-Id"); requestIDPattern.MatchString(id) && s.fromProxy(r) {
 		return id
 	}
 	return s.random()
+}
+
+// fromProxy reports whether the request's peer is one of the trusted proxies.
+func (s *server) fromProxy(r *http.Request) bool {
+	peer, _ := parseAddress(r.RemoteAddr)
+	return slices.ContainsFunc(s.config.proxies, func(p netip.Prefix) bool { return p.Contains(peer) })
 }
 
 // ---- JSON
@@ -308,7 +332,7 @@ const maxBody = 1 << 20
 // readBody returns the request's body. The error is a 413 when it is larger than maxBody, and a 400 when it cannot be read
 // or is not UTF-8.
 func readBody(r *request) ([]byte, error) {
-	body, err := io.ReadAll(r.Body)
+	body, err := io.ReadAll(r.body)
 	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
 	case tooLarge:
@@ -321,13 +345,15 @@ func readBody(r *request) ([]byte, error) {
 	return body, nil
 }
 
-// decodeJSON decodes the JSON in text into value. The error is a 400. It names the field whose type is wrong; prefix is
-// the path of value in the request body, "" for the body itself.
+// decodeJSON decodes the JSON in text into value. The error is a 400. It names the field whose type is wrong, or the key that
+// comes twice in one object; prefix is the path of value in the request body, "" for the body itself.
 func decodeJSON(text []byte, prefix string, value any) error {
 	err := json.Unmarshal(text, value)
 	mistyped, wrongType := errors.AsType[*json.UnmarshalTypeError](err)
 	switch {
-	case err == nil:
+	case err == nil && prefix == "":
+		return checkUniqueKeys(text)
+	case err == nil: // part of a body that was checked as a whole
 		return nil
 	case wrongType && prefix+mistyped.Field != "":
 		return fieldError(joinField(prefix, mistyped.Field), "형식이 올바르지 않습니다")

@@ -1,15 +1,25 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // Everything around the handlers: what all calls have in common, the configuration and the commands.
@@ -29,7 +39,8 @@ func TestNoSuchCall(t *testing.T) {
 		{"GET", "/local/catalogue", 404, ""},
 	} {
 		a := s.want(s.call("", row.method, row.path, nil), row.status, "")
-		if a.message() == "" || a.header.Get("Content-Type") != "application/json; charset=utf-8" || !strings.Contains(a.header.Get("Allow"), row.allow) {
+		if a.message() == "" || a.header.Get("Content-Type") != "application/json; charset=utf-8" || !strings.Contains(a.header.Get("Allow"), row.allow) ||
+			a.header.Get("X-Request-Id") == "" || a.header.Get("Cache-Control") != "no-store" {
 			t.Errorf("%s %s: %v %s", row.method, row.path, a.header, a.body)
 		}
 	}
@@ -59,12 +70,47 @@ func TestHeadersOfEveryAnswer(t *testing.T) {
 		check(t, err)
 		h := a.header
 		if a.status != row.status || (h.Get("Access-Control-Allow-Origin") == row.origin) != row.allowed || h.Get("Vary") != "Origin" ||
-			h.Get("X-Content-Type-Options") != "nosniff" {
+			h.Get("X-Content-Type-Options") != "nosniff" || h.Get("Cache-Control") != "no-store" {
 			t.Errorf("%+v: %d %v", row, a.status, h)
 		}
 		if row.status == 204 && (h.Get("Access-Control-Max-Age") != "600" || h.Get("Access-Control-Allow-Methods") != "GET, POST, PATCH, DELETE" ||
 			h.Get("Access-Control-Allow-Headers") != "Authorization, Content-Type") {
 			t.Errorf("preflight: %v", h)
+		}
+	}
+}
+
+// A client that sent Expect: 100-continue waits with its body, so an answer without a look at the body must not wait for it.
+func TestExpectContinue(t *testing.T) {
+	s := newShop(t)
+	service := httptest.NewServer(s.server) // not the shop's, which reads every body
+	defer service.Close()
+	for _, row := range []struct {
+		authorization string
+		statuses      string // of all answers, 100 included
+	}{
+		{"", "401"},
+		{"Authorization: " + s.as(buyerA) + "\r\n", "100 400"},
+	} {
+		connection, err := net.Dial("tcp", service.Listener.Addr().String())
+		check(t, err)
+		defer connection.Close()
+		fmt.Fprintf(connection, "POST /api/orders HTTP/1.1\r\nHost: test\r\n%sContent-Length: 2\r\nExpect: 100-continue\r\n\r\n", row.authorization)
+		check(t, connection.SetReadDeadline(time.Now().Add(10*time.Second))) // far less than the server waits for a body
+		answers, statuses := bufio.NewReader(connection), ""
+		for {
+			answered, err := http.ReadResponse(answers, nil)
+			if err != nil {
+				t.Fatalf("after %q: %v", statuses, err)
+			}
+			statuses += " " + strconv.Itoa(answered.StatusCode)
+			if answered.StatusCode != http.StatusContinue {
+				break
+			}
+			io.WriteString(connection, "{}")
+		}
+		if statuses != " "+row.statuses {
+			t.Errorf("answered%s, want %s", statuses, row.statuses)
 		}
 	}
 }
@@ -92,6 +138,81 @@ func TestLogHasNobodyInIt(t *testing.T) {
 		if !strings.Contains(logged, part) {
 			t.Errorf("the log lacks %s:\n%s", part, logged)
 		}
+	}
+}
+
+// A stranger does not choose what the log and the history call a request.
+func TestRequestID(t *testing.T) {
+	for _, row := range []struct {
+		name, proxies, sent string
+		kept                bool
+	}{
+		{"no proxy", "", "request-1", false},
+		{"another proxy", "192.0.2.0/24", "request-1", false},
+		{"the proxy", "127.0.0.0/8", "request-1", true},
+		{"too short", "127.0.0.0/8", "request", false},
+		{"a space", "127.0.0.0/8", "request 1", false},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			s := newShop(t, func(c *config) {
+				c.proxies = nil
+				if row.proxies != "" {
+					c.proxies = []netip.Prefix{netip.MustParsePrefix(row.proxies)}
+				}
+			})
+			s.called = row.sent
+			for path, status := range map[string]int{"/healthz": 200, "/api/orders/latest": 401, "/api/nothing": 404} {
+				id := s.want(s.call("", "GET", path, nil), status, "").header.Get("X-Request-Id")
+				if !requestIDPattern.MatchString(id) || (id == row.sent) != row.kept || !strings.Contains(s.logged.String(), `"request":"`+id+`"`) {
+					t.Errorf("%s is request %q", path, id)
+				}
+			}
+			order := s.order(buyerA, s.painting(99000))
+			history := s.want(s.call(adminID, "GET", "/api/orders/"+order+"/history", nil), 200, "").body
+			if strings.Contains(history, `"`+row.sent+`"`) != row.kept {
+				t.Errorf("the history: %s", history)
+			}
+		})
+	}
+}
+
+// What is expected to fail now and then is a warning; a fault of the program is an error.
+func TestLogLevelOfFailures(t *testing.T) {
+	s := newShop(t)
+	s.add(route{"GET /panic", public, 200, func(*request) (any, error) { panic("the cause") }})
+	level := func(path string, status int) any {
+		t.Helper()
+		s.logged.Reset()
+		s.want(s.call(buyerA, "GET", path, nil), status, "")
+		return s.lines("request")[0]["level"]
+	}
+	if got := level("/panic", 500); got != "ERROR" {
+		t.Errorf("a fault is logged as %v", got)
+	}
+	if got := level("/api/orders/latest", 404); got != "INFO" {
+		t.Errorf("a refusal is logged as %v", got)
+	}
+	for status, hook := range map[int]faultHook{503: answer500, 504: hangUntilGone} {
+		s.settler.gateway.lookUpLimit = 200 * time.Millisecond
+		s.fake.setFaults(func(call, _ string) fault {
+			if call == "token" {
+				return fault{}
+			}
+			return fault{before: hook}
+		})
+		s.logged.Reset()
+		s.want(s.report(newImpUID()), status, messageGateway)
+		if got := s.lines("request")[0]["level"]; got != "WARN" {
+			t.Errorf("a %d of the gateway's is logged as %v", status, got)
+		}
+	}
+	s.store.pool.Close()
+	pool, err := pgxpool.New(t.Context(), "postgres://127.0.0.1:1/nothing?connect_timeout=1")
+	check(t, err)
+	defer pool.Close()
+	s.store.pool = pool
+	if got := level("/api/orders/latest", 503); got != "WARN" {
+		t.Errorf("a database that is away is logged as %v", got)
 	}
 }
 

@@ -55,11 +55,16 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*store, 
 
 // openMigratedStore is openStore. It also brings the schema up to date.
 func openMigratedStore(ctx context.Context, url string) (*store, error) {
+	return openPreparedStore(ctx, url, (*store).migrateAll)
+}
+
+// openPreparedStore is openStore, followed by prepare. It closes the store when prepare returns an error.
+func openPreparedStore(ctx context.Context, url string, prepare func(*store, context.Context) error) (*store, error) {
 	s, err := openStore(ctx, url, nil)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.migrate(ctx, migrations()); err != nil {
+	if err := prepare(s, ctx); err != nil {
 		s.close()
 		return nil, fmt.Errorf("database: %w", err)
 	}
