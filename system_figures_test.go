@@ -29,14 +29,14 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-var figuresOrders = flag.Int("figures", 0, "measure the figures of README.md, with tables of up to so many orders")
+var figuresOrders = flag.Int("figures", 0, "measure the figures of docs/performance.md, with tables of up to so many orders")
 
 const (
 	figuresClients = 64
 	figuresRounds  = 5
 )
 
-// TestFigures measures what README.md says under "How fast", prints its table and the latencies. It is no test of
+// TestFigures measures what docs/performance.md says, prints its table and the latencies. It is no test of
 // anything: a goal that is missed is only said. It needs Linux, pgbench, wrk, and 12 GB of disk for 5,000,000 orders; and for
 // those half of 24 GB of memory as huge pages, without which each connection pays for each page that it sees first.
 func TestFigures(t *testing.T) {
