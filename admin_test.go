@@ -147,6 +147,7 @@ func TestRefundByHand(t *testing.T) {
 		{`{}`, 400, "imp_uid"}, {`[]`, 400, ""}, {``, 400, ""},
 		{map[string]any{"imp_uid": impUID}, 400, "account"},
 		{map[string]any{"imp_uid": impUID, "byHand": "x", "account": map[string]string{"holder": "가", "bank": "00", "number": "0"}}, 400, "account"},
+		{map[string]any{"imp_uid": impUID, "byHand": strings.Repeat("가", maxText+1)}, 400, "byHand"},
 		{map[string]any{"imp_uid": impUID, "byHand": " "}, 400, "byHand"}, {map[string]any{"imp_uid": impUID, "byHand": 5}, 400, "byHand"},
 		{map[string]any{"imp_uid": impUID, "account": map[string]string{"bank": "00", "number": "0"}}, 400, "account.holder"},
 		{map[string]any{"imp_uid": impUID, "account": map[string]string{"holder": "가", "number": "0"}}, 400, "account.bank"},

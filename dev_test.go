@@ -440,7 +440,7 @@ func TestAuditInLocalDevelopment(t *testing.T) {
 	painting, now := newTestID(), time.Now()
 	_, err = importCatalogue(t.Context(), store, strings.NewReader("["+catalogueEntry(painting, "", "")+"]"))
 	check(t, err)
-	created, err := store.createOrder(t.Context(), actor{kind: actorBuyer}, newOrder{id: newTestID(), userID: buyerA, number: newNumber(),
+	created, err := store.placeOrder(t.Context(), actor{kind: actorBuyer}, newOrder{id: newTestID(), userID: buyerA, number: newNumber(),
 		productIDs: []string{painting}, prices: []int64{99000}, shippingPrice: 10000, total: 109000, deliveryInfo: "{}", ordererInfo: "{}",
 		createdAt: now, hold: time.Hour, deliveryDetails: "{}"})
 	check(t, err)

@@ -763,7 +763,7 @@ func decodePayment(response []byte) (gatewayPayment, error) {
 		}
 		p.amount, p.cancelled = amount.Num().Int64(), cancelled.Num().Int64()
 	}
-	p.awaitsDeposit = p.status == gatewayReady && p.payMethod == payMethodVirtualAccount && textOf(object.AccountNo) != ""
+	p.awaitsDeposit = p.status == gatewayReady && p.paidAt.IsZero() && p.payMethod == payMethodVirtualAccount && textOf(object.AccountNo) != ""
 	// paid_at alone should tell whether money moved. But what was given back was paid before, even if a refund
 	// should clear paid_at: no recorded answer does, but a refund would then never be seen to succeed.
 	p.moved = amount.Sign() > 0 && (!p.paidAt.IsZero() || cancelled.Sign() > 0)

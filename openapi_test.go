@@ -603,6 +603,8 @@ func TestEveryCallWithAGatewayInTrouble(t *testing.T) {
 			s.want(s.notice(impUID), status, messageGateway)
 			s.want(s.call(buyerA, "DELETE", "/api/orders/"+unpaid, nil), status, messageGateway)
 			s.want(s.call(buyerB, "DELETE", "/api/orders/"+paid, nil), status, messageRefundPending)
+			s.want(s.call(adminID, "POST", "/api/orders/"+paid+"/refund", map[string]any{
+				"imp_uid": impUID, "account": map[string]string{"holder": "홍길동", "bank": "00", "number": "0"}}), status, messageRefundPending)
 		})
 	}
 }

@@ -49,7 +49,7 @@ func (s *server) createOrder(r *request) (any, error) {
 	}
 	order.createdAt, order.hold = s.now(), s.config.hold
 	order.id, order.userID = s.newID(order.createdAt), r.caller.id
-	created, err := s.store.createOrder(r.Context(), actor{kind: actorBuyer, request: r.id}, order)
+	created, err := s.store.placeOrder(r.Context(), actor{kind: actorBuyer, request: r.id}, order)
 	if err != nil {
 		return nil, err
 	}

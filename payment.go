@@ -148,7 +148,7 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 	}
 	switch {
 	case p.awaitsDeposit:
-		return result, t.endAccount(ctx, p)
+		return result, t.endDepositAccount(ctx, p)
 	case known == nil && decided.state == stateRefunding:
 		row := paymentRow{impUID: p.impUID, orderID: ledger.orderID, reason: decided.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
 		if err := t.requestRefund(ctx, by, row); err == nil {
@@ -159,9 +159,9 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 	return result, nil
 }
 
-// endAccount ends the virtual account that payment p of one of our orders awaits a deposit to, and returns errDepositAwaited.
+// endDepositAccount ends the virtual account that payment p of one of our orders awaits a deposit to, and returns errDepositAwaited.
 // An original is not held for the days that a deposit may take. A deposit that comes all the same is late money as any other.
-func (t *settler) endAccount(ctx context.Context, p gatewayPayment) error {
+func (t *settler) endDepositAccount(ctx context.Context, p gatewayPayment) error {
 	err := t.gateway.endAccount(ctx, p.impUID)
 	if err != nil && !gatewayResponded(err) {
 		return err

@@ -220,9 +220,9 @@ func (t *settler) checkOrder(ctx context.Context, c paymentCheck) (answer, err e
 		t.log.Error("order not checked", "order", c.id, "cause", answer)
 		return nil, nil // it is asked about again when the lease ends
 	case !known:
-		return answer, t.scheduleCheck(ctx, c, now.Add(t.interval))
+		return answer, t.checkAgainAt(ctx, c, now.Add(t.interval))
 	case c.unpaid && now.Before(c.heldUntil):
-		return nil, t.scheduleCheck(ctx, c, c.heldUntil)
+		return nil, t.checkAgainAt(ctx, c, c.heldUntil)
 	case c.unpaid:
 		return nil, t.endHold(ctx, c, now)
 	default:
@@ -230,7 +230,7 @@ func (t *settler) checkOrder(ctx context.Context, c paymentCheck) (answer, err e
 	}
 }
 
-func (t *settler) scheduleCheck(ctx context.Context, c paymentCheck, next time.Time) error {
+func (t *settler) checkAgainAt(ctx context.Context, c paymentCheck, next time.Time) error {
 	return t.store.scheduleCheck(ctx, c, &next)
 }
 

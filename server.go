@@ -276,7 +276,7 @@ var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{8,64}$`)
 // requestID returns a new id for the request. When it comes from one of the trusted proxies with an acceptable X-Request-Id,
 // requestID returns that one. Nobody else's is accepted, because the id is written into the history, which cannot be changed.
 func (s *server) requestID(r *http.Request) string {
-	if id := r.Header.Get("X-Request-Id"); requestIDPattern.MatchString(id) && s.fromProxy(r) {
+	if id := r.Header.Get("X-Request-Id"); id != "" && requestIDPattern.MatchString(id) && s.fromProxy(r) {
 		return id
 	}
 	return s.random()

@@ -239,11 +239,11 @@ type createResult struct {
 	leftToOthers bool // the buyer has to leave one of items to others
 }
 
-// createOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. The same request
+// placeOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. The same request
 // again finds that order and begins its hold anew. A hold that takes a painting over from the replaced order ends at most
 // twice o.hold after the first of them began. Once such a hold has ended unpaid, the buyer has to leave the painting to
 // others for o.hold.
-func (s *store) createOrder(ctx context.Context, by actor, o newOrder) (createResult, error) {
+func (s *store) placeOrder(ctx context.Context, by actor, o newOrder) (createResult, error) {
 	created, numberOf, err := s.insertOrder(ctx, by, o, false)
 	if err == nil && numberOf == statusUnpaid {
 		if created.orderID, err = s.renewHold(ctx, by, o); err == nil && created.orderID == "" {

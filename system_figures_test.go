@@ -313,7 +313,7 @@ func (f *baseline) checkouts(g *loadTest) {
 		order, err := parseOrder(body, 10000)
 		check(f.t, err)
 		order.id, order.userID, order.createdAt, order.hold = newTestID(), newTestID(), time.Now(), time.Hour
-		_, err = s.createOrder(f.t.Context(), actor{kind: actorBuyer}, order)
+		_, err = s.placeOrder(f.t.Context(), actor{kind: actorBuyer}, order)
 		return err
 	})
 	const number = `\set i :n * 64 + :client_id`
