@@ -251,6 +251,7 @@ func TestAuditOfMovingBooks(t *testing.T) {
 }
 
 func TestAuditWhenTheGatewayFails(t *testing.T) {
+	heavy(t)
 	s := newDirectShop(t)
 	for range 3 * auditFailures {
 		s.order(newTestID(), s.painting(99000))

@@ -55,6 +55,7 @@ func TestReadyWithoutAGateway(t *testing.T) {
 
 // That test payments buy paintings is said wherever an operator looks.
 func TestSandboxIsSaid(t *testing.T) {
+	heavy(t)
 	for _, sandbox := range []bool{false, true} {
 		s := newShop(t, func(c *config) { c.sandbox = sandbox })
 		if a := s.want(s.ready(), 200, ""); strings.Contains(a.body, `,"sandbox":true}`) != sandbox {
@@ -75,6 +76,7 @@ func TestSandboxIsSaid(t *testing.T) {
 }
 
 func TestNotReadyWithAHangingDatabase(t *testing.T) {
+	heavy(t)
 	s := newShop(t)
 	conn, err := pgx.Connect(t.Context(), s.config.databaseURL)
 	check(t, err)

@@ -107,6 +107,7 @@ func TestUnknownPaymentIsRemembered(t *testing.T) {
 // Ten thousand made-up payments in a minute, from one address and both ways in, cost the gateway a bounded number of
 // look-ups, and others nothing.
 func TestFloodFromOneAddress(t *testing.T) {
+	heavy(t)
 	s := newDirectShop(t)
 	count := map[int]int{}
 	const reports = 10_000

@@ -907,6 +907,7 @@ func TestCommands(t *testing.T) {
 
 // Only migrate, serving, and an import into an empty database change the schema.
 func TestCommandsAndTheSchema(t *testing.T) {
+	heavy(t)
 	newest := len(migrations())
 	version := func(databaseURL string) int {
 		store, err := openStore(t.Context(), databaseURL, nil)

@@ -586,6 +586,7 @@ func TestEveryCallWithABrokenDatabase(t *testing.T) {
 }
 
 func TestEveryCallWithAGatewayInTrouble(t *testing.T) {
+	heavy(t)
 	broken := func(w http.ResponseWriter, _ *http.Request) bool { _, err := io.WriteString(w, "{"); return err == nil }
 	for status, hook := range map[int]faultHook{502: broken, 503: answer500, 504: hangUntilGone} {
 		t.Run(strconv.Itoa(status), func(t *testing.T) {

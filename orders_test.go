@@ -450,6 +450,7 @@ func TestOverlappingCartsAtOnce(t *testing.T) {
 }
 
 func TestOneBuyerManyOrdersAtOnce(t *testing.T) {
+	heavy(t)
 	s := newShop(t)
 	a, b, c := s.painting(99000), s.painting(99000), s.painting(99000)
 	carts := [][]string{{a, b}, {c, b}, {a}, {c, a}}

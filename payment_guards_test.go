@@ -101,6 +101,7 @@ func TestHoldBegunAnewDuringItsCheck(t *testing.T) {
 
 // What changes an order while the gateway is asked about it says when it is asked again, not the check.
 func TestChangeDuringACheck(t *testing.T) {
+	heavy(t)
 	for name, change := range map[string]func(s *shop, order, number, painting string){
 		"its hold begins anew": func(s *shop, order, number, painting string) { s.idOf(s.create(buyerA, number, painting)) },
 		"it is deleted": func(s *shop, order, number, painting string) {
@@ -135,6 +136,7 @@ func TestChangeDuringACheck(t *testing.T) {
 
 // While an order changes, the buyer's next one waits: it finds what became of the first.
 func TestOrderReplacedWhileItChanges(t *testing.T) {
+	heavy(t)
 	for name, row := range map[string]struct {
 		change func(s *shop, order, painting string) error
 		status int // of the next order, for the same painting
@@ -238,6 +240,7 @@ func TestCancelAgainBesideADuplicate(t *testing.T) {
 
 // A cancel that the gateway answers with another payment has not succeeded, even though that payment is back.
 func TestCancelAnsweredWithAnotherPayment(t *testing.T) {
+	heavy(t)
 	for name, another := range map[string]func(s *shop, order string) (impUID string){
 		"of the same order": func(s *shop, order string) string { return s.charge(order, 109000) },
 		"of another order":  func(s *shop, _ string) string { return s.charge(s.order(buyerB, s.painting(99000)), 1000) },
@@ -293,6 +296,7 @@ func TestRefundFailsWhileAnotherSucceeds(t *testing.T) {
 
 // Only the gateway's own no makes a refund one that needs a person; its silence does not.
 func TestRefusalsAreCounted(t *testing.T) {
+	heavy(t)
 	for name, row := range map[string]struct {
 		cancel, lookUp fault
 		refusals       string
@@ -338,6 +342,7 @@ const testAccount = "12-34-567"
 
 // While a refund is under way, nobody else can help it.
 func TestHelpWhileARefundIsUnderWay(t *testing.T) {
+	heavy(t)
 	for _, help := range []string{"account", "byHand"} {
 		t.Run(help, func(t *testing.T) {
 			s := newShop(t)
@@ -396,6 +401,7 @@ func TestHelpWhatIsNotDue(t *testing.T) {
 
 // A refund that is done while a person's help waits for its row needs none.
 func TestHelpWhileTheRefundIsDone(t *testing.T) {
+	heavy(t)
 	for _, help := range []string{"account", "byHand"} {
 		t.Run(help, func(t *testing.T) {
 			s := newShop(t)
@@ -424,6 +430,7 @@ func TestHelpWhileTheRefundIsDone(t *testing.T) {
 
 // The account that a refund goes to is in the ledger until the money is back, and nowhere else ever.
 func TestAccountIsForgotten(t *testing.T) {
+	heavy(t)
 	for name, finish := range map[string]func(s *shop, order, impUID string){
 		"given back to the account": func(s *shop, order, impUID string) {
 			s.want(s.helpRefund(order, impUID, "account"), 200, "")

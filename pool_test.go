@@ -25,6 +25,7 @@ import (
 )
 
 func TestDatabaseGoneAndBack(t *testing.T) {
+	heavy(t)
 	server := runPostgres(t, postgresConfig{dir: postgresDir(t), settings: unsafeSettings})
 	s := newShop(t, func(c *config) { c.databaseURL = server.url })
 	painting := s.painting(99000)

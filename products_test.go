@@ -441,6 +441,7 @@ func TestSetForSaleIsLogged(t *testing.T) {
 }
 
 func TestWithdrawingAsksTheGatewayFirst(t *testing.T) {
+	heavy(t)
 	for _, row := range []struct {
 		name    string
 		amounts []int64 // of payments that nobody has told the service of
@@ -475,6 +476,7 @@ func TestWithdrawingAsksTheGatewayFirst(t *testing.T) {
 }
 
 func TestWithdrawingWhileTheGatewayIsInTrouble(t *testing.T) {
+	heavy(t)
 	broken := func(w http.ResponseWriter, _ *http.Request) bool { _, err := io.WriteString(w, "{"); return err == nil }
 	for status, hook := range map[int]faultHook{502: broken, 503: answer500, 504: hangUntilGone} {
 		t.Run(fmt.Sprint(status), func(t *testing.T) {
@@ -519,6 +521,7 @@ func TestPaintingThatNeverStandsStill(t *testing.T) {
 
 // A painting changes hands at each point where taking it off sale can be overtaken. What is answered is true afterwards.
 func TestWithdrawingIsOvertaken(t *testing.T) {
+	heavy(t)
 	type crossed struct {
 		*shop
 		painting, order string
@@ -716,6 +719,7 @@ func TestImportOfWhatCartItemsAnswered(t *testing.T) {
 
 // An import and an order want the same painting at once: the one that asked first is the first to have it.
 func TestImportRacesWithAnOrder(t *testing.T) {
+	heavy(t)
 	for _, row := range []struct {
 		name        string
 		importFirst bool

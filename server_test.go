@@ -143,6 +143,7 @@ func TestLogHasNobodyInIt(t *testing.T) {
 
 // A stranger does not choose what the log and the history call a request.
 func TestRequestID(t *testing.T) {
+	heavy(t)
 	for _, row := range []struct {
 		name, proxies, sent string
 		kept                bool
@@ -230,6 +231,7 @@ func (s *shop) lines(msg string) (lines []map[string]any) {
 }
 
 func TestLogLevel(t *testing.T) {
+	heavy(t)
 	for level, want := range map[slog.Level][]string{
 		slog.LevelDebug: {"serving", "gateway", "request", "money"},
 		slog.LevelInfo:  {"serving", "request", "money"},

@@ -643,6 +643,7 @@ func startTogether(t *testing.T, databaseURL string) {
 }
 
 func TestUpgradeOfTheFirstRelease(t *testing.T) {
+	heavy(t)
 	url := newTestDatabase(t)
 	check(t, openTestStore(t, url).migrate(t.Context(), migrations()[:1]))
 	old := newOldReplica(t, url)
@@ -726,6 +727,7 @@ func TestMigrationIsAppliedWholeOrNotAtAll(t *testing.T) {
 }
 
 func TestMigrationLetsOthersBy(t *testing.T) {
+	heavy(t)
 	s := newShop(t)
 	report, err := pgx.Connect(t.Context(), s.config.databaseURL)
 	check(t, err)
