@@ -313,15 +313,25 @@ func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept sett
 // discardUnpaid ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
 // ended, and errStale returned, as when the order is not unpaid any more.
 func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error {
-	settled, err := t.checkUnpaid(ctx, by, id)
-	switch {
-	case settled.state == stateKept:
-		return errStale
-	case err != nil && !errors.Is(err, errNoPayment):
+	if err := t.confirmUnpaid(ctx, by, id); err != nil {
 		return err
 	}
 	t.testHook("deleting", id)
 	return t.store.endUnpaid(context.WithoutCancel(ctx), by, id, "deleted", t.now())
+}
+
+// confirmUnpaid asks the gateway whether money came for an unpaid order, which may end when none did. It returns errStale when
+// the order is paid by it now.
+func (t *settler) confirmUnpaid(ctx context.Context, by actor, id string) error {
+	settled, err := t.checkUnpaid(ctx, by, id)
+	switch {
+	case settled.state == stateKept:
+		return errStale
+	case errors.Is(err, errNoPayment):
+		return nil
+	default:
+		return err
+	}
 }
 
 func (t *settler) testHook(point, id string) {
@@ -476,8 +486,8 @@ func (t *settler) changeSale(ctx context.Context, by actor, id string, forSale b
 		case forSale || order.id == "":
 			err = t.store.setForSale(context.WithoutCancel(ctx), id, order.id, forSale)
 		default:
-			if settled, err := t.checkUnpaid(ctx, by, order.id); settled.state != stateKept && err != nil && !errors.Is(err, errNoPayment) {
-				return err
+			if err = t.confirmUnpaid(ctx, by, order.id); err != nil {
+				break // errStale: it is paid, and looked at anew
 			}
 			t.testHook("withdrawing", order.id)
 			err = t.store.withdrawPainting(context.WithoutCancel(ctx), by, id, order.id, t.now())

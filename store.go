@@ -281,7 +281,6 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 			ORDER BY p.id FOR NO KEY UPDATE
 		), left_to_others AS (
 			SELECT FROM orders WHERE user_id = $4 AND ended IS NOT NULL AND updated_at > $8 - $9 AND ended <> 'replaced' AND held_again_since IS NOT NULL
-				AND $1 && product_ids AND NOT coalesce($1 <@ (SELECT product_ids FROM unpaid), false)
 				AND EXISTS (SELECT FROM unnest(product_ids) AS i (id) WHERE i.id = ANY($1) AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}')))
 		), accepted AS (
 			SELECT sum(price) AS price FROM requested
