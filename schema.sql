@@ -447,31 +447,34 @@ CREATE TABLE gateway_lists (
 	CONSTRAINT gateway_lists_status_is_known CHECK (status IN ('paid', 'cancelled'))
 );
 
--- step 10: a buyer's ended orders, for how long a painting has to be left to others
+-- step 10: a buyer's holds that were begun again and ended, for how long a painting has to be left to others
 
-CREATE INDEX IF NOT EXISTS orders_ended_by_buyer ON orders (user_id, updated_at) WHERE ended IS NOT NULL;
+CREATE INDEX IF NOT EXISTS orders_ended_after_holds ON orders (user_id, updated_at) WHERE ended IS NOT NULL AND held_again_since IS NOT NULL;
 
 -- step 11: whatever statement changes an order, it has what it says
 
 -- Checked when a transaction commits. An order is made unpaid. A live order has all of its paintings; one that is over has
 -- none. A paid order has exactly one payment that is kept, or on its way back because the order is being cancelled; it is in
 -- won and of the order's total. Any other order keeps none. The reasons are those of cancelReasons in payment.go.
--- The first query is the usual case, and as cheap as it can be; the second is the rule.
+-- The cases up to the first RETURN are the usual ones, each as cheap as it can be; what follows is the rule.
 CREATE FUNCTION orders_are_whole() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
-	usual boolean := NEW.status = -1 AND NEW.ended IS NULL;
+	usual boolean := false;
 BEGIN
-	IF TG_OP = 'INSERT' AND NEW.status <> -1 THEN
-		RAISE EXCEPTION 'order % is made paid', NEW.id
-			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_are_made_unpaid';
-	END IF;
-	IF NEW.status BETWEEN 0 AND 4 AND NEW.cancelling_since IS NULL THEN
+	IF TG_OP = 'INSERT' THEN
+		IF NEW.status <> -1 THEN
+			RAISE EXCEPTION 'order % is made paid', NEW.id
+				USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_are_made_unpaid';
+		END IF;
+		IF NEW.ended IS NULL THEN
+			usual := (SELECT count(*) FROM products p WHERE p.id = ANY ((SELECT NEW.product_ids)::text[]) AND p.order_id = NEW.id) = cardinality(NEW.product_ids);
+		END IF;
+	ELSIF OLD.ended IS NULL AND NEW.status BETWEEN 0 AND 4 AND NEW.cancelling_since IS NULL THEN
+		-- The order was live before and had its paintings; no statement takes one away unseen (paintings_agree_with_orders).
 		usual := EXISTS (SELECT FROM payments p WHERE p.order_id = NEW.id AND p.state = 'kept' AND p.currency = 'KRW' AND p.amount = NEW.total_price);
 	END IF;
 	IF usual THEN
-		IF (SELECT count(*) FROM products p WHERE p.id = ANY ((SELECT NEW.product_ids)::text[]) AND p.order_id = NEW.id) = cardinality(NEW.product_ids) THEN
-			RETURN NULL;
-		END IF;
+		RETURN NULL;
 	END IF;
 	IF EXISTS (SELECT FROM orders o WHERE o.id = NEW.id
 			AND CASE WHEN o.ended IS NULL AND o.status < 5 THEN cardinality(o.product_ids) ELSE 0 END

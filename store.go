@@ -236,7 +236,12 @@ type createResult struct {
 	numberUsed bool   // an order of this buyer's that was paid has the number
 	items      []requestedItem
 
-	leftToOthers bool // the buyer has to leave one of items to others
+	holdIsOver bool // the buyer has held one of items for as long as one may
+}
+
+// anyFree reports whether no order has one of the items. The buyer may have to leave it to others all the same.
+func (c createResult) anyFree() bool {
+	return slices.ContainsFunc(c.items, func(item requestedItem) bool { return item.free })
 }
 
 // placeOrder holds all of the paintings for a new order or none, and replaces the buyer's unpaid order. The same request
@@ -251,7 +256,7 @@ func (s *store) placeOrder(ctx context.Context, by actor, o newOrder) (createRes
 		}
 	}
 	created.numberUsed = numberOf >= statusPaid
-	if err == nil && created.leftToOthers && created.orderID == "" && !created.numberUsed {
+	if err == nil && created.orderID == "" && !created.numberUsed && (created.holdIsOver || created.anyFree()) {
 		err = s.markLeftToOthers(ctx, o, created.items)
 	}
 	return created, err
@@ -279,12 +284,12 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 			WHERE p.id = ANY($1::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
 				AND ((p.order_id IS NULL AND p.for_sale) OR p.order_id = (SELECT id FROM unpaid WHERE held_since + 2 * $9::interval > $8::timestamptz))
 			ORDER BY p.id FOR NO KEY UPDATE
-		), left_to_others AS (
-			SELECT FROM orders WHERE user_id = $4 AND ended IS NOT NULL AND updated_at > $8 - $9 AND ended <> 'replaced' AND held_again_since IS NOT NULL
-				AND EXISTS (SELECT FROM unnest(product_ids) AS i (id) WHERE i.id = ANY($1) AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}')))
 		), accepted AS (
 			SELECT sum(price) AS price FROM requested
-			HAVING NOT EXISTS (SELECT FROM existing WHERE status >= 0 OR NOT $13::boolean) AND NOT EXISTS (SELECT FROM left_to_others)
+			HAVING NOT EXISTS (SELECT FROM existing WHERE status >= 0 OR NOT $13::boolean)
+				AND NOT EXISTS (
+					SELECT FROM orders WHERE user_id = $4 AND ended IS NOT NULL AND held_again_since IS NOT NULL AND updated_at > $8 - $9 AND ended <> 'replaced'
+						AND EXISTS (SELECT FROM unnest(product_ids) AS i (id) WHERE i.id = ANY($1) AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}'))))
 				AND bool_and(price = price_asked AND id IN (SELECT id FROM locked WHERE for_sale)) AND sum(price) + $6::bigint = $7::bigint
 		), replaced AS (
 			UPDATE orders SET ended = 'replaced', updated_at = $8, next_look_at = NULL
@@ -305,14 +310,14 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 		)
 		SELECT r.id, coalesce(r.title, ''), r.price IS NOT NULL, r.id IN (SELECT id FROM locked WHERE for_sale), coalesce(r.price, 0),
 			coalesce((SELECT id FROM made), ''), coalesce((SELECT status FROM existing), $14::smallint),
-			EXISTS (SELECT FROM left_to_others) OR EXISTS (SELECT FROM unpaid WHERE held_since + 2 * $9 <= $8 AND $1 && product_ids)
+			EXISTS (SELECT FROM unpaid WHERE held_since + 2 * $9 <= $8 AND $1 && product_ids)
 		FROM requested r ORDER BY r.n`,
 		o.productIDs, o.prices, o.id, o.userID, o.number, o.shippingPrice, o.total, o.createdAt, o.hold,
 		o.deliveryInfo, o.deliveryDetails, o.ordererInfo, sameNumber, noStatus,
 	).Query(func(rows pgx.Rows) error {
 		var item requestedItem
 		_, err := pgx.ForEachRow(rows, []any{&item.id, &item.title, &item.known, &item.free, &item.price,
-			&created.orderID, &numberOf, &created.leftToOthers}, func() error {
+			&created.orderID, &numberOf, &created.holdIsOver}, func() error {
 			created.items = append(created.items, item)
 			return nil
 		})
@@ -356,7 +361,7 @@ func (s *store) markLeftToOthers(ctx context.Context, o newOrder, items []reques
 	rows, _ := s.pool.Query(ctx, `
 		WITH unpaid AS (SELECT product_ids, coalesce(held_again_since, created_at) AS held_since FROM orders WHERE user_id = $1 AND status = -1 AND ended IS NULL)
 		SELECT i.id, max(updated_at) + $3::interval FROM orders CROSS JOIN unnest(product_ids) AS i (id)
-		WHERE user_id = $1 AND ended IS NOT NULL AND updated_at > $2::timestamptz - $3 AND ended <> 'replaced' AND held_again_since IS NOT NULL AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}')) GROUP BY i.id
+		WHERE user_id = $1 AND ended IS NOT NULL AND held_again_since IS NOT NULL AND updated_at > $2::timestamptz - $3 AND ended <> 'replaced' AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}')) GROUP BY i.id
 		UNION ALL
 		SELECT i.id, $2::timestamptz + $3 FROM unpaid CROSS JOIN unnest(product_ids) AS i (id) WHERE held_since + 2 * $3 <= $2`, o.userID, o.createdAt, o.hold)
 	var id string
