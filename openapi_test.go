@@ -376,7 +376,7 @@ func (f *apiFile) exchange(r *http.Request, asked []byte, status int, header htt
 		if status < 300 {
 			i.request(call, r, asked)
 		}
-	case r.Pattern != "":
+	case r.Pattern != noRoute && r.Pattern != "":
 		i.want(false, "the call is not in the file")
 	case status != http.StatusNoContent: // a preflight's
 		var m message

@@ -204,8 +204,7 @@ func (s *server) logRequest(r *request, pattern string, status int, elapsed time
 	s.log.LogAttrs(context.WithoutCancel(r.Context()), level, "request", attrs...)
 }
 
-// ServeHTTP sets the headers that every response has, answers CORS preflights and unknown calls, and passes the rest to
-// the mux.
+// ServeHTTP sets the headers that every response has, answers CORS preflights, and passes the rest to the mux.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header.Set("X-Content-Type-Options", "nosniff")
@@ -217,37 +216,38 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.cors(w, r) {
 		return
 	}
-	if _, pattern := s.mux.Handler(r); pattern == "" {
-		s.noSuchCall(w, r)
-		return
-	}
 	s.mux.ServeHTTP(w, r)
 }
 
-// noSuchCall answers 404 or 405 in JSON. The status and the Allow header come from the mux, whose own body is plain text.
+// noSuchCall answers what no route matches: 404, or 405 with an Allow header where the path has routes of other methods.
 func (s *server) noSuchCall(w http.ResponseWriter, r *http.Request) {
-	recorder := &statusOnly{header: w.Header()}
-	s.mux.ServeHTTP(recorder, r)
-	text := "없는 주소입니다"
-	if recorder.status == http.StatusMethodNotAllowed {
-		text = "이 주소에서 지원하지 않는 요청 방식입니다"
+	status, text := http.StatusNotFound, "없는 주소입니다"
+	if allowed := s.allowedMethods(r); allowed != "" {
+		status, text = http.StatusMethodNotAllowed, "이 주소에서 지원하지 않는 요청 방식입니다"
+		w.Header().Set("Allow", allowed)
 	}
 	id := s.requestID(r)
 	w.Header().Set("X-Request-Id", id)
-	writeJSON(w, recorder.status, message{text})
-	s.metrics.noRoute.count(recorder.status, 0)
-	s.logRequest(&request{Request: r, id: id}, "none", recorder.status, 0, nil)
+	writeJSON(w, status, message{text})
+	s.metrics.noRoute.count(status, 0)
+	s.logRequest(&request{Request: r, id: id}, "none", status, 0, nil)
 }
 
-// statusOnly is an http.ResponseWriter that keeps the status and drops the body.
-type statusOnly struct {
-	header http.Header
-	status int
+// allowedMethods returns the methods of the routes that the request's path has, as the Allow header lists them.
+func (s *server) allowedMethods(r *http.Request) string {
+	var methods []string
+	for _, method := range []string{http.MethodDelete, http.MethodGet, http.MethodHead, http.MethodPatch, http.MethodPost} {
+		other := r.Clone(r.Context())
+		other.Method = method
+		if _, pattern := s.mux.Handler(other); pattern != noRoute {
+			methods = append(methods, method)
+		}
+	}
+	return strings.Join(methods, ", ")
 }
 
-func (w *statusOnly) Header() http.Header         { return w.header }
-func (w *statusOnly) Write(b []byte) (int, error) { return len(b), nil }
-func (w *statusOnly) WriteHeader(status int)      { w.status = status }
+// noRoute is the pattern that matches a request when no route does.
+const noRoute = "/"
 
 // cors sets the CORS headers for the configured origins. It reports whether the request was a preflight, which it has
 // answered then.
@@ -484,6 +484,7 @@ func newServer(c config, store *store, transport http.RoundTripper, log *slog.Lo
 	for _, rt := range s.routes() {
 		s.add(rt)
 	}
+	s.mux.HandleFunc(noRoute, s.noSuchCall)
 	s.mux.HandleFunc("GET /openapi.json", showOpenAPI)
 	if !c.local { // devEnv.setUp puts its page there
 		s.add(route{pattern: "GET /{$}", access: public, success: 200, handle: s.about})
