@@ -113,7 +113,7 @@ func TestStuckRefund(t *testing.T) {
 	}
 	s.wantNaming(s.call(adminID, "GET", "/api/orders?refund=all", nil), 400, "refund")
 	s.wantMismatches(mismatchStuck, mismatchDue)
-	b, err := s.store.readOpenBalances(t.Context(), s.now())
+	b, err := s.store.readOpenBalances(t.Context(), s.now(), s.settler.gateways.lists())
 	if err != nil || b.refunds != 1 || b.refundsStuck != 1 {
 		t.Fatalf("%+v, %v", b, err)
 	}

@@ -4,17 +4,18 @@ import (
 	"context"
 	"errors"
 	"io"
+	"iter"
 	"reflect"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// auditor compares the ledger with the gateway. It changes neither: what the gateway knows and the ledger does not is left to
+// auditor compares the ledger with the gateways. It changes neither: what the gateway knows and the ledger does not is left to
 // the reconciler, which the auditor has look at once.
 type auditor struct {
 	store         *store
-	gateway       *iamportClient
+	gateways      gateways
 	now           func() time.Time
 	pause         func(context.Context) error // before an order that did not match is checked again
 	progress      io.Writer                   // told how far the audit is
@@ -40,6 +41,7 @@ const (
 	remedyRefund = "a person has to help: name an account for the refund, or book it as paid back by hand"
 	remedyByHand = "nothing puts it right by itself: see the order's history and the gateway's console"
 	remedyAgain  = "run the audit again"
+	remedyKeys   = "configure that gateway's keys, too, for as long as its payments may have to go back"
 )
 
 var (
@@ -53,6 +55,7 @@ var (
 	mismatchOtherOrder = mismatchKind{"payment of another order", "the gateway now names another order for a payment than the ledger has it for", remedyByHand}
 	mismatchUnreadable = mismatchKind{"payment cannot be read", "the gateway's answer about the payment makes no sense", remedyByHand}
 	mismatchUnchecked  = mismatchKind{"not compared", "the gateway gave no answer about the order", remedyAgain}
+	mismatchNoGateway  = mismatchKind{"gateway not configured", "the payment was made at a gateway whose keys are not configured", remedyKeys}
 	mismatchNotBack    = mismatchKind{"refunded here, kept there", "a refund is booked that the gateway has not made", remedyByHand}
 	mismatchBackTwice  = mismatchKind{"paid back twice", "the gateway gave back what was paid back by hand, too", remedyByHand}
 	mismatchDue        = mismatchKind{"refund due", "the money has to go back and has not yet", remedyRetry}
@@ -101,25 +104,38 @@ func (a *auditor) audit(ctx context.Context, since time.Time) (auditReport, erro
 // lists that cannot be read.
 func (a *auditor) listMoved(ctx context.Context, since time.Time) (orders []string, unreadable []mismatch, err error) {
 	seen := map[string]bool{}
-	for _, status := range []gatewayStatus{gatewayPaid, gatewayCancelled} {
-		for p, problem := range a.gateway.movedBetween(ctx, status, since, a.now()) {
-			if !gatewayResponded(problem) {
-				err = errors.Join(err, problem)
-				continue
+	for p, problem := range a.moved(ctx, since) {
+		if !gatewayResponded(problem) {
+			err = errors.Join(err, problem)
+			continue
+		}
+		for _, u := range unreadablePayments(problem) {
+			if !validID(u.merchantUID) { // one with an order is found when the order is checked
+				unreadable = append(unreadable, mismatchOf(mismatchUnreadable, mismatch{ImpUID: u.impUID}))
 			}
-			for _, u := range unreadablePayments(problem) {
-				if !validID(u.merchantUID) { // one with an order is found when the order is checked
-					unreadable = append(unreadable, mismatchOf(mismatchUnreadable, mismatch{ImpUID: u.impUID}))
-				}
-				p.merchantUID = u.merchantUID
-			}
-			if validID(p.merchantUID) && !seen[p.merchantUID] {
-				seen[p.merchantUID] = true
-				orders = append(orders, p.merchantUID)
-			}
+			p.merchantUID = u.merchantUID
+		}
+		if validID(p.merchantUID) && !seen[p.merchantUID] {
+			seen[p.merchantUID] = true
+			orders = append(orders, p.merchantUID)
 		}
 	}
 	return orders, unreadable, err
+}
+
+// moved yields what is in the gateways' lists since then: see gateway.movedBetween.
+func (a *auditor) moved(ctx context.Context, since time.Time) iter.Seq2[gatewayPayment, error] {
+	return func(yield func(gatewayPayment, error) bool) {
+		for _, g := range a.gateways {
+			for _, status := range []gatewayStatus{gatewayPaid, gatewayCancelled} {
+				for p, err := range g.movedBetween(ctx, status, since, a.now()) {
+					if !yield(p, err) {
+						return
+					}
+				}
+			}
+		}
+	}
 }
 
 // strays returns the orders that disagree with their own payments or paintings, whenever they changed. Of those in checked
@@ -220,7 +236,7 @@ func (a *auditor) checkOrder(ctx context.Context, id string) auditedOrder {
 		return o
 	}
 	o.ledger = before
-	there, problem := a.gateway.paymentsOf(ctx, id)
+	there, problem := a.gateways.paymentsOf(ctx, id)
 	if err = problem; gatewayResponded(err) {
 		o.ledger, err = a.store.readLedger(ctx, id)
 	}
@@ -281,8 +297,13 @@ func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []gateway
 		if unread[row.impUID] {
 			continue
 		}
+		g, err := a.gateways.named(row.gateway)
+		if err != nil {
+			o.mismatch(mismatchNoGateway, row.impUID, row.amount-row.refunded)
+			continue
+		}
 		if !known && row.state == stateKept {
-			elsewhere, err := a.gateway.payment(ctx, row.impUID)
+			elsewhere, err := g.find(ctx, row.key())
 			if err == nil && elsewhere.merchantUID != o.ledger.orderID {
 				o.mismatch(mismatchOtherOrder, row.impUID, row.amount-row.refunded)
 				continue

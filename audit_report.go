@@ -116,8 +116,7 @@ func auditCommand(ctx context.Context, c config, within time.Duration, asJSON bo
 		return errors.New("-since must be a duration such as 24h")
 	}
 	return withStore(ctx, &c, (*store).checkSchema, func(store *store) error {
-		gateway := newIamportClient(iamportConfig{url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox})
-		a := &auditor{store: store, gateway: gateway, now: time.Now, progress: errOut, progressEvery: time.Second,
+		a := &auditor{store: store, gateways: newGateways(c, time.Now, nil, nil), now: time.Now, progress: errOut, progressEvery: time.Second,
 			pause: func(ctx context.Context) error { return pause(ctx, auditPause) }}
 		report, problem := a.audit(ctx, a.now().Add(-within))
 		if err := report.print(out, asJSON); err != nil {

@@ -40,7 +40,7 @@ func (s *server) readyz(r *request) (any, error) {
 	if s.settler.stalled() {
 		state.Reconciler = "has not finished a round for ten intervals"
 	}
-	if s.outage.lasts() {
+	if s.gatewaySilent() {
 		state.Gateway = "not answering"
 	}
 	if state.Database != "ok" || state.Reconciler != "ok" {
@@ -49,11 +49,21 @@ func (s *server) readyz(r *request) (any, error) {
 	return state, nil
 }
 
-// observeGateway logs and counts one call to the gateway. It is the observe function of iamportConfig.
-func (s *server) observeGateway(call, outcome string, err error, elapsed time.Duration) {
-	s.log.Debug("gateway", "call", call, "outcome", outcome, "ms", float64(elapsed.Microseconds())/1000)
-	s.metrics.gatewayCall(call, outcome, elapsed)
-	s.outage.observe(s.log, s.now(), err)
+// observeGateway logs and counts one call to a gateway. It is the gatewayObserver of the server.
+func (s *server) observeGateway(gateway gatewayName, call, outcome string, err error, elapsed time.Duration) {
+	s.log.Debug("gateway", "gateway", gateway, "call", call, "outcome", outcome, "ms", float64(elapsed.Microseconds())/1000)
+	s.metrics.gatewayCall(gatewayCallName{gateway, call}, outcome, elapsed)
+	s.outages[gateway].observe(s.log.With("gateway", gateway), s.now(), err)
+}
+
+// gatewaySilent reports whether the last call to any of the gateways got no usable response.
+func (s *server) gatewaySilent() bool {
+	for _, o := range s.outages {
+		if o.lasts() {
+			return true
+		}
+	}
+	return false
 }
 
 // outageInterval is the shortest time between two log lines that say that an outage began. Without it a gateway that fails

@@ -4,14 +4,11 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"iter"
 	"math/big"
-	"net"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -20,132 +17,6 @@ import (
 	"sync"
 	"time"
 )
-
-// gatewayStatus is a payment's last status as the gateway names it. There are others than these. It does not tell
-// whether money moved: see gatewayPayment.moved.
-type gatewayStatus string
-
-const (
-	gatewayReady     gatewayStatus = "ready" // its window was opened, or a virtual account waits for a deposit
-	gatewayPaid      gatewayStatus = "paid"
-	gatewayCancelled gatewayStatus = "cancelled" // after a partial refund too, and an account ended without a deposit
-	gatewayFailed    gatewayStatus = "failed"
-)
-
-// gatewayPayment is what the gateway says of one payment.
-type gatewayPayment struct {
-	impUID, merchantUID string
-	status              gatewayStatus
-	payMethod           string    // "card", "vbank" and others; "" when the gateway names none
-	currency            string    // "KRW"
-	amount              int64     // whole won, as first paid; 0 when currency is not KRW: not ours to book
-	cancelled           int64     // whole won given back so far; 0 when currency is not KRW
-	sandbox             bool      // made through a test channel: no money moved
-	paidAt              time.Time // UTC; zero when never paid
-
-	// moved reports whether the buyer's money ever moved, in whatever currency and whatever the status says. It is false
-	// for a window that was not paid, a virtual account that ended without a deposit and the 0 won of a registered card.
-	moved bool
-	// fullyRefunded reports whether money moved and all of it was given back, whatever the status says: the amounts
-	// count. It is also true of a payment that is still "paid" but whose refund equals its amount.
-	fullyRefunded bool
-	// awaitsDeposit reports whether the payment is an issued virtual account that the buyer may still pay into.
-	awaitsDeposit bool
-}
-
-// isKRW reports whether the payment is in the one currency the shop sells in.
-func (p gatewayPayment) isKRW() bool { return p.currency == "KRW" }
-
-// payMethodVirtualAccount is the payMethod of a virtual account. Its refund needs a refundAccount.
-const payMethodVirtualAccount = "vbank"
-
-// cancelRequest asks for all that is left of a payment to be given back.
-type cancelRequest struct {
-	impUID    string
-	remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
-	isKRW     bool  // the payment is in KRW; a foreign one is cancelled without comparing remaining
-	reason    string
-	account   *refundAccount // where the money goes, for a payment into a virtual account; nil: back where it came from
-}
-
-// Format keeps the account out of what fmt prints, which does not ask the account itself when that is a field.
-func (c cancelRequest) Format(f fmt.State, _ rune) {
-	fmt.Fprintf(f, "(the cancel of payment %q)", c.impUID)
-}
-
-// refundAccount is a buyer's bank account, as an administrator names it and the ledger keeps it until the money is back. It
-// has to stay out of every log and error, so neither fmt nor encoding/json prints it. In a struct it has to be a pointer, whose
-// address is printed.
-type refundAccount struct {
-	Holder string `json:"holder"`
-	Bank   string `json:"bank"` // the code that the payment's provider gives the bank
-	Number string `json:"number"`
-}
-
-// Format writes the same words for every account and every verb.
-func (refundAccount) Format(f fmt.State, _ rune) { io.WriteString(f, "(a refund account)") }
-
-// MarshalJSON does the same for what is written as JSON, a log too.
-func (refundAccount) MarshalJSON() ([]byte, error) { return []byte(`"(a refund account)"`), nil }
-
-// stored returns the account as the JSON that the ledger keeps.
-func (a refundAccount) stored() string {
-	type plain refundAccount // without MarshalJSON
-	return marshalRaw(plain(a))
-}
-
-// redact removes the account's holder and number from a text of the gateway's.
-func (a refundAccount) redact(text string) string {
-	for _, private := range []string{a.Holder, a.Number} {
-		if private != "" {
-			text = strings.ReplaceAll(text, private, "…")
-		}
-	}
-	return text
-}
-
-// errNoPayment means that the gateway answered and knows no such payment. A payment of a test channel
-// is none either, unless iamportConfig.sandbox is set.
-var errNoPayment = errors.New("the gateway knows no such payment")
-
-// gatewayRefusal means that the gateway answered and did nothing: HTTP 200 with a code that is not 0, and of endAccount
-// HTTP 400 too. No code and no text is known of a refusal because the remainder is another than the cancelRequest's: look
-// the payment up and compare.
-type gatewayRefusal struct {
-	code    int    // 1: a rule of the gateway's own; -1: the card company or its like said no
-	message string // often the card company's words, which may name a buyer: log the refusal, not this
-}
-
-// privateText finds what a card company's words may tell of a buyer: telephone, card and account numbers, mail.
-var privateText = regexp.MustCompile(`[^\s@]+@[^\s@]+|\d(?:[-* ]*\d){7,}`)
-
-// Error is safe to log: one short line, numbers that could be a buyer's left out.
-func (r *gatewayRefusal) Error() string {
-	text := []rune(privateText.ReplaceAllString(r.message, "…"))
-	return fmt.Sprintf("the gateway refused (code %d): %q", r.code, string(text[:min(len(text), 200)]))
-}
-
-// gatewayError means that no usable answer came: whether the gateway did what was asked is unknown.
-type gatewayError struct {
-	// status is 502 for a broken answer or our keys rejected; 503 when it is unreachable, answers 5xx or no
-	// slot was free in time; 504 for no answer in time, or when the caller went away (err is then
-	// context.Canceled).
-	status int
-	call   string // as in gatewayCalls
-	err    error  // the cause, without keys, tokens or anything of an answer's content but imp_uids
-	// unreadable names the payments that cannot be read when that is all that is wrong. The gateway does answer then, and
-	// another call or the other payments of a list may be fine.
-	unreadable []unreadablePayment
-}
-
-// unreadablePayment is a payment of which the gateway says something that cannot be relied on.
-type unreadablePayment struct {
-	impUID, merchantUID string // each "" when it cannot be read either
-	err                 error  // without anything of the content
-}
-
-func (e *gatewayError) Error() string { return "gateway " + e.call + ": " + e.err.Error() }
-func (e *gatewayError) Unwrap() error { return e.err }
 
 // iamportConfig says which Iamport account to use, and how.
 type iamportConfig struct {
@@ -161,80 +32,38 @@ type iamportConfig struct {
 // iamportClient is a client of Iamport's (PortOne V1) REST API. It is safe for concurrent use and meant to be shared:
 // its callers use one access token, and at most 16 calls are under way at once.
 type iamportClient struct {
-	url, key, secret string
-	sandbox          bool
-	now              func() time.Time
-	observe          func(call, outcome string, err error, took time.Duration)
-	client           *http.Client
-
-	lookUpLimit, listLimit, cancelLimit time.Duration // each for a whole call, its waiting and its token included
-	lookUps, cancels                    chan struct{} // slots; apart, so that neither kind waits for the other
-	pageSize                            int           // payments on a page of movedBetween
+	gatewayWire
+	key, secret string
+	sandbox     bool
 
 	mu      sync.Mutex
 	token   *accessToken  // nil: none yet, or the gateway turned it down
 	renewal *tokenRenewal // nil: none under way
 }
 
-// Look-ups, cancels and the one renewal of the token add up to the 16 calls at once.
-const (
-	maxLookUps = 10
-	maxCancels = 5
-)
-
-const (
-	maxAnswer   = 1 << 20           // bytes of an answer's body
-	maxPage     = 16 << 20          // bytes of one page of movedBetween: 16 kB for each of 1,000 payments, which have about 2
-	maxWindow   = 90 * 24 * 60 * 60 // seconds that the gateway lists at once
-	tokenMargin = 30 * time.Second  // of 60 s at most: asked earlier, the gateway gives the same token again
-	maxPages    = 10                // of one order's payments, 100 each, or of one second's
-)
+// tokenMargin is at most 60 s: asked earlier, the gateway gives the same token again.
+const tokenMargin = 30 * time.Second
 
 // newIamportClient makes a client; nothing is asked of the gateway before the first call.
 func newIamportClient(c iamportConfig) *iamportClient {
-	g := &iamportClient{
-		url: strings.TrimRight(c.url, "/"), key: c.key, secret: c.secret, sandbox: c.sandbox,
-		now: c.now, observe: c.observe,
-		lookUpLimit: 5 * time.Second, listLimit: 30 * time.Second, cancelLimit: 60 * time.Second,
-		lookUps: make(chan struct{}, maxLookUps), cancels: make(chan struct{}, maxCancels),
-		pageSize: 1000,
+	return &iamportClient{
+		gatewayWire: newGatewayWire(c.url, c.now, c.transport, c.observe),
+		key:         c.key, secret: c.secret, sandbox: c.sandbox,
 	}
-	if g.now == nil {
-		g.now = time.Now
-	}
-	if g.observe == nil {
-		g.observe = func(string, string, error, time.Duration) {}
-	}
-	if c.transport == nil {
-		c.transport = newGatewayTransport()
-	}
-	g.client = &http.Client{
-		Transport:     c.transport,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	return g
 }
 
-// newGatewayTransport leaves the time of a call to its context. It speaks HTTP/1.1: one stuck connection is
-// one stuck call.
-func newGatewayTransport() *http.Transport {
-	return &http.Transport{
-		Proxy:                  http.ProxyFromEnvironment,
-		DialContext:            (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
-		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
-		TLSHandshakeTimeout:    3 * time.Second,
-		MaxIdleConnsPerHost:    maxLookUps + maxCancels + 1,
-		IdleConnTimeout:        30 * time.Second,
-		MaxResponseHeaderBytes: 64 << 10,
-	}
-}
+func (g *iamportClient) name() gatewayName { return gatewayIamport }
 
 var impUIDPattern = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
 // validImpUID reports whether s can be an imp_uid at all; anything else is never sent to the gateway.
 func validImpUID(s string) bool { return impUIDPattern.MatchString(s) }
 
-// payment looks up one payment.
+// find looks up one payment.
+func (g *iamportClient) find(ctx context.Context, key paymentKey) (gatewayPayment, error) {
+	return g.payment(ctx, key.impUID)
+}
+
 func (g *iamportClient) payment(ctx context.Context, impUID string) (gatewayPayment, error) {
 	if !validImpUID(impUID) {
 		return gatewayPayment{}, errNoPayment
@@ -261,17 +90,11 @@ func (g *iamportClient) fetchPayment(ctx context.Context, impUID string) (gatewa
 	return p, err
 }
 
-// paymentsOf lists every payment of merchantUID that is paid, and then those that are cancelled: refunded in part or
-// whole, or ended without a deposit. Of each kind the first begun comes first. None is an empty list, not an error.
-// Windows that were opened and not paid are left out: a buyer may open any number.
-//
-// A payment that cannot be read is named by the error, a gatewayError with unreadable set, and the list holds all others.
-// After any other error there is no list.
+// paymentsOf lists of each kind the first begun first.
 func (g *iamportClient) paymentsOf(ctx context.Context, merchantUID string) ([]gatewayPayment, error) {
 	return g.findAll(ctx, merchantUID, gatewayPaid, gatewayCancelled)
 }
 
-// paidPaymentsOf lists the payments of merchantUID that are paid and not refunded, not even in part, as paymentsOf does.
 func (g *iamportClient) paidPaymentsOf(ctx context.Context, merchantUID string) ([]gatewayPayment, error) {
 	return g.findAll(ctx, merchantUID, gatewayPaid)
 }
@@ -305,56 +128,13 @@ func (g *iamportClient) findAll(
 	return all, unreadableError("findAll", unreadable)
 }
 
-// movedBetween yields the payments of the whole account, other shops' included, that are in status now and got there between
-// two times: for gatewayPaid those paid then, for gatewayCancelled those cancelled then. Both ends are included, to the
-// second. The order is roughly that of time. A payment that is refunded while the list is read may be missing from the
-// paid ones; it is among those cancelled after that.
-//
-// A payment that cannot be read is yielded as an error, a gatewayError with unreadable set, and the others follow. Any other
-// error is the last: what is listed after it is not known.
-//
-// Memory holds one page. A time that has more payments than fit on a page is asked for in halves, instead of page by page:
-// a payment that leaves the list while it is read would move others from the next page to one that was read already. Only
-// a single second is read page by page.
+// movedBetween lists the whole account, other shops' payments included. The order is roughly that of time.
 func (g *iamportClient) movedBetween(
 	ctx context.Context, status gatewayStatus, from, to time.Time,
 ) iter.Seq2[gatewayPayment, error] {
-	return func(yield func(gatewayPayment, error) bool) {
-		for first := from.Unix(); first <= to.Unix(); first += maxWindow {
-			if !g.listWindow(ctx, status, first, min(first+maxWindow-1, to.Unix()), yield) {
-				return
-			}
-		}
-	}
-}
-
-// listWindow does the work of movedBetween between two Unix seconds and reports whether to go on.
-func (g *iamportClient) listWindow(
-	ctx context.Context, status gatewayStatus, first, last int64, yield func(gatewayPayment, error) bool,
-) bool {
-	for page := 1; page != 0; {
-		found, err := g.listPage(ctx, status, first, last, page)
-		switch {
-		case first < last && (err == nil && found.next != 0 || errors.Is(err, errAnswerTooLong)):
-			middle := first + (last-first)/2
-			return g.listWindow(ctx, status, first, middle, yield) && g.listWindow(ctx, status, middle+1, last, yield)
-		case err != nil:
-			yield(gatewayPayment{}, err)
-			return false
-		}
-		for _, p := range found.payments {
-			if !yield(p, nil) {
-				return false
-			}
-		}
-		for _, u := range found.unreadable {
-			if !yield(gatewayPayment{}, unreadableError("list", []unreadablePayment{u})) {
-				return false
-			}
-		}
-		page = found.next
-	}
-	return true
+	return movedBetween(from, to, func(first, last int64, page int) (paymentPage, error) {
+		return g.listPage(ctx, status, first, last, page)
+	})
 }
 
 func (g *iamportClient) listPage(
@@ -365,13 +145,6 @@ func (g *iamportClient) listPage(
 	found, err := g.readPage(ctx, gatewayCall{name: "list", method: http.MethodGet, path: path, maxAnswer: maxPage}, page)
 	end(cmp.Or(err, unreadableError("list", found.unreadable)))
 	return found, err
-}
-
-// paymentPage is one page of a list of payments.
-type paymentPage struct {
-	payments   []gatewayPayment // without those of test channels, unless they are configured
-	unreadable []unreadablePayment
-	next       int // number of the next page; 0: none
 }
 
 // readPage makes a call whose path ends before the page's number. No payments at all, and a list that has become shorter
@@ -413,13 +186,13 @@ func (g *iamportClient) readPage(ctx context.Context, c gatewayCall, page int) (
 
 // endAccount ends an issued virtual account, so that nobody can pay into it any more. A gatewayRefusal: the payment is no
 // virtual account or not one that waits for a deposit. After a gatewayError nobody knows whether the account has ended.
-func (g *iamportClient) endAccount(ctx context.Context, impUID string) error {
-	if !validImpUID(impUID) {
+func (g *iamportClient) endAccount(ctx context.Context, key paymentKey) error {
+	if !validImpUID(key.impUID) {
 		return errNoPayment
 	}
 	ctx, end := g.begin(context.WithoutCancel(ctx), "endAccount", g.cancelLimit)
 	_, err := g.call(ctx, g.cancels, gatewayCall{
-		name: "endAccount", method: http.MethodDelete, path: "/vbanks/" + url.PathEscape(impUID), refusable: true,
+		name: "endAccount", method: http.MethodDelete, path: "/vbanks/" + url.PathEscape(key.impUID), refusable: true,
 	})
 	end(err)
 	return err
@@ -460,51 +233,6 @@ func (g *iamportClient) sendCancel(ctx context.Context, c cancelRequest) (gatewa
 	return readPayment("cancel", response, c.impUID)
 }
 
-// begin starts the time of one call; end stops it and tells the observer.
-func (g *iamportClient) begin(
-	ctx context.Context, call string, limit time.Duration,
-) (_ context.Context, end func(error)) {
-	start := g.now()
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	return ctx, func(err error) {
-		cancel()
-		if outcome := gatewayOutcome(err); outcome != "" {
-			g.observe(call, outcome, err, g.now().Sub(start))
-		}
-	}
-}
-
-// gatewayOutcome returns how a call ended, one of gatewayOutcomes. It is "" when the caller went away: that says nothing of
-// the gateway.
-func gatewayOutcome(err error) string {
-	failure, failed := errors.AsType[*gatewayError](err)
-	_, refused := errors.AsType[*gatewayRefusal](err)
-	switch {
-	case err == nil:
-		return "ok"
-	case errors.Is(err, context.Canceled):
-		return ""
-	case errors.Is(err, errNoPayment):
-		return "none"
-	case refused:
-		return "refused"
-	case failed && failure.unreadable != nil:
-		return "unreadable"
-	case failed && failure.status == http.StatusServiceUnavailable:
-		return "unreachable"
-	case failed && failure.status == http.StatusGatewayTimeout:
-		return "timeout"
-	}
-	return "broken"
-}
-
-type gatewayCall struct {
-	name, method, path string
-	body               any  // nil: none
-	maxAnswer          int  // bytes of the answer's body; 0: maxAnswer
-	refusable          bool // HTTP status 400 is a refusal, and not a mistake in the call
-}
-
 func (g *iamportClient) lookUp(ctx context.Context, name, path string) (json.RawMessage, error) {
 	return g.call(ctx, g.lookUps, gatewayCall{name: name, method: http.MethodGet, path: path})
 }
@@ -531,101 +259,6 @@ func (g *iamportClient) call(ctx context.Context, slots chan struct{}, c gateway
 		rejected = token
 	}
 	return nil, brokenAnswer(c.name, errors.New("a new token was rejected"))
-}
-
-func (g *iamportClient) exchangeInSlot(
-	ctx context.Context, slots chan struct{}, c gatewayCall, token string,
-) (status int, body []byte, err error) {
-	select {
-	case slots <- struct{}{}:
-		defer func() { <-slots }()
-	case <-ctx.Done():
-	}
-	if ctx.Err() != nil { // a slot that came at the last moment is too late
-		err := fmt.Errorf("no free slot: %w", ctx.Err())
-		return 0, nil, &gatewayError{status: http.StatusServiceUnavailable, call: c.name, err: err}
-	}
-	return g.exchange(ctx, c, token)
-}
-
-var (
-	errAnswerTooLong = errors.New("answer too long")
-	errBadRequest    = errors.New("HTTP status 400")
-)
-
-// exchange sends one request and reads its answer whole, so that the connection can be used again.
-func (g *iamportClient) exchange(
-	ctx context.Context, c gatewayCall, token string,
-) (status int, body []byte, err error) {
-	request, err := g.request(ctx, c, token)
-	if err != nil {
-		return 0, nil, brokenAnswer(c.name, err)
-	}
-	answer, err := g.client.Do(request)
-	if err != nil {
-		if ctx.Err() != nil {
-			return 0, nil, &gatewayError{status: http.StatusGatewayTimeout, call: c.name, err: ctx.Err()}
-		}
-		return 0, nil, &gatewayError{status: http.StatusServiceUnavailable, call: c.name, err: connectionError(err)}
-	}
-	defer answer.Body.Close()
-	limit := cmp.Or(c.maxAnswer, maxAnswer)
-	body, err = io.ReadAll(io.LimitReader(answer.Body, int64(limit)+1))
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return 0, nil, &gatewayError{status: http.StatusGatewayTimeout, call: c.name, err: ctx.Err()}
-	case answer.StatusCode >= 500 || answer.StatusCode == http.StatusTooManyRequests:
-		err := fmt.Errorf("HTTP status %d", answer.StatusCode)
-		return 0, nil, &gatewayError{status: http.StatusServiceUnavailable, call: c.name, err: err}
-	case err != nil:
-		return 0, nil, brokenAnswer(c.name, fmt.Errorf("answer cut short: %w", err))
-	case len(body) > limit:
-		return 0, nil, brokenAnswer(c.name, errAnswerTooLong)
-	}
-	return answer.StatusCode, body, nil
-}
-
-// connectionError keeps the causes known to show nothing of what was sent or answered: net/http quotes a
-// malformed answer.
-func connectionError(err error) error {
-	if network, ok := errors.AsType[*net.OpError](err); ok {
-		return network
-	}
-	if certificate, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-		return certificate
-	}
-	if record, ok := errors.AsType[tls.RecordHeaderError](err); ok {
-		return record
-	}
-	if errors.Is(err, io.EOF) {
-		return fmt.Errorf("the connection was closed without an answer: %w", io.EOF)
-	}
-	return errors.New("no HTTP answer came")
-}
-
-func (g *iamportClient) request(ctx context.Context, c gatewayCall, token string) (*http.Request, error) {
-	var body []byte
-	if c.body != nil {
-		var err error
-		if body, err = json.Marshal(c.body); err != nil {
-			return nil, err
-		}
-	}
-	request, err := http.NewRequestWithContext(ctx, c.method, g.url+c.path, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	request.Header.Set("Accept", "application/json")
-	if c.body != nil {
-		request.Header.Set("Content-Type", "application/json")
-	}
-	if token != "" {
-		request.Header.Set("Authorization", token)
-	} else {
-		// Asking for a token twice does no harm: net/http may do so when an idle connection proves closed.
-		request.Header["Idempotency-Key"] = nil
-	}
-	return request, nil
 }
 
 // notFoundText begins the message about an unknown payment. It comes with 404, from older servers with 200.
@@ -658,7 +291,7 @@ func openEnvelope(call string, status int, body []byte) (json.RawMessage, error)
 	case status == http.StatusNotFound:
 		return nil, brokenAnswer(call, errors.New("HTTP status 404 and code 0"))
 	case *code != 0:
-		return nil, &gatewayRefusal{*code, envelope.Message}
+		return nil, &gatewayRefusal{strconv.Itoa(*code), envelope.Message}
 	}
 	return envelope.Response, nil
 }
@@ -706,17 +339,6 @@ func identify(object []byte, err error) unreadablePayment {
 	return u
 }
 
-// textOf returns a JSON string's text, and "" for any other value.
-func textOf(value json.RawMessage) (text string) {
-	if json.Unmarshal(value, &text) != nil {
-		return ""
-	}
-	return text
-}
-
-// lastSecond is 9999-12-31T23:59:59Z in Unix seconds, the last that RFC 3339 can write.
-const lastSecond = 253402300799
-
 // decodePayment decodes a payment object. What the gateway always sends has to be there; other fields are
 // ignored.
 func decodePayment(response []byte) (gatewayPayment, error) {
@@ -736,7 +358,7 @@ func decodePayment(response []byte) (gatewayPayment, error) {
 		return gatewayPayment{}, err
 	}
 	p := gatewayPayment{
-		impUID: object.ImpUID, merchantUID: object.MerchantUID, status: object.Status,
+		gateway: gatewayIamport, impUID: object.ImpUID, merchantUID: object.MerchantUID, status: object.Status,
 		payMethod: textOf(object.PayMethod), currency: object.Currency, sandbox: object.Sandbox,
 	}
 	switch {
@@ -788,35 +410,6 @@ func exactNumber(number json.RawMessage) (*big.Rat, bool) {
 }
 
 func wholeWon(amount *big.Rat) bool { return amount.IsInt() && amount.Num().IsInt64() }
-
-// decodeAnswer is json.Unmarshal with errors that show nothing of the content.
-func decodeAnswer(data []byte, v any) error {
-	err := json.Unmarshal(data, v)
-	if err == nil {
-		return nil
-	}
-	if mismatch, ok := errors.AsType[*json.UnmarshalTypeError](err); ok && mismatch.Field != "" {
-		return fmt.Errorf("the answer's %s has the wrong type", mismatch.Field)
-	}
-	return errors.New("the answer is not the JSON it should be")
-}
-
-func brokenAnswer(call string, err error) error {
-	return &gatewayError{status: http.StatusBadGateway, call: call, err: err}
-}
-
-// unreadableError is the gatewayError of payments that cannot be read, or nil when there are none.
-func unreadableError(call string, payments []unreadablePayment) error {
-	if len(payments) == 0 {
-		return nil
-	}
-	first := payments[0]
-	err := fmt.Errorf("payment %q cannot be read, nor can %d others: %w", first.impUID, len(payments)-1, first.err)
-	if len(payments) == 1 {
-		err = fmt.Errorf("payment %q cannot be read: %w", first.impUID, first.err)
-	}
-	return &gatewayError{status: http.StatusBadGateway, call: call, err: err, unreadable: payments}
-}
 
 // accessToken is compared by its address: the gateway may give the same string again.
 type accessToken struct {

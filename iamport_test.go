@@ -80,7 +80,7 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 	g.fake.pay(fakePayment{MerchantUID: "order-1", Status: "failed", Amount: 5900})
 	g.fake.pay(fakePayment{MerchantUID: "order-2", Status: "ready", Amount: 1})
 	want := gatewayPayment{
-		impUID: first, merchantUID: "order-1", status: "paid", payMethod: "card", currency: "KRW", amount: 5900,
+		gateway: gatewayIamport, impUID: first, merchantUID: "order-1", status: "paid", payMethod: "card", currency: "KRW", amount: 5900,
 		paidAt: g.clock.Now(), moved: true,
 	}
 
@@ -143,7 +143,7 @@ func TestGatewayCancelRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, err := g.cancelPayment(t.Context(), c.request)
 			var refusal *gatewayRefusal
-			if !errors.As(err, &refusal) || refusal.code != 1 || refusal.message != c.message {
+			if !errors.As(err, &refusal) || refusal.code != "1" || refusal.message != c.message {
 				t.Errorf("err = %v, want a refusal", err)
 			}
 		})
@@ -187,7 +187,7 @@ func TestGatewayCancelsForeignPaymentWithoutChecksum(t *testing.T) {
 }
 
 func TestRefusalIsSafeToLog(t *testing.T) {
-	r := &gatewayRefusal{-1, "[2015] 취소 실패\n홍 010-1234-5678 1234567890123456 a@b.kr 5,900원 " + strings.Repeat("가", 1000)}
+	r := &gatewayRefusal{"-1", "[2015] 취소 실패\n홍 010-1234-5678 1234567890123456 a@b.kr 5,900원 " + strings.Repeat("가", 1000)}
 	text := r.Error()
 	for _, private := range []string{"1234", "5678", "@", "\n"} {
 		if strings.Contains(text, private) {
@@ -476,7 +476,7 @@ func TestGatewayCancelRefusedByCardCompany(t *testing.T) {
 	g.fake.faultOnce("cancel", fault{before: answerRefusal(-1, message)})
 	_, err := g.cancelPayment(t.Context(), cancelRequest{impUID: id, remaining: 5900, isKRW: true})
 	var refusal *gatewayRefusal
-	if !errors.As(err, &refusal) || *refusal != (gatewayRefusal{-1, message}) {
+	if !errors.As(err, &refusal) || *refusal != (gatewayRefusal{"-1", message}) {
 		t.Errorf("err = %v", err)
 	}
 	if p, _ := g.fake.get(id); p.Cancelled != 0 {
@@ -535,8 +535,8 @@ func TestGatewayAnswers(t *testing.T) {
 		"404 of a proxy":      {404, `<html>` + private + `</html>`, 502},
 		"404 and code 0":      {404, envelope(good), 502},
 		"not found with 200":  {200, `{"code":-1,"message":"존재하지 않는 결제정보입니다.","response":null}`, errNoPayment},
-		"refused":             {200, `{"code":-1,"message":"거절","response":null}`, &gatewayRefusal{-1, "거절"}},
-		"refused with a body": {200, strings.Replace(envelope(good), `0`, `1`, 1), &gatewayRefusal{1, ""}},
+		"refused":             {200, `{"code":-1,"message":"거절","response":null}`, &gatewayRefusal{"-1", "거절"}},
+		"refused with a body": {200, strings.Replace(envelope(good), `0`, `1`, 1), &gatewayRefusal{"1", ""}},
 		"400":                 {400, `{"code":-1,"message":"` + private + `","response":null}`, 502},
 		"302":                 {302, ``, 502},
 		"207":                 {207, envelope(good), 502},
@@ -1190,7 +1190,7 @@ func TestUnreadablePaymentIsNoOutage(t *testing.T) {
 	if a := s.want(s.ready(), 200, ""); !strings.Contains(a.body, `"gateway":"ok"`) {
 		t.Errorf("readyz: %s", a.body)
 	}
-	if s.outage.lasts() {
+	if s.gatewaySilent() {
 		t.Error("the gateway counts as silent")
 	}
 }
@@ -1387,7 +1387,7 @@ func TestGatewayVirtualAccount(t *testing.T) {
 	g.clock.advance(3 * 24 * time.Hour)
 	check(t, g.fake.deposit(paid))
 	want(paid, gatewayPaid, true, false)
-	refused(g.endAccount(t.Context(), paid), fakeNoAccount)
+	refused(g.endAccount(t.Context(), paymentKey{impUID: paid}), fakeNoAccount)
 	wantList(t, g.movedBetween(t.Context(), gatewayPaid, g.clock.Now(), g.clock.Now()), paid)
 
 	request := cancelRequest{impUID: paid, remaining: 5900, isKRW: true}
@@ -1400,13 +1400,13 @@ func TestGatewayVirtualAccount(t *testing.T) {
 	}
 
 	ended, expired, late := issue(), issue(), issue()
-	check(t, g.endAccount(t.Context(), ended))
+	check(t, g.endAccount(t.Context(), paymentKey{impUID: ended}))
 	check(t, g.fake.expire(expired))
 	for _, impUID := range []string{ended, expired} {
 		if p := want(impUID, gatewayCancelled, false, false); p.fullyRefunded {
 			t.Errorf("%+v: nothing was ever paid", p)
 		}
-		refused(g.endAccount(t.Context(), impUID), fakeNoAccount)
+		refused(g.endAccount(t.Context(), paymentKey{impUID: impUID}), fakeNoAccount)
 		if err := g.fake.deposit(impUID); err == nil {
 			t.Error("a deposit into an account that has ended")
 		}
@@ -1416,9 +1416,9 @@ func TestGatewayVirtualAccount(t *testing.T) {
 	if err := g.fake.deposit(late); err == nil {
 		t.Error("a deposit after the last moment")
 	}
-	refused(g.endAccount(t.Context(), g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})), fakeNoAccount)
+	refused(g.endAccount(t.Context(), paymentKey{impUID: g.fake.pay(fakePayment{MerchantUID: "order", Amount: 1})}), fakeNoAccount)
 	for _, impUID := range []string{"imp_none", "", "a/b"} {
-		if err := g.endAccount(t.Context(), impUID); !errors.Is(err, errNoPayment) {
+		if err := g.endAccount(t.Context(), paymentKey{impUID: impUID}); !errors.Is(err, errNoPayment) {
 			t.Errorf("endAccount(%q) = %v", impUID, err)
 		}
 	}
@@ -1448,7 +1448,7 @@ func TestGatewayEndAccountAnswers(t *testing.T) {
 			})
 			observed := ""
 			g.observe = func(call, _ string, _ error, _ time.Duration) { observed = call }
-			err := g.endAccount(t.Context(), "imp_1")
+			err := g.endAccount(t.Context(), paymentKey{impUID: "imp_1"})
 			if observed != "endAccount" {
 				t.Errorf("observed %q", observed)
 			}
@@ -1522,7 +1522,7 @@ func TestFakeGatewayRefusesForGood(t *testing.T) {
 	g := newGatewayTest(t, false)
 	impUID := g.fake.pay(fakePayment{MerchantUID: "order", Amount: 5900, RefundsRefused: "기취소성공"})
 	_, err := g.cancelPayment(t.Context(), cancelRequest{impUID: impUID, remaining: 5900, isKRW: true})
-	if refusal, ok := errors.AsType[*gatewayRefusal](err); !ok || refusal.code != -1 || !strings.HasSuffix(refusal.message, "기취소성공") {
+	if refusal, ok := errors.AsType[*gatewayRefusal](err); !ok || refusal.code != "-1" || !strings.HasSuffix(refusal.message, "기취소성공") {
 		t.Errorf("err = %v", err)
 	}
 	if err := g.fake.refundInConsole(impUID, 1); err == nil {

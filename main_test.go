@@ -355,7 +355,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	s.t.Cleanup(store.close)
 	check(s.t, store.migrate(context.Background(), migrations()))
 	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
-	s.t.Cleanup(s.settler.gateway.client.CloseIdleConnections)
+	s.t.Cleanup(s.iamport().client.CloseIdleConnections)
 	s.settler.lastRound.Store(s.clock.Now().UnixNano())
 }
 
@@ -708,9 +708,17 @@ func (s *shop) wantUntouched(order, painting string) {
 	}
 }
 
+// iamport is the client of the V1 gateway.
+func (s *shop) iamport() *iamportClient {
+	s.t.Helper()
+	g, err := s.settler.gateways.named(gatewayIamport)
+	check(s.t, err)
+	return g.(*iamportClient)
+}
+
 // auditor returns an auditor that takes no pauses.
 func (s *shop) auditor() *auditor {
-	return &auditor{store: s.store, gateway: s.settler.gateway, now: s.clock.Now, progress: io.Discard, progressEvery: time.Hour,
+	return &auditor{store: s.store, gateways: s.settler.gateways, now: s.clock.Now, progress: io.Discard, progressEvery: time.Hour,
 		pause: func(context.Context) error { return nil }}
 }
 

@@ -44,9 +44,18 @@ func (r *requestStats) count(outcome int, elapsed time.Duration) {
 	r.nanoseconds.Add(int64(elapsed))
 }
 
-// The calls to the gateway and their outcomes, as iamportConfig's observe gets them.
+// gatewayCallName is a call to a gateway, as its client names it.
+type gatewayCallName struct {
+	gateway gatewayName
+	call    string
+}
+
+// The calls to the gateways and their outcomes, as a gatewayObserver gets them.
 var (
-	gatewayCalls    = [...]string{"token", "payment", "findAll", "list", "cancel", "endAccount"}
+	gatewayCalls = [...]gatewayCallName{
+		{gatewayIamport, "token"}, {gatewayIamport, "payment"}, {gatewayIamport, "findAll"}, {gatewayIamport, "list"},
+		{gatewayIamport, "cancel"}, {gatewayIamport, "endAccount"},
+	}
 	gatewayOutcomes = [...]string{"ok", "none", "refused", "unreadable", "broken", "unreachable", "timeout"}
 )
 
@@ -80,8 +89,8 @@ func (m *metrics) route(pattern string) *requestStats {
 	return stats
 }
 
-// gatewayCall counts one call to the gateway. call and outcome must be among gatewayCalls and gatewayOutcomes.
-func (m *metrics) gatewayCall(call, outcome string, elapsed time.Duration) {
+// gatewayCall counts one call to a gateway. call and outcome must be among gatewayCalls and gatewayOutcomes.
+func (m *metrics) gatewayCall(call gatewayCallName, outcome string, elapsed time.Duration) {
 	m.gateway[slices.Index(gatewayCalls[:], call)].count(slices.Index(gatewayOutcomes[:], outcome), elapsed)
 }
 
@@ -112,7 +121,7 @@ func (s *server) metricsText(ctx context.Context) []byte {
 	ctx, cancel := context.WithTimeout(ctx, openBalancesTimeout)
 	defer cancel()
 	now := s.now()
-	balances, err := s.store.readOpenBalances(ctx, now)
+	balances, err := s.store.readOpenBalances(ctx, now, s.settler.gateways.lists())
 	if err != nil {
 		s.log.Error("read open balances", "error", err)
 	}
@@ -125,8 +134,10 @@ func (s *server) metricsText(ctx context.Context) []byte {
 	s.exposePool(e)
 	e.family("lumiere_database_up", "gauge", "1 when the database answered this scrape's statement within 2 seconds, else 0.")
 	e.sample("", boolValue(err == nil))
-	e.family("lumiere_gateway_silent", "gauge", "1 when the last call to the gateway got no usable answer, else 0.")
-	e.sample("", boolValue(s.outage.lasts()))
+	e.family("lumiere_gateway_silent", "gauge", "1 when the last call to the payment gateway got no usable answer, else 0.")
+	for _, g := range s.settler.gateways {
+		e.sample("", boolValue(s.outages[g.name()].lasts()), "gateway", string(g.name()))
+	}
 	e.family("lumiere_reconciler_round_age_seconds", "gauge", "Time since this replica's reconciler last finished a round.")
 	e.sample("", now.Sub(time.Unix(0, s.settler.lastRound.Load())).Seconds())
 	if err == nil {
@@ -161,12 +172,13 @@ func (m *metrics) expose(e *exposition) {
 		"Calls to the payment gateway by how they ended: none is an answer, and unreadable one about a payment that makes no sense; broken, unreachable and timeout are not.")
 	for i, stats := range m.gateway {
 		for outcome := range stats.byOutcome {
-			e.sample("", float64(stats.byOutcome[outcome].Load()), "call", gatewayCalls[i], "outcome", gatewayOutcomes[outcome])
+			e.sample("", float64(stats.byOutcome[outcome].Load()),
+				"gateway", string(gatewayCalls[i].gateway), "call", gatewayCalls[i].call, "outcome", gatewayOutcomes[outcome])
 		}
 	}
 	e.family("lumiere_gateway_call_duration_seconds", "histogram", "Duration of a call to the payment gateway, waiting for a slot included.")
 	for i, stats := range m.gateway {
-		e.histogram(stats, "call", gatewayCalls[i])
+		e.histogram(stats, "gateway", string(gatewayCalls[i].gateway), "call", gatewayCalls[i].call)
 	}
 }
 
@@ -240,8 +252,8 @@ func (e *exposition) sample(suffix string, value float64, labels ...string) {
 	fmt.Fprintf(&e.text, " %s\n", strconv.FormatFloat(value, 'g', -1, 64))
 }
 
-// histogram writes the durations in stats, with one label. Its buckets are cumulative, as the format demands.
-func (e *exposition) histogram(stats *requestStats, label, value string) {
+// histogram writes the durations in stats, with labels as sample has them. Its buckets are cumulative, as the format demands.
+func (e *exposition) histogram(stats *requestStats, labels ...string) {
 	n := uint64(0)
 	for i := range stats.buckets {
 		n += stats.buckets[i].Load()
@@ -249,8 +261,8 @@ func (e *exposition) histogram(stats *requestStats, label, value string) {
 		if i < len(bucketBounds) {
 			bound = strconv.FormatFloat(bucketBounds[i].Seconds(), 'g', -1, 64)
 		}
-		e.sample("_bucket", float64(n), label, value, "le", bound)
+		e.sample("_bucket", float64(n), append(slices.Clip(labels), "le", bound)...)
 	}
-	e.sample("_sum", time.Duration(stats.nanoseconds.Load()).Seconds(), label, value)
-	e.sample("_count", float64(n), label, value)
+	e.sample("_sum", time.Duration(stats.nanoseconds.Load()).Seconds(), labels...)
+	e.sample("_count", float64(n), labels...)
 }

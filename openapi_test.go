@@ -593,7 +593,7 @@ func TestEveryCallWithAGatewayInTrouble(t *testing.T) {
 			s := newShop(t)
 			unpaid := s.order(buyerA, s.painting(99000))
 			paid, impUID, _ := s.paid(buyerB)
-			s.settler.gateway.lookUpLimit, s.settler.gateway.cancelLimit = 200*time.Millisecond, 200*time.Millisecond // any answer here is right
+			s.iamport().lookUpLimit, s.iamport().cancelLimit = 200*time.Millisecond, 200*time.Millisecond // any answer here is right
 			s.fake.setFaults(func(call, _ string) fault {
 				if call == "token" {
 					return fault{}

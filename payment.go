@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -18,7 +19,7 @@ import (
 // Each of its calls may be repeated, in any order, at the same time and on several replicas.
 type settler struct {
 	store    *store
-	gateway  *iamportClient
+	gateways gateways
 	limits   *limiter // of what strangers may ask the gateway
 	now      func() time.Time
 	log      *slog.Logger
@@ -31,6 +32,35 @@ type settler struct {
 
 	lastRound  atomic.Int64             // when the reconciler last finished a round, Unix nanoseconds
 	unreadable recent[string, struct{}] // payments of the lists that the log has named as unreadable; the reconciler's alone
+}
+
+// gateway is a payment gateway, as far as the program needs it.
+type gateway interface {
+	name() gatewayName
+	// find looks up one payment.
+	find(context.Context, paymentKey) (gatewayPayment, error)
+	// paymentsOf lists every payment of an order that is paid, and then those that are cancelled: refunded in part or whole, or
+	// ended without a deposit. None is an empty list, not an error. Windows that were opened and not paid are left out: a buyer
+	// may open any number.
+	//
+	// A payment that cannot be read is named by the error, a gatewayError with unreadable set, and the list holds all others.
+	// After any other error there is no list.
+	paymentsOf(ctx context.Context, orderID string) ([]gatewayPayment, error)
+	// paidPaymentsOf lists the payments of an order that are paid and not refunded, not even in part, as paymentsOf does.
+	paidPaymentsOf(ctx context.Context, orderID string) ([]gatewayPayment, error)
+	// movedBetween yields the payments that are in a status now and got there between two times: for gatewayPaid those paid
+	// then, for gatewayCancelled those cancelled then. Both ends are included, to the second. A payment that is refunded while
+	// the list is read may be missing from the paid ones; it is among those cancelled after that.
+	//
+	// A payment that cannot be read is yielded as an error, a gatewayError with unreadable set, and the others follow. Any other
+	// error is the last: what is listed after it is not known.
+	movedBetween(ctx context.Context, status gatewayStatus, from, to time.Time) iter.Seq2[gatewayPayment, error]
+	// cancelPayment gives back all that is left of a payment. Once begun it goes on when its caller goes away. After a
+	// gatewayError nobody knows whether the money went back: look the payment up before trying again.
+	cancelPayment(context.Context, cancelRequest) (gatewayPayment, error)
+	// endAccount ends an issued virtual account, so that nobody can pay into it any more. A gatewayRefusal: the payment is no
+	// virtual account or not one that waits for a deposit. After a gatewayError nobody knows whether the account has ended.
+	endAccount(context.Context, paymentKey) error
 }
 
 // refundLease is how long a caller that tries a refund is alone with it: longer than two cancels and look-ups may take.
@@ -108,7 +138,9 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 // settleReported looks up the payment that a client speaks of and settles it. Besides settle's errors it returns
 // errNoPayment and errTooMany: the client has spoken of too many that are none.
 func (t *settler) settleReported(ctx context.Context, by actor, who client, impUID string) (settlement, error) {
-	p, err := t.limits.lookUp(ctx, who, by.kind, impUID, t.gateway.payment)
+	p, err := t.limits.lookUp(ctx, who, by.kind, impUID, func(ctx context.Context, impUID string) (gatewayPayment, error) {
+		return t.gateways.find(ctx, gatewayIamport, paymentKey{impUID: impUID})
+	})
 	if err != nil {
 		return settlement{}, err
 	}
@@ -150,7 +182,7 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 	case p.awaitsDeposit:
 		return result, t.endDepositAccount(ctx, p)
 	case known == nil && decided.state == stateRefunding:
-		row := paymentRow{impUID: p.impUID, orderID: ledger.orderID, reason: decided.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
+		row := paymentRow{gateway: p.gateway, impUID: p.impUID, orderID: ledger.orderID, reason: decided.reason, isKRW: p.isKRW(), amount: p.amount, refunded: p.cancelled}
 		if err := t.requestRefund(ctx, by, row); err == nil {
 			result.state = stateRefunded
 		}
@@ -162,8 +194,11 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 // endDepositAccount ends the virtual account that payment p of one of our orders awaits a deposit to, and returns errDepositAwaited.
 // An original is not held for the days that a deposit may take. A deposit that comes all the same is late money as any other.
 func (t *settler) endDepositAccount(ctx context.Context, p gatewayPayment) error {
-	err := t.gateway.endAccount(ctx, p.impUID)
-	if err != nil && !gatewayResponded(err) {
+	g, err := t.gateways.named(p.gateway)
+	if err == nil {
+		err = g.endAccount(ctx, p.key())
+	}
+	if !gatewayResponded(err) {
 		return err
 	}
 	// A refusal means that the account has ended already, or that the buyer has just paid in: then a notice follows.
@@ -177,7 +212,7 @@ func (t *settler) endDepositAccount(ctx context.Context, p gatewayPayment) error
 func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) error {
 	t.testHook("leased", row.impUID)
 	if row.attempts > 1 {
-		p, err := t.gateway.payment(ctx, row.impUID)
+		p, err := t.gateways.find(ctx, row.gateway, row.key())
 		if err != nil {
 			return t.postponeRefund(ctx, row, err)
 		}
@@ -199,13 +234,16 @@ func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) e
 // knew is followed by one more try with the fresh one.
 func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) error {
 	ctx = context.WithoutCancel(ctx)
+	g, err := t.gateways.named(row.gateway)
+	if err != nil {
+		return t.postponeRefund(ctx, row, err)
+	}
 	for again := true; ; again = false {
-		p, cause := t.gateway.cancelPayment(ctx, cancelRequest{
-			impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason, account: row.account})
+		p, cause := g.cancelPayment(ctx, cancelRequest{
+			orderID: row.orderID, impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason, account: row.account})
 		t.testHook("cancelled", row.impUID)
 		if cause != nil {
-			var err error
-			if p, err = t.gateway.payment(ctx, row.impUID); err != nil {
+			if p, err = g.find(ctx, row.key()); err != nil {
 				return t.postponeRefund(ctx, row, cause)
 			}
 			t.testHook("looked up", row.impUID)
@@ -278,25 +316,22 @@ func (t *settler) refundToAccount(ctx context.Context, by actor, id, impUID stri
 	return t.attemptRefund(ctx, by, row)
 }
 
-// checkUnpaid asks the gateway whether money came for an unpaid order, and settles all of it, as settleAll does. It returns
+// checkUnpaid asks the gateways whether money came for an unpaid order, and settles all of it, as settleAll does. It returns
 // errNoPayment when none came.
 func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (settlement, error) {
-	paid, err := t.gateway.paidPaymentsOf(ctx, id)
-	if len(paid) == 0 || !gatewayResponded(err) {
+	paid, err := t.gateways.paidPaymentsOf(ctx, id)
+	if len(paid) == 0 {
 		return settlement{}, cmp.Or(err, errNoPayment)
 	}
 	t.testHook("money found", id)
 	return t.settleAll(ctx, by, id) // others may stand beside the one that was found
 }
 
-// settleAll settles every payment that the gateway has for an order. The settlement is that of the payment which the order
+// settleAll settles every payment that the gateways have for an order. The settlement is that of the payment which the order
 // keeps; the zero one when it keeps none. A payment that cannot be read or settled is an error, and does not stand in the
 // way of the others.
 func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept settlement, err error) {
-	payments, err := t.gateway.paymentsOf(ctx, id)
-	if !gatewayResponded(err) {
-		return kept, err
-	}
+	payments, err := t.gateways.paymentsOf(ctx, id)
 	for _, p := range payments {
 		t.testHook("looked up", p.impUID)
 		settled, problem := t.settle(ctx, by, p)

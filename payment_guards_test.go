@@ -186,7 +186,7 @@ func TestReplicaVanishesWhileItSettles(t *testing.T) {
 	s := newShop(t)
 	order := s.order(buyerA, s.painting(99000))
 	impUID := s.charge(order, 109000)
-	p, err := s.settler.gateway.payment(t.Context(), impUID)
+	p, err := s.iamport().payment(t.Context(), impUID)
 	check(t, err)
 	locked, silent, vanished := make(chan struct{}), make(chan struct{}), make(chan error, 1)
 	endSilence := sync.OnceFunc(func() { close(silent) })
@@ -505,7 +505,7 @@ func TestPaymentAscribedToTwoOrdersAtOnce(t *testing.T) {
 	first, second := s.order(buyerA, s.painting(99000)), s.order(buyerB, s.painting(99000))
 	s.refuseCancels()
 	impUID := s.charge(first, 5000)
-	p, err := s.settler.gateway.payment(t.Context(), impUID)
+	p, err := s.iamport().payment(t.Context(), impUID)
 	check(t, err)
 	p.merchantUID, p.cancelled, p.fullyRefunded = second, p.amount, true
 	_, _, err = s.store.recordSettlement(t.Context(), byReconciler, p, s.now(), func(l orderLedger) decision {

@@ -131,8 +131,8 @@ func TestPayGatewayFaults(t *testing.T) {
 			painting := s.painting(99000)
 			order := s.order(buyerA, painting)
 			impUID := s.charge(order, 109000)
-			limit := s.settler.gateway.lookUpLimit
-			s.settler.gateway.lookUpLimit = 200 * time.Millisecond // any answer of these rows is right, however early it comes
+			limit := s.iamport().lookUpLimit
+			s.iamport().lookUpLimit = 200 * time.Millisecond // any answer of these rows is right, however early it comes
 			s.fake.setFaults(func(call, _ string) fault {
 				if call == row.call {
 					return fault{before: row.hook}
@@ -148,7 +148,7 @@ func TestPayGatewayFaults(t *testing.T) {
 			}
 			s.wantUntouched(order, painting)
 			s.fake.setFaults(nil)
-			s.settler.gateway.lookUpLimit = limit
+			s.iamport().lookUpLimit = limit
 			s.want(s.report(impUID), 200, "결제 성공")
 		})
 	}

@@ -483,7 +483,7 @@ func TestWithdrawingWhileTheGatewayIsInTrouble(t *testing.T) {
 			s := newShop(t)
 			painting, free := s.painting(99000), s.painting(99000)
 			order := s.order(buyerA, painting)
-			s.settler.gateway.lookUpLimit = 200 * time.Millisecond // any answer here is right
+			s.iamport().lookUpLimit = 200 * time.Millisecond // any answer here is right
 			s.fake.setFaults(func(call, _ string) fault {
 				if call == "token" {
 					return fault{}

@@ -45,8 +45,11 @@ func (t *settler) reconcile(ctx context.Context) {
 // reconcileRound does what is due now. It ends early when the database fails or the gateway does not respond, and leaves to
 // the next round what it does not get to within an interval: a backlog must not look like a reconciler that is stuck.
 func (t *settler) reconcileRound(ctx context.Context) error {
-	err := errors.Join(t.retryRefunds(ctx), t.readList(ctx, gatewayPaid), t.readList(ctx, gatewayCancelled), t.checkOrders(ctx),
-		t.store.compactStatusCounts(ctx))
+	err := t.retryRefunds(ctx)
+	for _, g := range t.gateways {
+		err = errors.Join(err, t.readList(ctx, g, gatewayPaid), t.readList(ctx, g, gatewayCancelled))
+	}
+	err = errors.Join(err, t.checkOrders(ctx), t.store.compactStatusCounts(ctx))
 	if err == nil {
 		t.lastRound.Store(t.now().UnixNano())
 	}
@@ -72,12 +75,12 @@ func (t *settler) retryRefunds(ctx context.Context) error {
 
 // ---- the gateway's lists
 
-// readList settles what is new in one of the gateway's lists: every payment that was paid, or every one that was given back,
+// readList settles what is new in one of a gateway's lists: every payment that was paid, or every one that was given back,
 // since the list was last read whole. However old its order is, money whose notice was lost is found here, and so is a
 // refund in the gateway's console. What the lists say of other shops' payments costs a comparison.
-func (t *settler) readList(ctx context.Context, status gatewayStatus) error {
-	now := t.now()
-	from, err := t.store.claimList(ctx, status, now)
+func (t *settler) readList(ctx context.Context, g gateway, status gatewayStatus) error {
+	now, list := t.now(), status.listAt(g.name())
+	from, err := t.store.claimList(ctx, list, now)
 	if errors.Is(err, errStale) {
 		return nil // another replica reads it
 	} else if err != nil {
@@ -88,11 +91,11 @@ func (t *settler) readList(ctx context.Context, status gatewayStatus) error {
 		if next := from.Add(listWindow); next.Before(now) {
 			to = next
 		}
-		if err = t.settleMoved(ctx, status, from.Add(-listOverlap), to); err == nil {
-			from, err = to, t.store.saveListRead(ctx, status, to, t.now(), refundLease)
+		if err = t.settleMoved(ctx, g, status, from.Add(-listOverlap), to); err == nil {
+			from, err = to, t.store.saveListRead(ctx, list, to, t.now(), refundLease)
 		}
 	}
-	err = errors.Join(err, t.store.saveListRead(context.WithoutCancel(ctx), status, from, t.now(), 0))
+	err = errors.Join(err, t.store.saveListRead(context.WithoutCancel(ctx), list, from, t.now(), 0))
 	if !gatewayResponded(err) {
 		return nil // the next round goes on where this one ended
 	}
@@ -101,13 +104,13 @@ func (t *settler) readList(ctx context.Context, status gatewayStatus) error {
 
 // settleMoved settles what moved in a window of a list and is not in the ledger. A payment that cannot be read or settled is
 // logged and does not stand in the way of the others; the audit reports it.
-func (t *settler) settleMoved(ctx context.Context, status gatewayStatus, from, to time.Time) error {
+func (t *settler) settleMoved(ctx context.Context, g gateway, status gatewayStatus, from, to time.Time) error {
 	var chunk []gatewayPayment
 	settle := func() error {
 		defer func() { chunk = chunk[:0] }()
 		return t.settleUnsettled(ctx, chunk)
 	}
-	for p, err := range t.gateway.movedBetween(ctx, status, from, to) {
+	for p, err := range g.movedBetween(ctx, status, from, to) {
 		switch {
 		case !gatewayResponded(err):
 			return errors.Join(err, settle())

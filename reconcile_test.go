@@ -133,7 +133,7 @@ func TestListReadingGoesOn(t *testing.T) {
 	}
 	s.fake.setFaults(nil)
 	now := s.now()
-	_, err := s.store.claimList(t.Context(), gatewayPaid, now)
+	_, err := s.store.claimList(t.Context(), gatewayPaid.listAt(gatewayIamport), now)
 	check(t, err)
 	s.later(time.Second) // another replica reads the list
 	if s.row(second) != "none" {

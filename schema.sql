@@ -546,3 +546,42 @@ ALTER TABLE orders VALIDATE CONSTRAINT orders_only_unpaid_end;
 -- step 15: the same for payments
 
 ALTER TABLE payments VALIDATE CONSTRAINT payments_by_hand_are_refunded;
+
+-- step 16: which gateway a payment is at
+
+-- imp_uid is its id there: V1's imp_uid, V2's transactionId. Until now there was V1 alone.
+ALTER TABLE payments
+	ADD COLUMN gateway text NOT NULL DEFAULT 'iamport',
+	ADD CONSTRAINT payments_gateway_is_known CHECK (gateway IN ('iamport', 'portone')) NOT VALID;
+
+-- As in step 8, and a payment stays at its gateway.
+CREATE OR REPLACE FUNCTION payments_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF (OLD.imp_uid, OLD.gateway, OLD.order_id, OLD.currency, OLD.amount)
+			IS DISTINCT FROM (NEW.imp_uid, NEW.gateway, NEW.order_id, NEW.currency, NEW.amount)
+		OR NEW.refunded < OLD.refunded
+		OR (OLD.state, NEW.state) NOT IN (('kept', 'kept'), ('kept', 'refunding'), ('kept', 'refunded'),
+			('refunding', 'refunding'), ('refunding', 'refunded')) THEN
+		RAISE EXCEPTION 'payment % cannot go from % to %', OLD.imp_uid, OLD.state, NEW.state
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'payments_state_may_follow';
+	END IF;
+	IF NEW.state = 'refunded' THEN
+		NEW.refund_account := NULL;
+	END IF;
+	RETURN NEW;
+END $$;
+
+-- step 17: how far the lists of each gateway have been read
+
+-- The names of V1's lists stay as they were: a program of the step before knows a list by its status alone.
+ALTER TABLE gateway_lists
+	DROP CONSTRAINT gateway_lists_status_is_known,
+	ADD CONSTRAINT gateway_lists_status_is_known CHECK (status IN ('paid', 'cancelled', 'portone paid', 'portone cancelled')) NOT VALID;
+
+-- step 18: old rows are held to what was said above
+
+ALTER TABLE payments VALIDATE CONSTRAINT payments_gateway_is_known;
+
+-- step 19: the same for the lists
+
+ALTER TABLE gateway_lists VALIDATE CONSTRAINT gateway_lists_status_is_known;

@@ -38,7 +38,7 @@ type server struct {
 
 	limits  *limiter // of payment look-ups that callers cause
 	metrics *metrics
-	outage  outage // whether the gateway responds
+	outages map[gatewayName]*outage // whether each gateway responds
 }
 
 // request is an *http.Request with what a handler needs beside it.
@@ -448,7 +448,7 @@ func (s *server) routes() []route {
 	}
 }
 
-// newServer returns a server. transport carries the calls to the gateway; when it is nil they go over the network. now is
+// newServer returns a server. transport carries the calls to the gateways; when it is nil they go over the network. now is
 // the clock. The caller closes the store, after the server's last request.
 func newServer(c config, store *store, transport http.RoundTripper, log *slog.Logger, now func() time.Time) *server {
 	s := &server{
@@ -461,19 +461,11 @@ func newServer(c config, store *store, transport http.RoundTripper, log *slog.Lo
 		mux:     http.NewServeMux(),
 		limits:  newLimiter(now),
 		metrics: newMetrics(),
+		outages: map[gatewayName]*outage{gatewayIamport: {}, gatewayPortOne: {}},
 	}
-	gateway := newIamportClient(iamportConfig{
-		url:       c.iamportURL,
-		key:       c.iamportKey,
-		secret:    c.iamportSecret,
-		sandbox:   c.sandbox,
-		now:       now,
-		transport: transport,
-		observe:   s.observeGateway,
-	})
 	s.settler = &settler{
 		store:      store,
-		gateway:    gateway,
+		gateways:   newGateways(c, now, transport, s.observeGateway),
 		limits:     s.limits,
 		now:        now,
 		log:        log,

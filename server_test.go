@@ -194,7 +194,7 @@ func TestLogLevelOfFailures(t *testing.T) {
 		t.Errorf("a refusal is logged as %v", got)
 	}
 	for status, hook := range map[int]faultHook{503: answer500, 504: hangUntilGone} {
-		s.settler.gateway.lookUpLimit = 200 * time.Millisecond
+		s.iamport().lookUpLimit = 200 * time.Millisecond
 		s.fake.setFaults(func(call, _ string) fault {
 			if call == "token" {
 				return fault{}

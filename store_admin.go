@@ -84,14 +84,14 @@ type openBalances struct {
 	refundsStuck   int           // those that the gateway has refused so often that a person is needed
 	oldestRefund   time.Duration // since the oldest of refunds was booked
 	oldestUnknown  time.Duration // since the oldest hold ended of which the gateway has not said whether money came
-	oldestListRead time.Duration // since the gateway's lists were known to be read whole
+	oldestListRead time.Duration // since the lists of the configured gateways were known to be read whole
 	orders         [6]int        // paid orders by status, from 0
 }
 
 // openBalancesQuery reads no more rows than there are holds, refunds that wait, and differences in order_tally.
 const openBalancesQuery = `
 	SELECT h.n, h.oldest, r.n, r.stuck, r.oldest,
-		(SELECT coalesce(extract(epoch FROM $1::timestamptz - min(read_until)), 0) FROM gateway_lists)::float8,
+		(SELECT coalesce(extract(epoch FROM $1::timestamptz - min(read_until)), 0) FROM gateway_lists WHERE status = ANY($4::text[]))::float8,
 		ARRAY(
 			SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
 	FROM (
@@ -102,13 +102,13 @@ const openBalancesQuery = `
 				CASE WHEN p.reason = ANY($2::text[]) THEN o.cancelling_since ELSE p.created_at END) FILTER (WHERE p.refusals < $3)), 0)::float8 AS oldest
 		FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`
 
-// readOpenBalances returns what stands open at now.
-func (s *store) readOpenBalances(ctx context.Context, now time.Time) (b openBalances, err error) {
-	var refund, unknown, lists float64 // seconds
+// readOpenBalances returns what stands open at now, where lists are those of the configured gateways.
+func (s *store) readOpenBalances(ctx context.Context, now time.Time, lists []gatewayList) (b openBalances, err error) {
+	var refund, unknown, list float64 // seconds
 	var orders []int
-	err = s.pool.QueryRow(ctx, openBalancesQuery, now, cancelReasons, stuckAfter).Scan(
-		&b.holds, &unknown, &b.refunds, &b.refundsStuck, &refund, &lists, &orders)
-	b.oldestUnknown, b.oldestRefund, b.oldestListRead = seconds(unknown), seconds(refund), seconds(lists)
+	err = s.pool.QueryRow(ctx, openBalancesQuery, now, cancelReasons, stuckAfter, lists).Scan(
+		&b.holds, &unknown, &b.refunds, &b.refundsStuck, &refund, &list, &orders)
+	b.oldestUnknown, b.oldestRefund, b.oldestListRead = seconds(unknown), seconds(refund), seconds(list)
 	copy(b.orders[:], orders)
 	return b, err
 }
@@ -158,11 +158,11 @@ func (s *store) readLedger(ctx context.Context, id string) (l auditLedger, err e
 		return row.Scan(&l.orderID, &l.status, &l.cancelling, &l.total)
 	})
 	batch.Queue(`
-		SELECT imp_uid, order_id, state, amount, refunded, attempts, refusals,
+		SELECT gateway, imp_uid, order_id, state, amount, refunded, attempts, refusals,
 			greatest(created_at, (SELECT cancelling_since FROM orders WHERE id = order_id)), coalesce(last_error, ''), by_hand IS NOT NULL, by_hand_amount
 		FROM payments WHERE order_id = $1 ORDER BY created_at, imp_uid`, id).Query(func(rows pgx.Rows) (err error) {
 		l.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p auditPayment, err error) {
-			err = row.Scan(&p.impUID, &p.orderID, &p.state, &p.amount, &p.refunded, &p.attempts, &p.refusals,
+			err = row.Scan(&p.gateway, &p.impUID, &p.orderID, &p.state, &p.amount, &p.refunded, &p.attempts, &p.refusals,
 				&p.dueSince, &p.lastError, &p.byHand, &p.byHandAmount)
 			return p, err
 		})

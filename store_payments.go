@@ -20,6 +20,7 @@ const (
 
 // paymentRow is a row of the ledger.
 type paymentRow struct {
+	gateway         gatewayName
 	impUID, orderID string
 	state           paymentState
 	reason          string         // of the refund
@@ -31,11 +32,14 @@ type paymentRow struct {
 	account         *refundAccount // where a virtual account's refund goes; nil: none was named
 }
 
-const paymentColumns = `imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts, refusals, refund_account`
+// key returns what names the payment at its gateway.
+func (p paymentRow) key() paymentKey { return paymentKey{orderID: p.orderID, impUID: p.impUID} }
+
+const paymentColumns = `gateway, imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts, refusals, refund_account`
 
 // scanTo returns where the columns of paymentColumns go.
 func (p *paymentRow) scanTo() []any {
-	return []any{&p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts, &p.refusals, &p.account}
+	return []any{&p.gateway, &p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts, &p.refusals, &p.account}
 }
 
 func scanPayment(row pgx.CollectableRow) (p paymentRow, err error) {
@@ -161,14 +165,14 @@ func queueDecision(batch *pgx.Batch, p gatewayPayment, decided decision, id stri
 		paidAt = &p.paidAt
 	}
 	batch.Queue(`
-		INSERT INTO payments (imp_uid, order_id, state, reason, currency, amount, refunded, paid_at, created_at, updated_at, attempts, next_attempt_at, leased_until)
-		VALUES ($1, $2, $3, nullif($4, ''), $5, $6, CASE $3 WHEN 'refunded' THEN $6::bigint ELSE $7::bigint END, $8, $9, $9, 1, $10, $10)
+		INSERT INTO payments (imp_uid, order_id, state, reason, currency, amount, refunded, paid_at, created_at, updated_at, attempts, next_attempt_at, leased_until, gateway)
+		VALUES ($1, $2, $3, nullif($4, ''), $5, $6, CASE $3 WHEN 'refunded' THEN $6::bigint ELSE $7::bigint END, $8, $9, $9, 1, $10, $10, $11)
 		ON CONFLICT (imp_uid) DO UPDATE SET state = excluded.state, reason = coalesce(payments.reason, excluded.reason),
 			refunded = CASE excluded.state WHEN 'refunded' THEN payments.amount ELSE greatest(payments.refunded, excluded.refunded) END,
 			updated_at = excluded.updated_at,
 			last_error = CASE WHEN excluded.state = 'refunded' THEN NULL ELSE payments.last_error END
 		WHERE payments.order_id = excluded.order_id`,
-		p.impUID, id, decided.state, decided.reason, p.currency, p.amount, min(p.cancelled, p.amount), paidAt, now, now.Add(refundLease))
+		p.impUID, id, decided.state, decided.reason, p.currency, p.amount, min(p.cancelled, p.amount), paidAt, now, now.Add(refundLease), p.gateway)
 	if decided.cancel {
 		batch.Queue(`WITH o AS (
 			UPDATE orders SET status = 5, cancelling_since = NULL, updated_at = $2 WHERE id = $1 AND status BETWEEN 0 AND 4
@@ -327,9 +331,20 @@ func (s *store) checkSoon(ctx context.Context, id string, now time.Time) error {
 	return err
 }
 
-// claimList takes the reading of a list of the gateway's, leased for refundLease, and returns until when all that moved is
+// gatewayList names one of a gateway's lists as the database does. V1's have only the status for a name, as they had before
+// there was another gateway.
+type gatewayList string
+
+func (s gatewayStatus) listAt(gateway gatewayName) gatewayList {
+	if gateway == gatewayIamport {
+		return gatewayList(s)
+	}
+	return gatewayList(gateway) + " " + gatewayList(s)
+}
+
+// claimList takes the reading of a list of a gateway's, leased for refundLease, and returns until when all that moved is
 // known. It returns errStale while another replica reads the list. The first reading begins with the oldest open order.
-func (s *store) claimList(ctx context.Context, status gatewayStatus, now time.Time) (readUntil time.Time, err error) {
+func (s *store) claimList(ctx context.Context, list gatewayList, now time.Time) (readUntil time.Time, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(`
 		INSERT INTO gateway_lists (status, read_until, leased_until)
@@ -337,19 +352,19 @@ func (s *store) claimList(ctx context.Context, status gatewayStatus, now time.Ti
 			(SELECT min(created_at) FROM orders WHERE status = 0), (SELECT min(created_at) FROM orders WHERE status = 1),
 			(SELECT min(created_at) FROM orders WHERE status = 2), (SELECT min(created_at) FROM orders WHERE status = 4)), $2
 		WHERE NOT EXISTS (SELECT FROM gateway_lists WHERE status = $1::text)
-		ON CONFLICT DO NOTHING`, status, now, revivableFor)
+		ON CONFLICT DO NOTHING`, list, now, revivableFor)
 	batch.Queue(`UPDATE gateway_lists SET leased_until = $3 WHERE status = $1 AND leased_until <= $2 RETURNING read_until`,
-		status, now, now.Add(refundLease)).QueryRow(oneRow(&readUntil))
+		list, now, now.Add(refundLease)).QueryRow(oneRow(&readUntil))
 	err = s.transact(ctx, batch)
 	return readUntil, err
 }
 
 // saveListRead notes that all that moved until then is known, and keeps the list leased for lease; 0 gives it back.
-func (s *store) saveListRead(ctx context.Context, status gatewayStatus, until, now time.Time, lease time.Duration) error {
+func (s *store) saveListRead(ctx context.Context, list gatewayList, until, now time.Time, lease time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `UPDATE gateway_lists SET read_until = greatest(read_until, $2), leased_until = $3 WHERE status = $1`,
-		status, until, now.Add(lease))
+		list, until, now.Add(lease))
 	return err
 }
 

@@ -136,7 +136,7 @@ func TestPlans(t *testing.T) {
 	if slices.Min(eachRound[rounds-4:]) > 0 { // statistics that change have all planned once more, now and then
 		t.Errorf("so many statements are planned in each round: %v; if none is named below, they are the triggers'", eachRound)
 	}
-	_, err := s.store.readOpenBalances(t.Context(), s.now())
+	_, err := s.store.readOpenBalances(t.Context(), s.now(), s.settler.gateways.lists())
 	check(t, err)
 	check(t, s.settler.reconcileRound(t.Context()))
 	rows, _ := s.store.pool.Query(t.Context(), `
@@ -196,14 +196,14 @@ func TestMoneyReadsNoWholeTable(t *testing.T) {
 		SELECT id, id, CASE WHEN n % 500 = 1 THEN 'refunding' ELSE 'kept' END, CASE WHEN n % 500 = 1 THEN 'amount differs' END, 'KRW', 1, now(), now(), now(), now()
 		FROM (SELECT id, row_number() OVER () AS n FROM orders WHERE status = 3) o;
 		ANALYZE orders; ANALYZE payments`)
-	rows, err := s.store.pool.Query(t.Context(), "EXPLAIN "+openBalancesQuery, s.now(), cancelReasons, stuckAfter)
+	rows, err := s.store.pool.Query(t.Context(), "EXPLAIN "+openBalancesQuery, s.now(), cancelReasons, stuckAfter, s.settler.gateways.lists())
 	check(t, err)
 	plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	check(t, err)
 	if text := strings.Join(plan, "\n"); strings.Contains(text, "Seq Scan on orders") || strings.Contains(text, "Seq Scan on payments") {
 		t.Error(text)
 	}
-	m, err := s.store.readOpenBalances(t.Context(), s.now())
+	m, err := s.store.readOpenBalances(t.Context(), s.now(), s.settler.gateways.lists())
 	if err != nil || m.holds != 4 || m.refunds != 4 || m.orders[statusDelivered] != 1996 {
 		t.Errorf("%+v, %v", m, err)
 	}
@@ -250,6 +250,10 @@ func TestSchemaDefendsItself(t *testing.T) {
 		{`UPDATE payments SET refunded = amount + 1 WHERE imp_uid = '` + refunding + `'`, "payments_refund_is_bounded"},
 		{`UPDATE payments SET refunded = amount WHERE imp_uid = '` + impUID + `'`, "payments_kept_is_won"},
 		{`UPDATE payments SET amount = 1`, "payments_state_may_follow"},
+		{`UPDATE payments SET gateway = 'portone'`, "payments_state_may_follow"},
+		{`INSERT INTO payments (imp_uid, order_id, gateway, state, reason, currency, amount, created_at, updated_at)
+			VALUES ('imp_x', '` + unpaid + `', 'another', 'refunded', 'amount differs', 'KRW', 0, now(), now())`, "payments_gateway_is_known"},
+		{`INSERT INTO gateway_lists VALUES ('ready', now(), now())`, "gateway_lists_status_is_known"},
 		{`UPDATE payments SET currency = 'USD'`, "payments_state_may_follow"},
 		{`UPDATE payments SET imp_uid = 'imp_x' WHERE imp_uid = '` + impUID + `'`, "payments_state_may_follow"},
 		{`UPDATE payments SET order_id = '` + unpaid + `' WHERE imp_uid = '` + impUID + `'`, "payments_state_may_follow"},

@@ -431,7 +431,7 @@ func BenchmarkCalls(b *testing.B) {
 	s.log = slog.New(slog.DiscardHandler)
 	gateway := httptest.NewServer(http.HandlerFunc(instantGateway))
 	b.Cleanup(gateway.Close)
-	s.settler.gateway.url = gateway.URL
+	s.iamport().url = gateway.URL
 	g := newLoadTest(b, s.config.databaseURL, 5000, s.now)
 	g.address = strings.TrimPrefix(s.url, "http://")
 	some := func() shownOrder { return g.shown[mathrand.IntN(len(g.shown))] }

@@ -88,8 +88,8 @@ var actions = []struct {
 	}},
 	{"reconciler", false, func(c *crossing) (answer, string) { c.round(); return answer{status: 200}, "" }},
 	{"list reader", true, func(c *crossing) (answer, string) {
-		check(c.t, c.settler.readList(c.t.Context(), gatewayPaid))
-		check(c.t, c.settler.readList(c.t.Context(), gatewayCancelled))
+		check(c.t, c.settler.readList(c.t.Context(), c.iamport(), gatewayPaid))
+		check(c.t, c.settler.readList(c.t.Context(), c.iamport(), gatewayCancelled))
 		return answer{status: 200}, ""
 	}},
 	{"delete", false, func(c *crossing) (answer, string) { return c.delete("") }},
