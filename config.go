@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"iter"
@@ -20,7 +21,12 @@ type config struct {
 	jwtSecret                 []byte
 	iamportKey, iamportSecret string
 	iamportURL                string
-	sandbox                   bool // accept payments of Iamport's test channels
+	taxFree                   bool // payments through Iamport are made tax-free
+	portoneSecret             string
+	portoneURL                string
+	portoneStoreID            string   // empty: all stores of the account are ours
+	webhookSecrets            [][]byte // of PortOne's notices; empty: they are not signed
+	sandbox                   bool     // accept payments of test channels
 	port                      int
 	metricsAddress            string         // host:port of /metrics; metrics are not served when empty
 	origins                   []string       // web origins that CORS allows
@@ -32,29 +38,30 @@ type config struct {
 	local                     bool // local development
 }
 
-// secretNames lists the variables that have no default.
-var secretNames = []string{"DATABASE_URL", "JWT_SECRET", "IAMPORT_KEY", "IAMPORT_SECRET"}
+// secretNames lists the variables that have no default. Of the gateways' one is enough: see checkGateway.
+var secretNames = []string{"DATABASE_URL", "JWT_SECRET", "IAMPORT_KEY", "IAMPORT_SECRET", "PORTONE_API_SECRET"}
 
 // requiredNames lists the variables that a command requires outside local development, by command. The command that
-// serves is "".
+// serves is "". That one and audit require a gateway, too: see checkGateway.
 var requiredNames = map[string][]string{
-	"":        secretNames,
+	"":        {"DATABASE_URL", "JWT_SECRET"},
 	"import":  {"DATABASE_URL"},
 	"migrate": {"DATABASE_URL"},
 	"token":   {"JWT_SECRET"},
-	"audit":   {"DATABASE_URL", "IAMPORT_KEY", "IAMPORT_SECRET"},
+	"audit":   {"DATABASE_URL"},
 }
 
 // deploymentNames lists further variables that only a deployment sets. A deployment that lost its secrets is recognized by
 // them: it must not serve local development's tokens.
-var deploymentNames = []string{"TRUSTED_PROXIES", "CORS_ORIGINS", "METRICS_ADDR"}
+var deploymentNames = []string{"PORTONE_STORE_ID", "PORTONE_WEBHOOK_SECRET", "TRUSTED_PROXIES", "CORS_ORIGINS", "METRICS_ADDR"}
 
 // readConfig returns the configuration for command. The error lists every problem at once, and never contains the value
-// of a secret. In local development the secrets and IAMPORT_URL stay empty: devEnv sets its own.
+// of a secret. In local development the secrets and the gateways' addresses stay empty: devEnv sets its own.
 func readConfig(getenv func(string) string, command string) (config, error) {
 	env := &environment{getenv: getenv}
 	c := config{
 		sandbox:        env.boolean("IAMPORT_SANDBOX"),
+		taxFree:        env.boolean("IAMPORT_TAX_FREE"),
 		port:           env.port(),
 		shipping:       env.shipping(),
 		metricsAddress: env.metricsAddress(),
@@ -70,7 +77,10 @@ func readConfig(getenv func(string) string, command string) (config, error) {
 		c.databaseURL = env.text("DATABASE_URL", "")
 		c.jwtSecret = []byte(env.text("JWT_SECRET", ""))
 		c.iamportKey, c.iamportSecret = env.text("IAMPORT_KEY", ""), env.text("IAMPORT_SECRET", "")
-		c.iamportURL = env.iamportURL()
+		c.iamportURL = env.gatewayURL("IAMPORT_URL", "https://api.iamport.kr")
+		c.portoneSecret, c.portoneStoreID = env.text("PORTONE_API_SECRET", ""), env.text("PORTONE_STORE_ID", "")
+		c.portoneURL = env.gatewayURL("PORTONE_URL", "https://api.portone.io")
+		c.webhookSecrets = env.webhookSecrets()
 	}
 	return c, errors.Join(env.problems...)
 }
@@ -119,18 +129,51 @@ func (e *environment) checkSecrets(command string) {
 				name, strings.Join(slices.Concat(secretNames, deploymentNames), ", "))
 		}
 	}
+	if command == "" || command == "audit" {
+		e.checkGateway()
+	}
 	if n := len(e.text("JWT_SECRET", "")); n > 0 && n < 32 {
 		e.problem("JWT_SECRET has %d bytes; at least 32 are needed", n)
 	}
 }
 
-// iamportURL returns the gateway's address. It must be encrypted, because each call carries a token that moves money; a
+// checkGateway checks that a gateway is configured: V1 by its two keys, V2 by its secret, or both.
+func (e *environment) checkGateway() {
+	unset := func(name string) bool { return e.text(name, "") == "" }
+	v1 := []string{"IAMPORT_KEY", "IAMPORT_SECRET"}
+	v2 := !unset("PORTONE_API_SECRET")
+	if v2 && unset(v1[0]) && unset(v1[1]) {
+		return
+	}
+	missing := slices.DeleteFunc(v1, func(name string) bool { return !unset(name) })
+	if !v2 && (len(missing) == 2 || !unset("PORTONE_STORE_ID") || !unset("PORTONE_WEBHOOK_SECRET")) {
+		missing = append(missing, "PORTONE_API_SECRET")
+	}
+	for _, name := range missing {
+		e.problem("%s is not set (a gateway needs IAMPORT_KEY and IAMPORT_SECRET, or PORTONE_API_SECRET, or all three)", name)
+	}
+}
+
+// webhookSecrets returns the keys that PortOne's notices are signed with: the old and the new one while they change.
+func (e *environment) webhookSecrets() (keys [][]byte) {
+	for element := range e.list("PORTONE_WEBHOOK_SECRET") {
+		text, ok := strings.CutPrefix(element, "whsec_")
+		key, err := base64.StdEncoding.DecodeString(text)
+		if !ok || err != nil || len(key) == 0 {
+			e.problem("PORTONE_WEBHOOK_SECRET lists secrets that are whsec_ and base64")
+		}
+		keys = append(keys, key)
+	}
+	return keys
+}
+
+// gatewayURL returns a gateway's address. It must be encrypted, because each call carries a token that moves money; a
 // gateway on this machine need not.
-func (e *environment) iamportURL() string {
-	text := strings.TrimSuffix(e.text("IAMPORT_URL", "https://api.iamport.kr"), "/")
+func (e *environment) gatewayURL(name, fallback string) string {
+	text := strings.TrimSuffix(e.text(name, fallback), "/")
 	u, err := url.Parse(text)
 	if err != nil || u.Hostname() == "" || u.Scheme != "https" && (u.Scheme != "http" || !isLoopback(u.Hostname())) {
-		e.problem("IAMPORT_URL must begin with https:// (http:// only to this machine)")
+		e.problem("%s must begin with https:// (http:// only to this machine)", name)
 	}
 	return text
 }

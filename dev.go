@@ -110,8 +110,11 @@ func (env *devEnv) startGateway(c *config) error {
 	}
 	env.gatewayServer = httpServer(env.gateway, slog.Default())
 	go env.gatewayServer.Serve(listener)
-	c.iamportURL, c.iamportKey, c.iamportSecret = "http://"+listener.Addr().String(), env.gateway.key, env.gateway.secret
-	text, err := json.Marshal(devGatewayAddress{URL: c.iamportURL, Key: c.iamportKey, Secret: c.iamportSecret})
+	address := devGatewayAddress{URL: "http://" + listener.Addr().String(), Key: env.gateway.key, Secret: env.gateway.secret,
+		APISecret: env.gateway.apiSecret, StoreID: env.gateway.storeID}
+	address.configure(c)
+	c.webhookSecrets = [][]byte{env.gateway.webhookSecret}
+	text, err := json.Marshal(address)
 	if err != nil {
 		return err
 	}
@@ -144,9 +147,14 @@ func (env *devEnv) setUp(ctx context.Context, s *server, address string, out io.
 			return err
 		}
 	}
-	env.gateway.notify = func(impUID, merchantUID, status string) {
-		text, _ := json.Marshal(map[string]string{"imp_uid": impUID, "merchant_uid": merchantUID, "status": status})
-		response, err := http.Post("http://"+address+"/api/payments/webhook", "application/json", bytes.NewReader(text))
+	env.gateway.notify = func(p fakePayment) {
+		header, body := env.gateway.noticeOf(p)
+		request, err := http.NewRequest(http.MethodPost, "http://"+address+"/api/payments/webhook", bytes.NewReader(body))
+		if err != nil {
+			panic(err) // the address is our own
+		}
+		request.Header = header
+		response, err := http.DefaultClient.Do(request)
 		if err != nil {
 			s.log.Warn("fake gateway: webhook not delivered", "error", err)
 			return
@@ -270,13 +278,19 @@ func joinDevEnv(ctx context.Context, c *config) (leave func() error, err error) 
 	if err := json.Unmarshal(text, &gateway); err != nil {
 		return nil, err
 	}
-	c.iamportURL, c.iamportKey, c.iamportSecret = gateway.URL, gateway.Key, gateway.Secret
+	gateway.configure(c)
 	return func() error { return nil }, nil
 }
 
 // devGatewayAddress is the content of devGatewayFile: where the running service has its fake gateway. The keys are new at
 // every start.
-type devGatewayAddress struct{ URL, Key, Secret string }
+type devGatewayAddress struct{ URL, Key, Secret, APISecret, StoreID string }
+
+// configure sets in c what a client of the fake gateway needs, of either version.
+func (a devGatewayAddress) configure(c *config) {
+	c.iamportURL, c.iamportKey, c.iamportSecret = a.URL, a.Key, a.Secret
+	c.portoneURL, c.portoneSecret, c.portoneStoreID = a.URL+fakePortonePrefix, a.APISecret, a.StoreID
+}
 
 // devGatewayFile is the name of a file in the cache directory, for commands in another terminal.
 const devGatewayFile = "gateway.json"

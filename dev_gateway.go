@@ -21,14 +21,16 @@ import (
 	"time"
 )
 
-// fakeGateway is an Iamport in memory: its REST API as an http.Handler, the payment window and the console
+// fakeGateway is an Iamport and a PortOne in memory: their REST APIs as an http.Handler, the payment window and the console
 // as methods. No money moves. It serves local development and the tests, never a configured deployment.
 // It is safe for concurrent use.
 type fakeGateway struct {
-	key, secret string // the only keys it gives a token for
-	// notify stands for the webhook; set it before the first call. Nil: no notices.
-	notify func(impUID, merchantUID, status string)
-	// listDelay is how long a changed payment is missing from GET /payments/status; set it before the first call.
+	key, secret        string // the only keys it gives a token for
+	apiSecret, storeID string // of V2
+	webhookSecret      []byte // V2's notices are signed with it
+	// notify stands for the webhook, with the notice that noticeOf makes; set it before the first call. Nil: no notices.
+	notify func(fakePayment)
+	// listDelay is how long a changed payment is missing from the lists by time; set it before the first call.
 	listDelay time.Duration
 
 	now func() time.Time
@@ -39,7 +41,8 @@ type fakeGateway struct {
 	byImpUID     map[string]*fakePayment
 	token        string
 	tokenExpires time.Time
-	file         string // "": not kept
+	file         string                // "": not kept
+	answered     map[string]fakeStored // by idempotency key
 }
 
 // fakePayment is a payment as the gateway knows it. Amounts are in the currency's major unit.
@@ -53,6 +56,13 @@ type fakePayment struct {
 	Account                                               string    // the number of a virtual account, once it is issued
 	AccountUntil                                          time.Time // the last moment for a deposit into it
 	RefundsRefused                                        string    // what the card company says to every refund; "": it makes them
+
+	// What only V2 has.
+	Version        string // fakeV2; "": the payment is V1's
+	TaxFree        int64  // of Amount
+	RefundsLate    bool   // refunds by the API are taken, and end later: see endRefund
+	PaymentToken   string // under manual approval, what confirms the payment
+	ConfirmRefused string // what the card company says to the confirmation; "": it charges
 }
 
 // fakeRefund is one refund, by the API or in the console.
@@ -60,6 +70,8 @@ type fakeRefund struct {
 	ID, Reason string
 	Amount     int64
 	At         time.Time
+	TaxFree    int64  // of Amount; V2's
+	State      string // V2's: REQUESTED or FAILED; "": the money is back
 }
 
 // newFakeGateway makes one with no payments and keys of its own. Now nil: time.Now.
@@ -69,8 +81,10 @@ func newFakeGateway(now func() time.Time) *fakeGateway {
 	}
 	g := &fakeGateway{
 		key: "fake-key-" + rand.Text(), secret: "fake-secret-" + rand.Text(), now: now,
-		byImpUID: map[string]*fakePayment{},
+		apiSecret: "fake-secret-" + rand.Text(), storeID: "store-fake", webhookSecret: []byte("fake-secret-" + rand.Text()),
+		byImpUID: map[string]*fakePayment{}, answered: map[string]fakeStored{},
 	}
+	g.handleV2()
 	for pattern, handler := range map[string]http.HandlerFunc{
 		"POST /users/getToken":                        g.handler("token", g.answerToken),
 		"GET /payments/{id}":                          g.handler("payment", g.withToken(g.answerPayment)),
@@ -96,7 +110,9 @@ func (g *fakeGateway) pay(p fakePayment) (impUID string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := g.now()
-	p.ImpUID = cmp.Or(p.ImpUID, g.newImpUID())
+	if p.ImpUID = cmp.Or(p.ImpUID, g.newImpUID()); p.Version == fakeV2 && strings.HasPrefix(p.ImpUID, "imp_") {
+		p.ImpUID = newTransactionID()
+	}
 	p.Status = cmp.Or(p.Status, "paid")
 	p.Currency = cmp.Or(p.Currency, "KRW")
 	if p.StartedAt.IsZero() {
@@ -173,7 +189,7 @@ func (g *fakeGateway) refund(p *fakePayment, amount int64, reason string) (probl
 func (g *fakeGateway) giveBack(p *fakePayment, amount int64, reason string) {
 	p.Status, p.Cancelled = "cancelled", p.Cancelled+amount
 	p.CancelledAt, p.LastChanged = g.now(), g.now()
-	p.Refunds = append(p.Refunds, fakeRefund{rand.Text(), reason, amount, p.CancelledAt})
+	p.Refunds = append(p.Refunds, fakeRefund{ID: rand.Text(), Reason: reason, Amount: amount, At: p.CancelledAt})
 	g.save()
 }
 
@@ -240,6 +256,7 @@ type fakeCancel struct {
 	Amount      int64  `json:"amount"`   // 0: all that is left
 	Checksum    *int64 `json:"checksum"` // nil: not compared
 	Reason      string `json:"reason"`
+	TaxFree     int64  `json:"tax_free"`
 	Holder      string `json:"refund_holder"`
 	Bank        string `json:"refund_bank"`
 	Account     string `json:"refund_account"`
@@ -324,7 +341,7 @@ func (g *fakeGateway) answerToken(c fakeCall) fakeAnswer {
 }
 
 func (g *fakeGateway) answerPayment(c fakeCall) fakeAnswer {
-	p := g.byImpUID[c.id]
+	p := g.v1Payment(c.id)
 	if p == nil || p.Sandbox && c.URL.Query().Get("include_sandbox") != "true" {
 		return fakeRefusal(http.StatusNotFound, -1, fakeNotFound)
 	}
@@ -409,7 +426,7 @@ func (g *fakeGateway) selectPayments(c fakeCall, match func(*fakePayment) bool) 
 	}
 	var found []*fakePayment
 	for _, p := range g.payments {
-		if (status == "" || status == "all" || status == p.Status) && match(p) {
+		if p.Version != fakeV2 && (status == "" || status == "all" || status == p.Status) && match(p) {
 			found = append(found, p)
 		}
 	}
@@ -429,10 +446,10 @@ func (g *fakeGateway) answerCancel(c fakeCall) fakeAnswer {
 	if c.id == "" {
 		return fakeRefusal(http.StatusBadRequest, -1, "imp_uid 또는 merchant_uid가 필요합니다.")
 	}
-	p := g.byImpUID[c.cancel.ImpUID]
+	p := g.v1Payment(c.cancel.ImpUID)
 	if c.cancel.ImpUID == "" {
 		for _, one := range g.payments {
-			if one.MerchantUID == c.cancel.MerchantUID {
+			if one.Version != fakeV2 && one.MerchantUID == c.cancel.MerchantUID {
 				p = one
 			}
 		}
@@ -451,12 +468,13 @@ func (g *fakeGateway) answerCancel(c fakeCall) fakeAnswer {
 		}
 		return fakeRefusal(http.StatusOK, code, problem)
 	}
+	p.Refunds[len(p.Refunds)-1].TaxFree = c.cancel.TaxFree
 	return fakeSuccess(p.object())
 }
 
 // answerEndAccount ends a virtual account that nobody has paid into.
 func (g *fakeGateway) answerEndAccount(c fakeCall) fakeAnswer {
-	p := g.byImpUID[c.id]
+	p := g.v1Payment(c.id)
 	if p == nil {
 		return fakeRefusal(http.StatusNotFound, -1, fakeNotFound)
 	}

@@ -44,9 +44,7 @@ func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 		p.Status, p.PayMethod = "ready", "vbank"
 	}
 	p.ImpUID = g.pay(p)
-	if request.Notify && g.notify != nil {
-		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
-	}
+	g.act(p.ImpUID, request.Notify, func(*fakePayment) string { return "" })
 	writeFakeJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
 }
 
@@ -117,7 +115,7 @@ func (g *fakeGateway) act(impUID string, notify bool, change func(*fakePayment) 
 		return errors.New(problem)
 	}
 	if notify && g.notify != nil {
-		go g.notify(p.ImpUID, p.MerchantUID, p.Status)
+		go g.notify(*p)
 	}
 	return nil
 }

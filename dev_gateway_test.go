@@ -30,8 +30,13 @@ type testGateway struct {
 	once    map[string][]fault
 }
 
+// The secrets of the test gateway's V2.
+const testAPISecret, testWebhookSecret = "test-api-secret", "test-webhook-secret"
+
 func newTestGateway(now func() time.Time) *testGateway {
-	return &testGateway{fakeGateway: newFakeGateway(now), counts: map[string]int{}, once: map[string][]fault{}}
+	g := &testGateway{fakeGateway: newFakeGateway(now), counts: map[string]int{}, once: map[string][]fault{}}
+	g.apiSecret, g.webhookSecret = testAPISecret, []byte(testWebhookSecret)
+	return g
 }
 
 // fault is how a call goes wrong. The zero fault is none.
@@ -48,6 +53,9 @@ type faultHook func(w http.ResponseWriter, r *http.Request) (answered bool)
 // name of a call that the gateway does not have is "".
 func identifyCall(r *http.Request, body []byte) (name, id string) {
 	path := append(strings.Split(strings.Trim(r.URL.Path, "/"), "/"), "", "", "")
+	if "/"+path[0] == fakePortonePrefix {
+		return identifyV2Call(path[1:])
+	}
 	switch {
 	case r.URL.Path == "/users/getToken":
 		return "token", ""
@@ -68,6 +76,19 @@ func identifyCall(r *http.Request, body []byte) (name, id string) {
 		return "payment", path[1]
 	}
 	return "", ""
+}
+
+// identifyV2Call does the same for a path of the V2 API; the id is the paymentId.
+func identifyV2Call(path []string) (name, id string) {
+	switch {
+	case path[1] == "":
+		return "v2 list", ""
+	case path[2] == "":
+		return "v2 payment", path[1]
+	case path[2] == "virtual-account":
+		return "v2 account", path[1]
+	}
+	return "v2 " + path[2], path[1]
 }
 
 // ServeHTTP answers as the fake gateway, unless a fault gets in the way.
@@ -381,7 +402,7 @@ func TestFakeGatewayKnowsItsToken(t *testing.T) {
 func TestFakeGatewayWindowAndNotices(t *testing.T) {
 	g := newFakeGateway(nil)
 	notices := make(chan [3]string, 1)
-	g.notify = func(impUID, merchantUID, status string) { notices <- [3]string{impUID, merchantUID, status} }
+	g.notify = func(p fakePayment) { notices <- [3]string{p.ImpUID, p.MerchantUID, p.Status} }
 	post := func(body string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
 		g.window(w, httptest.NewRequest("POST", "/", strings.NewReader(body)))

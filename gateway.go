@@ -57,6 +57,11 @@ type gatewayPayment struct {
 	// fullyRefunded reports whether money moved and all of it was given back, whatever the status says: the amounts
 	// count. It is also true of a payment that is still "paid" but whose refund equals its amount.
 	fullyRefunded bool
+	// refundPending reports whether there is a refund that the gateway has taken and not finished. It is not in cancelled.
+	// V1 has none such.
+	refundPending bool
+	failedRefunds int   // V2: refunds that the gateway took and that then failed
+	taxFree       int64 // V2: whole won of what is left that were paid free of tax
 	// awaitsDeposit reports whether the payment is an issued virtual account that the buyer may still pay into.
 	awaitsDeposit bool
 }
@@ -83,6 +88,7 @@ type cancelRequest struct {
 	remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
 	isKRW     bool  // the payment is in KRW; a foreign one is cancelled without comparing remaining
 	reason    string
+	refusals  int            // of the same refund so far: V2 answers a request that it has refused the same way for hours
 	account   *refundAccount // where the money goes, for a payment into a virtual account; nil: back where it came from
 }
 

@@ -82,8 +82,18 @@ func newGateways(c config, now func() time.Time, transport http.RoundTripper, ob
 			}
 		}
 	}
-	return gateways{newIamportClient(iamportConfig{
-		url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox,
-		now: now, transport: transport, observe: observed(gatewayIamport),
-	})}
+	var all gateways
+	if c.iamportKey != "" {
+		all = append(all, newIamportClient(iamportConfig{
+			url: c.iamportURL, key: c.iamportKey, secret: c.iamportSecret, sandbox: c.sandbox, taxFree: c.taxFree,
+			now: now, transport: transport, observe: observed(gatewayIamport),
+		}))
+	}
+	if c.portoneSecret != "" {
+		all = append(all, newPortoneClient(portoneConfig{
+			url: c.portoneURL, secret: c.portoneSecret, storeID: c.portoneStoreID, sandbox: c.sandbox,
+			now: now, transport: transport, observe: observed(gatewayPortOne),
+		}))
+	}
+	return all
 }

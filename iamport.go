@@ -22,6 +22,7 @@ import (
 type iamportConfig struct {
 	url, key, secret string
 	sandbox          bool              // also accept payments of test channels (staging)
+	taxFree          bool              // payments are made tax-free, and go back so
 	now              func() time.Time  // nil: time.Now
 	transport        http.RoundTripper // nil: a transport of its own with sane limits
 	// observe is told of every call when it ends, except one whose caller went away. call is one of gatewayCalls,
@@ -33,8 +34,8 @@ type iamportConfig struct {
 // its callers use one access token, and at most 16 calls are under way at once.
 type iamportClient struct {
 	gatewayWire
-	key, secret string
-	sandbox     bool
+	key, secret      string
+	sandbox, taxFree bool
 
 	mu      sync.Mutex
 	token   *accessToken  // nil: none yet, or the gateway turned it down
@@ -48,7 +49,7 @@ const tokenMargin = 30 * time.Second
 func newIamportClient(c iamportConfig) *iamportClient {
 	return &iamportClient{
 		gatewayWire: newGatewayWire(c.url, c.now, c.transport, c.observe),
-		key:         c.key, secret: c.secret, sandbox: c.sandbox,
+		key:         c.key, secret: c.secret, sandbox: c.sandbox, taxFree: c.taxFree,
 	}
 }
 
@@ -217,6 +218,9 @@ func (g *iamportClient) sendCancel(ctx context.Context, c cancelRequest) (gatewa
 	request := map[string]any{"imp_uid": c.impUID, "reason": c.reason} // without an amount: all that is left
 	if c.isKRW {
 		request["checksum"] = c.remaining
+	}
+	if c.isKRW && g.taxFree {
+		request["tax_free"] = c.remaining
 	}
 	if a := c.account; a != nil {
 		request["refund_holder"], request["refund_bank"], request["refund_account"] = a.Holder, a.Bank, a.Number

@@ -1541,7 +1541,7 @@ func TestFakeGatewayRefusesForGood(t *testing.T) {
 func TestFakeGatewayConsole(t *testing.T) {
 	g := newFakeGateway(nil)
 	notices := make(chan string, 1)
-	g.notify = func(_, _, status string) { notices <- status }
+	g.notify = func(p fakePayment) { notices <- p.Status }
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /local/payments", g.window)
 	mux.HandleFunc("POST /local/payments/{imp_uid}", g.console)

@@ -326,11 +326,11 @@ func newShop(t testing.TB, change ...func(*config)) *shop {
 
 // newDirectShop opens a shop without a network, for tests of many calls: they go straight to ServeHTTP, and the gateway's
 // client straight to the test gateway.
-func newDirectShop(t testing.TB) *shop {
+func newDirectShop(t testing.TB, change ...func(*config)) *shop {
 	t.Helper()
 	s := &shop{t: t, clock: newTestClock(), logged: &bytes.Buffer{}}
 	s.fake = newTestGateway(s.clock.Now)
-	s.open("http://gateway.invalid", s.fake)
+	s.open("http://gateway.invalid", s.fake, change...)
 	return s
 }
 
@@ -355,7 +355,14 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	s.t.Cleanup(store.close)
 	check(s.t, store.migrate(context.Background(), migrations()))
 	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
-	s.t.Cleanup(s.iamport().client.CloseIdleConnections)
+	for _, g := range s.settler.gateways {
+		switch g := g.(type) {
+		case *iamportClient:
+			s.t.Cleanup(g.client.CloseIdleConnections)
+		case *portoneClient:
+			s.t.Cleanup(g.client.CloseIdleConnections)
+		}
+	}
 	s.settler.lastRound.Store(s.clock.Now().UnixNano())
 }
 
@@ -1021,6 +1028,10 @@ func TestConfiguration(t *testing.T) {
 		{"IAMPORT_URL=http://127.0.0.1@gateway.example", "", "IAMPORT_URL"},
 		{"IAMPORT_URL=https://", "", "IAMPORT_URL"},
 		{"IAMPORT_URL=ftp://127.0.0.1", "", "IAMPORT_URL"},
+		{"PORTONE_URL=http://api.portone.io", "", "PORTONE_URL"},
+		{"PORTONE_URL=http://127.0.0.1:8000/v2", "", ""},
+		{"PORTONE_WEBHOOK_SECRET=hidden-value", "", "PORTONE_WEBHOOK_SECRET"},
+		{"IAMPORT_TAX_FREE=perhaps", "", "IAMPORT_TAX_FREE"},
 		{"IAMPORT_URL=http://127.0.0.1:8000", "", ""},
 		{"IAMPORT_URL=http://[::1]:8000", "", ""},
 		{"IAMPORT_URL=http://localhost:8000", "", ""},
@@ -1051,6 +1062,41 @@ func TestConfiguration(t *testing.T) {
 	}
 }
 
+// V1 needs two keys, V2 one secret, and one of the two is enough.
+func TestGatewayConfiguration(t *testing.T) {
+	for _, command := range []string{"", "audit"} {
+		for set, missing := range map[string]string{
+			"":            "IAMPORT_KEY IAMPORT_SECRET PORTONE_API_SECRET",
+			"IAMPORT_KEY": "IAMPORT_SECRET", "IAMPORT_SECRET": "IAMPORT_KEY", "IAMPORT_KEY IAMPORT_SECRET": "", "PORTONE_API_SECRET": "",
+			"IAMPORT_KEY IAMPORT_SECRET PORTONE_API_SECRET": "", "PORTONE_API_SECRET IAMPORT_KEY": "IAMPORT_SECRET",
+			"PORTONE_STORE_ID": "IAMPORT_KEY IAMPORT_SECRET PORTONE_API_SECRET", "IAMPORT_KEY IAMPORT_SECRET PORTONE_STORE_ID": "PORTONE_API_SECRET",
+			"PORTONE_WEBHOOK_SECRET PORTONE_API_SECRET PORTONE_STORE_ID": "", "IAMPORT_KEY IAMPORT_SECRET PORTONE_WEBHOOK_SECRET": "PORTONE_API_SECRET",
+		} {
+			c, err := readConfig(func(name string) string {
+				switch {
+				case name == "DATABASE_URL":
+					return "postgres://db"
+				case name == "JWT_SECRET":
+					return testSecret
+				case !slices.Contains(strings.Fields(set), name):
+					return ""
+				case name == "PORTONE_WEBHOOK_SECRET":
+					return "whsec_aGlkZGVu"
+				}
+				return "hidden-value"
+			}, command)
+			for _, name := range []string{"IAMPORT_KEY", "IAMPORT_SECRET", "PORTONE_API_SECRET"} {
+				if named := err != nil && strings.Contains(err.Error(), name+" is not set"); named != slices.Contains(strings.Fields(missing), name) {
+					t.Errorf("%q: %v", set, err)
+				}
+			}
+			if err == nil && len(newGateways(c, nil, nil, nil)) != strings.Count(set, "IAMPORT_KEY")+strings.Count(set, "PORTONE_API_SECRET") {
+				t.Errorf("%q: %+v", set, newGateways(c, nil, nil, nil))
+			}
+		}
+	}
+}
+
 // Local development starts where nothing belongs to a deployment, and where it is asked for. A deployment that lost its secrets
 // does not start.
 func TestLocalConfiguration(t *testing.T) {
@@ -1066,6 +1112,8 @@ func TestLocalConfiguration(t *testing.T) {
 		{map[string]string{"TRUSTED_PROXIES": "10.0.0.0/8"}, false},
 		{map[string]string{"CORS_ORIGINS": "https://lumiere.example"}, false},
 		{map[string]string{"METRICS_ADDR": ":9100"}, false},
+		{map[string]string{"PORTONE_STORE_ID": "store-1"}, false},
+		{map[string]string{"PORTONE_WEBHOOK_SECRET": "whsec_aGlkZGVu"}, false},
 		{map[string]string{"METRICS_ADDR": ":9100", "LOCAL": "false"}, false},
 		{map[string]string{"METRICS_ADDR": ":9100", "LOCAL": "1"}, true},
 		{whole, true},

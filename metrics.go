@@ -55,6 +55,8 @@ var (
 	gatewayCalls = [...]gatewayCallName{
 		{gatewayIamport, "token"}, {gatewayIamport, "payment"}, {gatewayIamport, "findAll"}, {gatewayIamport, "list"},
 		{gatewayIamport, "cancel"}, {gatewayIamport, "endAccount"},
+		{gatewayPortOne, "payment"}, {gatewayPortOne, "list"}, {gatewayPortOne, "cancel"}, {gatewayPortOne, "endAccount"},
+		{gatewayPortOne, "confirm"},
 	}
 	gatewayOutcomes = [...]string{"ok", "none", "refused", "unreadable", "broken", "unreachable", "timeout"}
 )

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -9,7 +8,6 @@ import (
 	"iter"
 	"log/slog"
 	"net/http"
-	"net/url"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -135,12 +133,39 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 	}
 }
 
+// paymentReport says that there is a payment. It proves nothing: the gateway is asked.
+type paymentReport struct {
+	gateway gateway
+	key     paymentKey
+	signed  bool // by the gateway: it is not counted as a stranger's, who may invent any number of payments
+}
+
+// id returns what the limiter knows the payment by.
+func (r paymentReport) id() string { return cmp.Or(r.key.impUID, "order "+r.key.orderID) }
+
+// field returns what the client calls the payment.
+func (r paymentReport) field() string {
+	if r.gateway.name() == gatewayPortOne {
+		return "paymentId"
+	}
+	return "imp_uid"
+}
+
 // settleReported looks up the payment that a client speaks of and settles it. Besides settle's errors it returns
 // errNoPayment and errTooMany: the client has spoken of too many that are none.
-func (t *settler) settleReported(ctx context.Context, by actor, who client, impUID string) (settlement, error) {
-	p, err := t.limits.lookUp(ctx, who, by.kind, impUID, func(ctx context.Context, impUID string) (gatewayPayment, error) {
-		return t.gateways.find(ctx, gatewayIamport, paymentKey{impUID: impUID})
-	})
+func (t *settler) settleReported(ctx context.Context, by actor, who client, report paymentReport) (settlement, error) {
+	find := func(ctx context.Context, _ string) (gatewayPayment, error) {
+		return report.gateway.find(ctx, report.key)
+	}
+	if report.signed {
+		p, err := find(ctx, "")
+		if err != nil {
+			return settlement{}, err
+		}
+		t.testHook("looked up", p.impUID)
+		return t.settle(ctx, by, p)
+	}
+	p, err := t.limits.lookUp(ctx, who, by.kind, report.id(), find)
 	if err != nil {
 		return settlement{}, err
 	}
@@ -221,10 +246,13 @@ func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) e
 		if err != nil {
 			return t.postponeRefund(ctx, row, err)
 		}
-		if settled.state == stateRefunded {
+		row.refunded, row.failed = p.cancelled, p.failedRefunds
+		switch {
+		case settled.state == stateRefunded:
 			return nil
+		case p.refundPending:
+			return t.postponeRefund(ctx, row, errRefundTaken)
 		}
-		row.refunded = p.cancelled
 	}
 	return t.requestRefund(ctx, by, row)
 }
@@ -240,7 +268,8 @@ func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) e
 	}
 	for again := true; ; again = false {
 		p, cause := g.cancelPayment(ctx, cancelRequest{
-			orderID: row.orderID, impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason, account: row.account})
+			orderID: row.orderID, impUID: row.impUID, remaining: row.amount - row.refunded, isKRW: row.isKRW, reason: row.reason,
+			refusals: row.refusals, account: row.account})
 		t.testHook("cancelled", row.impUID)
 		if cause != nil {
 			if p, err = g.find(ctx, row.key()); err != nil {
@@ -248,12 +277,15 @@ func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) e
 			}
 			t.testHook("looked up", row.impUID)
 		}
+		row.failed = p.failedRefunds
 		settled, err := t.settle(ctx, by, p)
 		switch {
 		case err != nil:
 			return t.postponeRefund(ctx, row, err)
 		case settled.state == stateRefunded:
 			return nil
+		case p.refundPending:
+			return t.postponeRefund(ctx, row, errRefundTaken)
 		case again && refused(cause) && p.cancelled != row.refunded:
 			row.refunded = p.cancelled
 			continue
@@ -273,12 +305,15 @@ func refused(err error) bool {
 // postponeRefund notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
 func (t *settler) postponeRefund(ctx context.Context, row paymentRow, cause error) error {
 	pause := min(t.interval<<min(row.attempts, 16), time.Hour)
-	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row.impUID, cause, t.now(), pause)
-	level := slog.LevelWarn
-	if !gatewayResponded(cause) {
+	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row, cause, t.now(), pause)
+	level, what := slog.LevelWarn, "refund failed"
+	switch {
+	case !gatewayResponded(cause):
 		level = slog.LevelDebug // the log says once that the gateway does not respond, not for each refund
+	case errors.Is(cause, errRefundTaken):
+		level, what = slog.LevelInfo, "refund under way"
 	}
-	t.log.Log(ctx, level, "refund failed", "order", row.orderID, "imp_uid", row.impUID, "amount", row.amount, "attempt", row.attempts,
+	t.log.Log(ctx, level, what, "order", row.orderID, "imp_uid", row.impUID, "amount", row.amount, "attempt", row.attempts,
 		"again_in", pause.String(), "cause", cause)
 	return fmt.Errorf("%w: %w", errRefundPending, errors.Join(cause, err))
 }
@@ -386,31 +421,63 @@ func (t *settler) logTransition(by actor, orderID string, p gatewayPayment, know
 		"from", from, "to", decided.state, "reason", decided.reason, "source", by.kind, "request", by.request)
 }
 
-// ---- PATCH /api/orders/pay and the gateway's notices
+// ---- PATCH /api/orders/pay
 
 // pay answers PATCH /api/orders/pay: the browser reports a payment. The report proves nothing; the gateway is asked.
 func (s *server) pay(r *request) (any, error) {
 	var body struct {
-		ImpUID string `json:"imp_uid"`
+		ImpUID    string `json:"imp_uid"`
+		PaymentID string `json:"paymentId"`
+		TxID      string `json:"txId"` // of whichever attempt the browser knows; the gateway says which was paid
 	}
 	if err := decodeBody(r, &body); err != nil {
 		return nil, err
 	}
-	if !validImpUID(body.ImpUID) {
-		return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
+	report, err := s.readReport(body.ImpUID, body.PaymentID)
+	if err != nil {
+		return nil, err
 	}
-	settled, err := s.settler.settleReported(r.Context(), actor{kind: actorBuyer, request: r.id}, s.clientOf(r), body.ImpUID)
+	settled, err := s.settler.settleReported(r.Context(), actor{kind: actorBuyer, request: r.id}, s.clientOf(r), *report)
 	r.orderID = settled.orderID
 	switch {
 	case errors.Is(err, errTooMany):
 		return nil, tooManyError(http.StatusTooManyRequests, err)
 	case err != nil:
-		return nil, cmp.Or(whyNotSettled(err), err)
+		return nil, cmp.Or(whyNotSettled(*report, err), err)
 	case settled.state == stateKept:
 		return message{"결제 성공"}, nil
 	default:
-		return nil, whyNotPaid(settled)
+		return nil, whyNotPaid(*report, settled)
 	}
+}
+
+// readReport returns the report of a V1 payment by its imp_uid, or of a V2 payment by its paymentId, which is the order's id.
+func (s *server) readReport(impUID, paymentID string) (*paymentReport, error) {
+	orderID, isID := parseID(paymentID)
+	switch {
+	case impUID != "" && paymentID != "":
+		return nil, fieldError("paymentId", "imp_uid와 함께 보낼 수 없습니다")
+	case paymentID != "" && !isID:
+		return nil, fieldError("paymentId", "결제 번호가 올바르지 않습니다")
+	case paymentID != "":
+		return s.reportOf(gatewayPortOne, paymentKey{orderID: orderID})
+	case !validImpUID(impUID):
+		return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
+	}
+	return s.reportOf(gatewayIamport, paymentKey{impUID: impUID})
+}
+
+// reportOf returns the report of a payment at a gateway, or a 400 when that is not configured.
+func (s *server) reportOf(name gatewayName, key paymentKey) (*paymentReport, error) {
+	report := &paymentReport{key: key}
+	var err error
+	if report.gateway, err = s.settler.gateways.named(name); err == nil {
+		return report, nil
+	}
+	if name == gatewayPortOne {
+		return nil, fieldError("paymentId", "PortOne V2 결제는 받지 않습니다")
+	}
+	return nil, fieldError("imp_uid", "PortOne V1 결제는 받지 않습니다")
 }
 
 // clientOf returns who is charged for what a request makes us ask the gateway.
@@ -427,12 +494,12 @@ func tooManyError(status int, cause error) *httpError {
 }
 
 // whyNotSettled returns what the client sees of an error that says what the payment is; nil for any other error.
-func whyNotSettled(err error) error {
+func whyNotSettled(report paymentReport, err error) error {
 	switch {
 	case errors.Is(err, errNoPayment), errors.Is(err, errNotOurs):
-		return statusError(http.StatusNotFound, "imp_uid: 해당 결제 내역이 존재하지 않습니다")
+		return statusError(http.StatusNotFound, report.field()+": 해당 결제 내역이 존재하지 않습니다")
 	case errors.Is(err, errOtherOrder):
-		return statusError(http.StatusConflict, "imp_uid: 이미 다른 주문에 사용된 결제입니다")
+		return statusError(http.StatusConflict, report.field()+": 이미 다른 주문에 사용된 결제입니다")
 	case errors.Is(err, errDepositAwaited):
 		return statusError(http.StatusConflict, "가상계좌로는 결제할 수 없어 발급된 계좌를 해지했습니다. 다른 결제 수단을 이용해 주세요")
 	default:
@@ -441,10 +508,10 @@ func whyNotSettled(err error) error {
 }
 
 // whyNotPaid refuses a payment that pays nothing.
-func whyNotPaid(settled settlement) error {
+func whyNotPaid(report paymentReport, settled settlement) error {
 	switch settled.reason {
 	case "":
-		return statusError(http.StatusBadRequest, "imp_uid: 결제가 완료되지 않았습니다")
+		return fieldError(report.field(), "결제가 완료되지 않았습니다")
 	case reasonAmount:
 		return statusError(http.StatusBadRequest, "금액 불일치, 위조된 결제 시도")
 	case reasonSold:
@@ -454,51 +521,8 @@ func whyNotPaid(settled settlement) error {
 	case reasonCancelled:
 		return statusError(http.StatusConflict, "이미 취소된 주문이므로 결제 금액을 환불합니다")
 	default:
-		return statusError(http.StatusBadRequest, "imp_uid: 취소된 결제입니다")
+		return fieldError(report.field(), "취소된 결제입니다")
 	}
-}
-
-// webhook answers POST /api/payments/webhook: a notice of the gateway's, unsigned, so that it is a hint to look and no
-// more. The answer is 200 once the payment is handled, whatever became of it. A fault of ours, a gateway that does not
-// respond and too many notices of nothing are a 5xx: only then does the gateway send a notice again, so that it is not 429.
-func (s *server) webhook(r *request) (any, error) {
-	impUID, err := noticeImpUID(r)
-	if err != nil {
-		return nil, err
-	}
-	settled, err := s.settler.settleReported(r.Context(), actor{kind: actorGateway, request: r.id}, s.clientOf(r), impUID)
-	r.orderID = settled.orderID
-	switch {
-	case errors.Is(err, errTooMany):
-		return nil, tooManyError(http.StatusServiceUnavailable, err)
-	case err != nil && whyNotSettled(err) == nil:
-		return nil, err
-	default:
-		return message{"확인했습니다"}, nil
-	}
-}
-
-// noticeImpUID returns the imp_uid of a notice, which is JSON or a form as the gateway's console has it.
-func noticeImpUID(r *request) (string, error) {
-	body, err := readBody(r)
-	if err != nil {
-		return "", err
-	}
-	var notice struct {
-		ImpUID string `json:"imp_uid"`
-	}
-	if trimmed := bytes.TrimSpace(body); len(trimmed) > 0 && trimmed[0] == '{' {
-		if err := decodeJSON(body, "", &notice); err != nil {
-			return "", err
-		}
-	} else {
-		form, _ := url.ParseQuery(string(body)) // what can be read of a broken form is enough
-		notice.ImpUID = form.Get("imp_uid")
-	}
-	if !validImpUID(notice.ImpUID) {
-		return "", fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
-	}
-	return notice.ImpUID, nil
 }
 
 // errSold says that a paid order has the painting.

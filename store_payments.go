@@ -30,6 +30,7 @@ type paymentRow struct {
 	attempts        int            // of the refund
 	refusals        int            // of those, the ones that the gateway answered with a refusal
 	account         *refundAccount // where a virtual account's refund goes; nil: none was named
+	failed          int            // refunds that the gateway took and that failed, as a caller has seen there; not a column
 }
 
 // key returns what names the payment at its gateway.
@@ -273,13 +274,15 @@ func (s *store) claimDueRefunds(ctx context.Context, most int, now time.Time) ([
 	return pgx.CollectRows(rows, scanPayment)
 }
 
-// recordRefundFailure notes why a refund did not succeed, and that the reconciler tries it again after pause.
-func (s *store) recordRefundFailure(ctx context.Context, impUID string, cause error, now time.Time, pause time.Duration) error {
+// recordRefundFailure notes why the refund of payment did not succeed, and that the reconciler tries it again after pause. A
+// refund that the gateway took and that then failed is a refusal, too.
+func (s *store) recordRefundFailure(ctx context.Context, payment paymentRow, cause error, now time.Time, pause time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	_, err := s.pool.Exec(ctx, `
-		UPDATE payments SET last_error = $2, refusals = refusals + $5, updated_at = $3, next_attempt_at = $4, leased_until = $3
-		WHERE imp_uid = $1 AND state = 'refunding'`, impUID, cause.Error(), now, now.Add(pause), oneIf(refused(cause)))
+		UPDATE payments SET last_error = $2, refusals = greatest(refusals + $5, $6), updated_at = $3, next_attempt_at = $4, leased_until = $3
+		WHERE imp_uid = $1 AND state = 'refunding'`,
+		payment.impUID, cause.Error(), now, now.Add(pause), oneIf(refused(cause)), payment.failed)
 	return err
 }
 
