@@ -91,7 +91,7 @@ func (s *server) advanceOrder(r *request, id string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := s.store.findOrderState(r.Context(), id, r.caller)
+	state, err := s.store.findOrderState(r.Context(), id, r.caller, s.now())
 	if err != nil {
 		return nil, err
 	}

@@ -25,6 +25,7 @@ const (
 	messageNoSuchOrder   = "해당 주문내역이 존재하지 않습니다"
 	messageOrderUnknown  = "해당 주문 내역이 없습니다"
 	messageCancelling    = "결제 취소가 진행 중입니다"
+	messageConfirming    = "결제를 확인하는 중입니다. 잠시 후 다시 시도해 주세요"
 	messageDeleted       = "결제 오류로 임시 주문서를 삭제했습니다"
 	messageRefundPending = "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"
 )
@@ -57,6 +58,8 @@ func (s *server) createOrder(r *request) (any, error) {
 	switch {
 	case created.numberUsed:
 		return nil, statusError(http.StatusConflict, "result.id: 이미 결제된 주문에 사용된 주문 번호입니다")
+	case created.confirming && created.orderID == "":
+		return nil, statusError(http.StatusConflict, messageConfirming)
 	case created.orderID != "":
 		return orderCreated{"주문서 생성 성공", created.orderID}, nil
 	}
@@ -241,7 +244,7 @@ func (s *server) whileStale(change func() (string, error)) (string, error) {
 // endOrder does what DELETE with the wanted status (nil: none) means for the order as it is, and says so. It returns errStale
 // when the order is in another state by now.
 func (s *server) endOrder(r *request, id string, wanted *int) (string, error) {
-	state, err := s.store.findOrderState(r.Context(), id, r.caller)
+	state, err := s.store.findOrderState(r.Context(), id, r.caller, s.now())
 	if err != nil {
 		return "", err
 	}
@@ -250,6 +253,8 @@ func (s *server) endOrder(r *request, id string, wanted *int) (string, error) {
 	switch {
 	case state.ended:
 		return messageDeleted, nil
+	case state.confirming:
+		return "", statusError(http.StatusConflict, messageConfirming)
 	case state.status == statusUnpaid:
 		return messageDeleted, s.deleteUnpaid(r, id)
 	case !cancel && *wanted != statusReturning:
@@ -277,7 +282,7 @@ func (s *server) deleteUnpaid(r *request, id string) error {
 	if !errors.Is(err, errStale) {
 		return err
 	}
-	if state, err := s.store.findOrderState(r.Context(), id, r.caller); err != nil || state.ended {
+	if state, err := s.store.findOrderState(r.Context(), id, r.caller, s.now()); err != nil || state.ended {
 		return errStale
 	}
 	return statusError(http.StatusConflict, "결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요")
@@ -313,7 +318,7 @@ func whyRefundPending(err error) error {
 
 // whileCancelling answers a second cancel while the first is under way. It returns errStale when that has just ended.
 func (s *server) whileCancelling(r *request, state orderState) error {
-	now, err := s.store.findOrderState(r.Context(), state.id, r.caller)
+	now, err := s.store.findOrderState(r.Context(), state.id, r.caller, s.now())
 	if err == nil && now == state {
 		return statusError(http.StatusConflict, messageCancelling)
 	}

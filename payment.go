@@ -117,7 +117,7 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 			return decision{state: known.state, reason: known.reason}
 		case known != nil, p.status != gatewayPaid && p.status != gatewayCancelled:
 			return decision{}
-		case !p.isKRW() || p.amount != l.total || p.cancelled != 0 || p.refundPending:
+		case !p.isKRW() || p.amount != l.total || p.cancelled != 0:
 			return decision{state: stateRefunding, reason: reasonAmount}
 		case l.status == statusCancelled:
 			return decision{state: stateRefunding, reason: reasonCancelled}
@@ -428,7 +428,8 @@ func (s *server) pay(r *request) (any, error) {
 	var body struct {
 		ImpUID    string `json:"imp_uid"`
 		PaymentID string `json:"paymentId"`
-		TxID      string `json:"txId"` // of whichever attempt the browser knows; the gateway says which was paid
+		TxID      string `json:"txId"`         // of whichever attempt the browser knows; the gateway says which was paid
+		Token     string `json:"paymentToken"` // under manual approval
 	}
 	if err := decodeBody(r, &body); err != nil {
 		return nil, err
@@ -437,13 +438,21 @@ func (s *server) pay(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	settled, err := s.settler.settleReported(r.Context(), actor{kind: actorBuyer, request: r.id}, s.clientOf(r), *report)
+	by, settled := actor{kind: actorBuyer, request: r.id}, settlement{}
+	if body.Token == "" {
+		settled, err = s.settler.settleReported(r.Context(), by, s.clientOf(r), *report)
+	} else if _, ok := report.gateway.(confirmer); ok {
+		approval := confirmRequest{orderID: report.key.orderID, token: body.Token, txID: body.TxID}
+		settled, err = s.settler.confirmReported(r.Context(), by, s.clientOf(r), *report, approval)
+	} else {
+		return nil, fieldError("paymentToken", "paymentId와 함께 보내야 합니다")
+	}
 	r.orderID = settled.orderID
 	switch {
 	case errors.Is(err, errTooMany):
 		return nil, tooManyError(http.StatusTooManyRequests, err)
 	case err != nil:
-		return nil, cmp.Or(whyNotSettled(*report, err), err)
+		return nil, cmp.Or(whyNotConfirmed(err), whyNotSettled(*report, err), err)
 	case settled.state == stateKept:
 		return message{"결제 성공"}, nil
 	default:

@@ -585,3 +585,30 @@ ALTER TABLE payments VALIDATE CONSTRAINT payments_gateway_is_known;
 -- step 19: the same for the lists
 
 ALTER TABLE gateway_lists VALIDATE CONSTRAINT gateway_lists_status_is_known;
+
+-- step 20: an order whose payment is being confirmed
+
+-- Until then a confirmation of the order's payment may be under way at the gateway: the order neither ends nor gets another.
+ALTER TABLE orders
+	ADD COLUMN confirming_until timestamptz,
+	ADD CONSTRAINT orders_confirming_are_unpaid CHECK (confirming_until IS NULL OR status = -1) NOT VALID;
+
+-- As in step 7. The reservation ends with the payment, whichever release books it.
+CREATE OR REPLACE FUNCTION orders_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF NOT ((OLD.status = -1 AND NEW.status = 0)
+		OR (OLD.status IN (0, 1, 2) AND NEW.status = OLD.status + 1)
+		OR (OLD.status IN (1, 2, 3) AND NEW.status = OLD.status - 1)
+		OR (OLD.status IN (0, 1, 2, 3) AND NEW.status = 4)
+		OR (OLD.status = 4 AND NEW.status IN (0, 1, 2, 3))
+		OR (OLD.status IN (0, 1, 2, 3, 4) AND NEW.status = 5)) THEN
+		RAISE EXCEPTION 'order % cannot go from % to %', OLD.id, OLD.status, NEW.status
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_status_may_follow';
+	END IF;
+	NEW.confirming_until := NULL;
+	RETURN NEW;
+END $$;
+
+-- step 21: the same for old rows
+
+ALTER TABLE orders VALIDATE CONSTRAINT orders_confirming_are_unpaid;

@@ -234,6 +234,7 @@ type requestedItem struct {
 type createResult struct {
 	orderID    string // the order made, or the same one that the buyer has already
 	numberUsed bool   // an order of this buyer's that was paid has the number
+	confirming bool   // the buyer's unpaid order cannot be replaced: its payment is being confirmed
 	items      []requestedItem
 
 	holdIsOver bool // the buyer has held one of items for as long as one may
@@ -277,7 +278,7 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 		), existing AS (
 			SELECT status FROM orders WHERE number = $5::text AND user_id = $4::text AND ended IS NULL
 		), unpaid AS MATERIALIZED (
-			SELECT id, product_ids, coalesce(held_again_since, created_at) AS held_since
+			SELECT id, product_ids, coalesce(held_again_since, created_at) AS held_since, confirming_until > $8::timestamptz AS confirming
 			FROM orders WHERE user_id = $4 AND status = -1 AND ended IS NULL
 		), locked AS MATERIALIZED (
 			SELECT p.id, p.for_sale FROM products p
@@ -286,7 +287,7 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 			ORDER BY p.id FOR NO KEY UPDATE
 		), accepted AS (
 			SELECT sum(price) AS price FROM requested
-			HAVING NOT EXISTS (SELECT FROM existing WHERE status >= 0 OR NOT $13::boolean)
+			HAVING NOT EXISTS (SELECT FROM existing WHERE status >= 0 OR NOT $13::boolean) AND (SELECT confirming FROM unpaid) IS NOT TRUE
 				AND NOT EXISTS (
 					SELECT FROM orders WHERE user_id = $4 AND ended IS NOT NULL AND held_again_since IS NOT NULL AND updated_at > $8 - $9 AND ended <> 'replaced'
 						AND EXISTS (SELECT FROM unnest(product_ids) AS i (id) WHERE i.id = ANY($1) AND i.id <> ALL (coalesce((SELECT product_ids FROM unpaid), '{}'))))
@@ -310,14 +311,14 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 		)
 		SELECT r.id, coalesce(r.title, ''), r.price IS NOT NULL, r.id IN (SELECT id FROM locked WHERE for_sale), coalesce(r.price, 0),
 			coalesce((SELECT id FROM made), ''), coalesce((SELECT status FROM existing), $14::smallint),
-			EXISTS (SELECT FROM unpaid WHERE held_since + 2 * $9 <= $8 AND $1 && product_ids)
+			EXISTS (SELECT FROM unpaid WHERE held_since + 2 * $9 <= $8 AND $1 && product_ids), (SELECT confirming FROM unpaid) IS TRUE
 		FROM requested r ORDER BY r.n`,
 		o.productIDs, o.prices, o.id, o.userID, o.number, o.shippingPrice, o.total, o.createdAt, o.hold,
 		o.deliveryInfo, o.deliveryDetails, o.ordererInfo, sameNumber, noStatus,
 	).Query(func(rows pgx.Rows) error {
 		var item requestedItem
 		_, err := pgx.ForEachRow(rows, []any{&item.id, &item.title, &item.known, &item.free, &item.price,
-			&created.orderID, &numberOf, &created.holdIsOver}, func() error {
+			&created.orderID, &numberOf, &created.holdIsOver, &created.confirming}, func() error {
 			created.items = append(created.items, item)
 			return nil
 		})
@@ -393,7 +394,8 @@ func (s *store) endUnpaid(ctx context.Context, by actor, id, why string, now tim
 	batch := &pgx.Batch{}
 	batch.Queue(lockBuyerOf, by.setting(), id)
 	batch.Queue(`WITH o AS (
-		UPDATE orders SET ended = $2, updated_at = $3, next_look_at = NULL WHERE id = $1 AND status = -1 AND ended IS NULL
+		UPDATE orders SET ended = $2, updated_at = $3, next_look_at = NULL
+		WHERE id = $1 AND status = -1 AND ended IS NULL AND (confirming_until > $3) IS NOT TRUE
 		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, why, now).QueryRow(exactlyOne)
 	return s.transact(ctx, batch)
 }
@@ -404,7 +406,7 @@ func (s *store) expireHold(ctx context.Context, by actor, id string, now time.Ti
 	batch.Queue(lockBuyerOf, by.setting(), id)
 	batch.Queue(`WITH o AS (
 		UPDATE orders SET ended = 'expired', updated_at = $2, next_look_at = NULL
-		WHERE id = $1 AND status = -1 AND ended IS NULL AND held_until <= $2
+		WHERE id = $1 AND status = -1 AND ended IS NULL AND held_until <= $2 AND (confirming_until > $2) IS NOT TRUE
 		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, now).QueryRow(exactlyOne)
 	return s.transact(ctx, batch)
 }
@@ -439,21 +441,22 @@ type orderState struct {
 	status     int
 	cancelling bool
 	ended      bool // unpaid, by the service: a tombstone
+	confirming bool // unpaid, and its payment is being confirmed
 	cameFrom   int  // the status in which its return was asked for, when it is statusReturning
 }
 
 // findOrderState returns the state of order id, and errNotFound when there is none that who may see. Orders that the service
 // has ended are found; those that their buyer has deleted are not.
-func (s *store) findOrderState(ctx context.Context, id string, who caller) (orderState, error) {
+func (s *store) findOrderState(ctx context.Context, id string, who caller, now time.Time) (orderState, error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	state := orderState{id: id}
 	err := s.pool.QueryRow(ctx, `
-		SELECT status, cancelling_since IS NOT NULL, ended IS NOT NULL, CASE WHEN status = 4 THEN coalesce((
+		SELECT status, cancelling_since IS NOT NULL, ended IS NOT NULL, (confirming_until > $4) IS TRUE, CASE WHEN status = 4 THEN coalesce((
 			SELECT from_status FROM history WHERE order_id = orders.id AND to_status = 4 AND from_status <> 4 ORDER BY history.id DESC LIMIT 1), 3)
 			ELSE 0 END
 		FROM orders WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS DISTINCT FROM 'deleted'`,
-		id, who.id, who.admin).Scan(&state.status, &state.cancelling, &state.ended, &state.cameFrom)
+		id, who.id, who.admin, now).Scan(&state.status, &state.cancelling, &state.ended, &state.confirming, &state.cameFrom)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return state, errNotFound
 	}

@@ -80,17 +80,19 @@ type decision struct {
 const revivableFor = 24 * time.Hour
 
 // lockRevivable says whether late money may still pay for the tombstone $1: it ended after $2, its paintings are for sale
-// and free, or held by an unpaid order of the same buyer, today's prices add up to its total, and no paid order has taken
-// its number. It locks the paintings and what the buyer's unpaid order holds.
+// and free, or held by an unpaid order of the same buyer whose payment is not being confirmed at $3, today's prices add up to
+// its total, and no order that has to stay has taken its number. It locks the paintings and what the buyer's unpaid order holds.
 const lockRevivable = `
 	WITH o AS (SELECT user_id, number, product_ids, total_price - shipping_price AS price FROM orders WHERE id = $1 AND ended IS NOT NULL AND updated_at > $2),
-	unpaid AS (SELECT u.id, u.product_ids FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
+	unpaid AS (
+		SELECT u.id, u.product_ids, (u.confirming_until > $3) IS TRUE AS confirming
+		FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
 	locked AS (
-		SELECT p.id, p.price, p.for_sale AND (p.order_id IS NULL OR p.order_id IS NOT DISTINCT FROM (SELECT id FROM unpaid)) AS free
+		SELECT p.id, p.price, p.for_sale AND (p.order_id IS NULL OR p.order_id = (SELECT id FROM unpaid WHERE NOT confirming)) AS free
 		FROM products p WHERE p.id = ANY((SELECT product_ids FROM o)::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
 		ORDER BY p.id FOR NO KEY UPDATE)
 	SELECT coalesce(bool_and(l.free) AND sum(l.price) = min(o.price), false) AND NOT EXISTS (
-			SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND x.status >= 0)
+			SELECT FROM orders x JOIN o ON x.number = o.number AND x.user_id = o.user_id WHERE x.ended IS NULL AND (x.status >= 0 OR x.confirming_until > $3))
 	FROM o JOIN locked l ON l.id = ANY(o.product_ids)`
 
 // recordSettlement reads the ledger of payment p's order under the order's locks, has decide say what becomes of p, and
@@ -130,7 +132,7 @@ func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment
 		return ledger, decided, errors.Join(errOtherOrder, err)
 	}
 	if ledger.ended {
-		if err := conn.QueryRow(ctx, lockRevivable, id, now.Add(-revivableFor)).Scan(&ledger.revivable); err != nil {
+		if err := conn.QueryRow(ctx, lockRevivable, id, now.Add(-revivableFor), now).Scan(&ledger.revivable); err != nil {
 			return ledger, decided, err
 		}
 	}
@@ -179,6 +181,49 @@ func queueDecision(batch *pgx.Batch, p gatewayPayment, decided decision, id stri
 			UPDATE orders SET status = 5, cancelling_since = NULL, updated_at = $2 WHERE id = $1 AND status BETWEEN 0 AND 4
 			RETURNING id, product_ids, $3::boolean AS off_sale)`+freePaintings, id, now, decided.offSale)
 	}
+}
+
+// payable is where an order stands that is to be paid.
+type payable struct {
+	total      int64 // won
+	status     int
+	ended      bool
+	confirming bool // another confirmation of its payment is under way
+	reserved   bool // for the caller
+}
+
+// reserveForPayment keeps an unpaid order from ending, and from any other confirmation, until then. It returns errNotFound when
+// there is no such order, and an order that is not reserved when it cannot be.
+func (s *store) reserveForPayment(ctx context.Context, by actor, id string, now, until time.Time) (p payable, err error) {
+	batch := &pgx.Batch{}
+	batch.Queue(lockBuyerOf, by.setting(), id)
+	batch.Queue(`SELECT total_price, status, ended IS NOT NULL, (confirming_until > $2) IS TRUE FROM orders WHERE id = $1`, id, now).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&p.total, &p.status, &p.ended, &p.confirming)
+	})
+	batch.Queue(`
+		UPDATE orders SET confirming_until = $3, updated_at = $2, next_look_at = $3
+		WHERE id = $1 AND status = -1 AND ended IS NULL AND (confirming_until > $2) IS NOT TRUE
+		RETURNING true`, id, now, until).QueryRow(func(row pgx.Row) error {
+		if err := row.Scan(&p.reserved); !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		return nil
+	})
+	if err = s.transact(ctx, batch); errors.Is(err, pgx.ErrNoRows) {
+		err = errNotFound
+	}
+	return p, err
+}
+
+// releaseReservation ends the reservation of an order whose payment was not made, and has the reconciler look at the order.
+// until names the reservation: a later one stays.
+func (s *store) releaseReservation(ctx context.Context, id string, until, now time.Time) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	_, err := s.pool.Exec(ctx, `
+		UPDATE orders SET confirming_until = NULL, updated_at = $3, next_look_at = greatest(held_until, $3)
+		WHERE id = $1 AND status = -1 AND ended IS NULL AND confirming_until = $2`, id, until, now)
+	return err
 }
 
 // bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller for
@@ -298,8 +343,8 @@ func oneIf(yes bool) int {
 // paymentCheck is an order about which the gateway is to be asked.
 type paymentCheck struct {
 	id                   string
-	unpaid               bool // and live: its hold is to end
-	updatedAt, heldUntil time.Time
+	unpaid               bool      // and live: its hold is to end
+	updatedAt, heldUntil time.Time // the hold ends no earlier than a confirmation that was begun
 }
 
 // claimDueChecks takes up to most orders whose time has come to ask the gateway about them, leased for refundLease.
@@ -310,7 +355,7 @@ func (s *store) claimDueChecks(ctx context.Context, most int, now time.Time) ([]
 		UPDATE orders SET next_look_at = $3
 		WHERE id = ANY(ARRAY(
 			SELECT id FROM orders WHERE next_look_at <= $2 ORDER BY next_look_at LIMIT $1 FOR UPDATE SKIP LOCKED))
-		RETURNING id, status = -1 AND ended IS NULL, updated_at, held_until`, most, now, now.Add(refundLease))
+		RETURNING id, status = -1 AND ended IS NULL, updated_at, greatest(held_until, confirming_until)`, most, now, now.Add(refundLease))
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (c paymentCheck, err error) {
 		err = row.Scan(&c.id, &c.unpaid, &c.updatedAt, &c.heldUntil)
 		return c, err
