@@ -3,9 +3,11 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // adminOrder is an order in the administrator's list.
@@ -19,6 +21,7 @@ type adminOrder struct {
 	OrderItems      json.RawMessage `json:"orderItems"`
 	ShippingPrice   int64           `json:"shippingPrice"`
 	TotalPrice      int64           `json:"totalPrice"`
+	orderDelivery
 }
 
 // adminOrderUser is a buyer with the name and e-mail that they gave for the order.
@@ -37,6 +40,9 @@ type adminOrders struct {
 	Pages  int          `json:"pages"`
 }
 
+// maxSearch is how many characters a search has at most; of a name it is as many that are looked at.
+const maxSearch = 254
+
 // listOrders answers GET /api/orders, the administrator's list.
 func (s *server) listOrders(r *request) (any, error) {
 	query := r.URL.Query()
@@ -50,6 +56,15 @@ func (s *server) listOrders(r *request) (any, error) {
 			return nil, fieldError("status", "진행 단계를 알 수 없습니다")
 		}
 		filter.status = &status
+	}
+	if query.Has("q") {
+		filter.search = strings.TrimSpace(query.Get("q"))
+		if filter.search == "" {
+			return nil, fieldError("q", "값이 필요합니다")
+		}
+		if invalidString(filter.search) || !utf8.ValidString(filter.search) || utf8.RuneCountInString(filter.search) > maxSearch {
+			return nil, fieldError("q", fmt.Sprintf("%d자 이내의 올바른 글자여야 합니다", maxSearch))
+		}
 	}
 	switch query.Get("refund") {
 	case "":
@@ -69,7 +84,7 @@ func (s *server) listOrders(r *request) (any, error) {
 		user.General.Email = o.ordererEmail
 		answer.Orders[i] = adminOrder{
 			Result: o.result(), DeliveryInfo: o.deliveryInfo, DeliveryDetails: o.deliveryDetailsJSON(), OrdererInfo: o.ordererInfo,
-			ID: o.id, User: user, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total,
+			ID: o.id, User: user, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total, orderDelivery: o.delivery(),
 		}
 	}
 	return answer, nil
@@ -86,8 +101,9 @@ var advanceMessages = map[int]string{
 
 // advanceOrder answers PATCH /api/orders/{id}. An administrator moves an order one step on or back; the owner asks to return
 // what has been sent, and either takes that back. Two that click at once move it once: a step names the status it starts from.
+// A parcel for an order that has been sent corrects the one before and moves nothing.
 func (s *server) advanceOrder(r *request, id string) (any, error) {
-	wanted, err := statusBody(r)
+	change, err := changeBody(r)
 	if err != nil {
 		return nil, err
 	}
@@ -96,26 +112,37 @@ func (s *server) advanceOrder(r *request, id string) (any, error) {
 		return nil, err
 	}
 	s.settler.testHook("state read", id)
-	if err := mayAdvance(state, wanted, r.caller); err != nil {
+	if err := mayAdvance(state, change, r.caller); err != nil {
 		return nil, err
 	}
-	if err := s.store.advance(r.Context(), r.actor(), id, state.status, *wanted, s.now()); errors.Is(err, errStale) {
+	to, text := *change.status, advanceMessages[*change.status]
+	if change.parcel != nil && state.status >= statusShipping {
+		to, text = state.status, "해당 주문의 배송 정보가 변경되었습니다"
+	}
+	if err := s.store.advance(r.Context(), r.actor(), id, state.status, to, change.parcel, s.now()); errors.Is(err, errStale) {
 		return nil, errWrongStep
 	} else if err != nil {
 		return nil, err
 	}
-	return message{advanceMessages[*wanted]}, nil
+	return message{text}, nil
 }
 
 var errWrongStep = statusError(http.StatusBadRequest, "변경실패, 진행 단계가 알맞지 않습니다")
 
-// mayAdvance returns why an order in this state cannot go to the wanted status at who's word, nil when it can.
-func mayAdvance(state orderState, wanted *int, who caller) error {
+// mayAdvance returns why an order in this state cannot change so at who's word, nil when it can.
+func mayAdvance(state orderState, change orderChange, who caller) error {
+	wanted := change.status
 	switch {
 	case state.ended:
 		return errNotFound
 	case wanted == nil:
 		return errWrongStep
+	case change.parcel != nil && !who.admin:
+		return statusError(http.StatusForbidden, messageAdmin)
+	case change.parcel != nil:
+		if state.status < statusPreparing || state.status > statusDelivered {
+			return errWrongStep
+		}
 	case *wanted == statusReturning:
 		if state.status < statusPreparing || state.status > statusDelivered {
 			return errWrongStep

@@ -3,6 +3,8 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -96,6 +98,308 @@ func TestAdminList(t *testing.T) {
 	}
 	s.want(s.call(adminID, "GET", "/api/orders?status=7", nil), 400, "")
 	s.want(s.call(adminID, "GET", "/api/orders?number=%00", nil), 400, "")
+}
+
+// ---- parcels
+
+// deliveries returns what the detail, the buyer's list and the administrator's list say of an order's delivery.
+func (s *shop) deliveries(order string) (said [3]string) {
+	s.t.Helper()
+	type delivery struct {
+		Shipment    json.RawMessage `json:"shipment,omitempty"`
+		DeliveredAt json.RawMessage `json:"deliveredAt,omitempty"`
+	}
+	var detail, mine, all struct {
+		delivery
+		Orders []struct {
+			ID string `json:"_id"`
+			delivery
+		}
+	}
+	check(s.t, json.Unmarshal([]byte(s.call(buyerA, "GET", "/api/orders/"+order, nil).body), &detail))
+	check(s.t, json.Unmarshal([]byte(s.call(buyerA, "GET", "/api/orders/mine", nil).body), &mine))
+	check(s.t, json.Unmarshal([]byte(s.call(adminID, "GET", "/api/orders", nil).body), &all))
+	for i, d := range []delivery{detail.delivery, mine.Orders[0].delivery, all.Orders[0].delivery} {
+		said[i] = marshalRaw(d)
+	}
+	if mine.Orders[0].ID != order || all.Orders[0].ID != order {
+		s.t.Fatalf("the newest order is not %s", order)
+	}
+	return said
+}
+
+// TestShipment takes an order through its steps, a second apart, and looks at its delivery after each.
+func TestShipment(t *testing.T) {
+	shared := newShop(t)
+	const parcel, other = `{"status":2,"shipment":{"carrier":"우체국택배","number":" 0000-1 "}}`, `{"status":2,"shipment":{"carrier":"대한택배","number":"0000-2"}}`
+	first, second := func(at string) string {
+		return `"shipment":{"carrier":"우체국택배","number":"0000-1","shippedAt":"` + at + `"}`
+	}, func(at string) string {
+		return `"shipment":{"carrier":"대한택배","number":"0000-2","shippedAt":"` + at + `"}`
+	}
+	for _, row := range []struct {
+		name  string
+		steps []string // bodies of PATCH, or "return"
+		want  func(at func(step int) string) string
+	}{
+		{"not sent", []string{`{"status":1}`}, func(func(int) string) string { return `{}` }},
+		{"with the step", []string{`{"status":1}`, parcel}, func(at func(int) string) string { return `{` + first(at(2)) + `}` }},
+		{"corrected on the way", []string{`{"status":1}`, parcel, other}, func(at func(int) string) string { return `{` + second(at(2)) + `}` }},
+		{"recorded later", []string{`{"status":1}`, `{"status":2}`, other}, func(at func(int) string) string { return `{` + second(at(2)) + `}` }},
+		{"no parcel", []string{`{"status":1}`, `{"status":2}`, `{"status":3}`}, func(at func(int) string) string { return `{"deliveredAt":"` + at(3) + `"}` }},
+		{"delivered", []string{`{"status":1}`, parcel, `{"status":3}`}, func(at func(int) string) string {
+			return `{` + first(at(2)) + `,"deliveredAt":"` + at(3) + `"}`
+		}},
+		{"corrected at the door", []string{`{"status":1}`, parcel, `{"status":3}`, other}, func(at func(int) string) string {
+			return `{` + second(at(2)) + `,"deliveredAt":"` + at(3) + `"}`
+		}},
+		{"not delivered after all", []string{`{"status":1}`, parcel, `{"status":3}`, `{"status":2}`}, func(at func(int) string) string { return `{` + first(at(2)) + `}` }},
+		{"delivered again", []string{`{"status":1}`, parcel, `{"status":3}`, `{"status":2}`, `{"status":3}`}, func(at func(int) string) string {
+			return `{` + first(at(2)) + `,"deliveredAt":"` + at(5) + `"}`
+		}},
+		{"not sent after all", []string{`{"status":1}`, parcel, `{"status":1}`}, func(func(int) string) string { return `{}` }},
+		{"sent again", []string{`{"status":1}`, parcel, `{"status":1}`, `{"status":2}`}, func(func(int) string) string { return `{}` }},
+		{"return asked", []string{`{"status":1}`, parcel, `{"status":3}`, "return"}, func(at func(int) string) string {
+			return `{` + first(at(2)) + `,"deliveredAt":"` + at(3) + `"}`
+		}},
+		{"return taken back", []string{`{"status":1}`, parcel, `{"status":3}`, "return", `{"status":3}`}, func(at func(int) string) string {
+			return `{` + first(at(2)) + `,"deliveredAt":"` + at(3) + `"}`
+		}},
+		{"return taken back on the way", []string{`{"status":1}`, parcel, "return", `{"status":2}`}, func(at func(int) string) string { return `{` + first(at(2)) + `}` }},
+		{"return taken back before it was sent", []string{`{"status":1}`, "return", `{"status":1}`}, func(func(int) string) string { return `{}` }},
+		{"returned", []string{`{"status":1}`, parcel, "return", "cancel"}, func(at func(int) string) string { return `{` + first(at(2)) + `}` }},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			s := rowOf(t, shared)
+			order, _, _ := s.orderAt(0)
+			times := map[int]string{}
+			for i, step := range row.steps {
+				s.clock.advance(time.Second)
+				times[i+1] = s.now().Format(timeFormat)
+				switch step {
+				case "return":
+					s.want(s.call(buyerA, "DELETE", "/api/orders/"+order, `{"status":4}`), 200, "")
+				case "cancel":
+					s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "")
+				default:
+					s.want(s.call(adminID, "PATCH", "/api/orders/"+order, step), 200, "")
+				}
+			}
+			want := row.want(func(step int) string { return times[step] })
+			for i, said := range s.deliveries(order) {
+				if said != want {
+					t.Errorf("%d: %s, want %s", i, said, want)
+				}
+			}
+		})
+	}
+	shared.wantBalanced()
+}
+
+// A correction moves nothing, and the history tells of it but not the number.
+func TestShipmentCorrected(t *testing.T) {
+	s := newShop(t)
+	order, _, _ := s.orderAt(1)
+	parcel := func(number string) string {
+		return `{"status":2,"shipment":{"carrier":"우체국택배","number":"` + number + `"}}`
+	}
+	const corrected = "해당 주문의 배송 정보가 변경되었습니다"
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, parcel("0000-1")), 200, advanceMessages[statusShipping])
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, parcel("0000-1")), 200, corrected) // sent twice
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, parcel("0000-2")), 200, corrected)
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":3}`), 200, "")
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, parcel("0000-3")), 200, corrected)
+	if s.statusOf(order) != statusDelivered {
+		t.Errorf("status %d", s.statusOf(order))
+	}
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":2}`), 200, "")
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":1}`), 200, "")
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":2}`), 200, "")
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, parcel("0000-4")), 200, corrected)
+	var whys []string
+	var history orderHistory
+	body := s.call(adminID, "GET", "/api/orders/"+order+"/history", nil).body
+	check(t, json.Unmarshal([]byte(strings.ReplaceAll(body, `"at":`, `"-":`)), &history))
+	for _, e := range history.History[len(history.History)-9:] {
+		whys = append(whys, fmt.Sprintf("%d-%d %s", *e.From, *e.To, e.Why))
+	}
+	if got := strings.Join(whys, ", "); got != "0-1 preparing, 1-2 shipping, 2-2 shipment corrected, 2-3 delivered, 3-3 shipment corrected, 3-2 shipping, 2-1 preparing, 1-2 shipping, 2-2 shipment recorded" {
+		t.Error(got)
+	}
+	if told := body + s.logged.String(); strings.Contains(told, "0000-") || strings.Contains(told, "우체국택배") {
+		t.Error("the history or the log tells the parcel")
+	}
+}
+
+func TestShipmentRefused(t *testing.T) {
+	s := newShop(t)
+	const good, wrong = `{"status":2,"shipment":{"carrier":"우체국택배","number":"0000"}}`, "변경실패, 진행 단계가 알맞지 않습니다"
+	for _, row := range []struct {
+		at     int
+		user   string
+		body   string
+		status int
+		naming string
+	}{
+		{1, adminID, `{"status":2,"shipment":{"carrier":"우체국택배"}}`, 400, "shipment.number"},
+		{1, adminID, `{"status":2,"shipment":{"carrier":"우체국택배","number":" "}}`, 400, "shipment.number"},
+		{1, adminID, `{"status":2,"shipment":{"carrier":"우체국택배","number":"\u0000"}}`, 400, "shipment.number"},
+		{1, adminID, `{"status":2,"shipment":{"carrier":"우체국택배","number":"` + strings.Repeat("0", maxText+1) + `"}}`, 400, "shipment.number"},
+		{1, adminID, `{"status":2,"shipment":{"carrier":"우체국택배","number":5}}`, 400, "shipment.number"},
+		{1, adminID, `{"status":2,"shipment":{"number":"0000"}}`, 400, "shipment.carrier"},
+		{1, adminID, `{"status":2,"shipment":"0000"}`, 400, "shipment"},
+		{0, adminID, `{"status":1,"shipment":{"carrier":"우체국택배","number":"0000"}}`, 400, "shipment"},
+		{2, adminID, `{"status":3,"shipment":{"carrier":"우체국택배","number":"0000"}}`, 400, "shipment"},
+		{1, adminID, `{"shipment":{"carrier":"우체국택배","number":"0000"}}`, 400, "shipment"},
+		{0, adminID, good, 400, ""}, {4, adminID, good, 400, ""}, {5, adminID, good, 400, ""}, {-1, adminID, good, 400, ""},
+		{1, buyerA, good, 403, ""}, {2, buyerA, good, 403, ""}, {4, buyerA, good, 403, ""}, {1, buyerB, good, 404, ""},
+	} {
+		t.Run(fmt.Sprintf("%d %s %.80s", row.at, row.user, row.body), func(t *testing.T) {
+			s := rowOf(t, s)
+			order, _, _ := s.orderIn(row.at)
+			before := s.fingerprint()
+			answered := s.call(row.user, "PATCH", "/api/orders/"+order, row.body)
+			if row.naming == "" {
+				s.want(answered, row.status, map[int]string{400: wrong, 403: messageAdmin, 404: messageNoSuchOrder}[row.status])
+			} else {
+				s.wantNaming(answered, row.status, row.naming)
+			}
+			if s.fingerprint() != before {
+				t.Error("a refused call has changed something")
+			}
+		})
+	}
+}
+
+// A replica of the release before moves an order without a word of its parcel.
+func TestShipmentMovedByTheReleaseBefore(t *testing.T) {
+	s := newShop(t)
+	order, _, _ := s.orderAt(1)
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":2,"shipment":{"carrier":"우체국택배","number":"0000"}}`), 200, "")
+	before := newOldReplica(t, s.config.databaseURL)
+	step := func(from, to int) string {
+		s.clock.advance(time.Second)
+		before.change(send("step", order, from, to, s.now()))
+		return s.deliveries(order)[0]
+	}
+	if got := step(2, 3); !strings.HasSuffix(got, `"deliveredAt":"`+s.now().Format(timeFormat)+`"}`) {
+		t.Error(got)
+	}
+	if got := step(3, 2); !strings.Contains(got, `"0000"`) || strings.Contains(got, "deliveredAt") {
+		t.Error(got)
+	}
+	if got := step(2, 1); got != `{}` {
+		t.Error(got)
+	}
+	step(1, 2)
+	at := s.now().Format(timeFormat)
+	// One that was sent before there was a place for the time has it from the history, once it has a parcel.
+	execSQL(t, s.config.databaseURL, `UPDATE orders SET shipped_at = NULL WHERE id = '`+order+`'`)
+	step(2, 3)
+	s.want(s.call(adminID, "PATCH", "/api/orders/"+order, `{"status":2,"shipment":{"carrier":"우체국택배","number":"0000"}}`), 200, "")
+	if got := s.deliveries(order)[0]; !strings.Contains(got, `"shippedAt":"`+at+`"`) {
+		t.Error(got)
+	}
+}
+
+// ---- search
+
+func TestSearch(t *testing.T) {
+	s := newShop(t)
+	order := func(name, phone, email, receiver, contact string) string {
+		s.clock.advance(3 * 24 * time.Hour) // some share a week
+		body := orderBody(newNumber(), s.painting(99000))
+		body["ordererInfo"] = map[string]any{"name": name, "phoneNum": phone, "email": email, "refundTerms": "x"}
+		body["deliveryInfo"] = map[string]any{"address": "x", "detailedAddress": "x", "receiver": receiver, "contactNum": contact}
+		var made orderCreated
+		check(t, json.Unmarshal([]byte(s.want(s.call(newTestID(), "POST", "/api/orders", body), 201, "").body), &made))
+		return made.OrderID
+	}
+	pay := func(order string) string {
+		s.want(s.report(s.charge(order, 109000)), 200, "")
+		return order
+	}
+	const decomposed = "\u1112\u1169\u11bc\u1100\u1175\u11af\u1103\u1169\u11bc" // 홍길동
+	kim := pay(order("김하나", "010-0000-0001", "Hana@Example.com", "김하나", "010-0000-0001"))
+	gift := pay(order("이둘", "02) 000-0002", "two@example.com", "김하늘", "+82 10 0000 0003"))
+	hong := pay(order(decomposed, "01000000004", "hong@example.com", "박%셋", "070.0000.0005"))
+	odd := pay(order("100%_김", "010-000", "odd_@example.com", "100%_김", "010-000"))
+	both := pay(order("김하나", "010-0000-0006", "six@example.com", "김하나둘", "010-0000-0001"))
+	for status := range 2 {
+		s.want(s.call(adminID, "PATCH", "/api/orders/"+kim, map[string]int{"status": status + 1}), 200, "")
+	}
+	unpaid := order("김결제전", "010-0000-0001", "unpaid@example.com", "김결제전", "010-0000-0001")
+	for _, row := range []struct {
+		query, rest string
+		want        []string
+	}{
+		{"010-0000-0001", "", []string{both, kim}}, {"01000000001", "", []string{both, kim}}, {" (010) 0000 0001 ", "", []string{both, kim}},
+		{"0100000000", "", nil}, {"020000002", "", []string{gift}}, {"821000000003", "", []string{gift}}, {"07000000005", "", []string{hong}}, {"010000", "", nil},
+		{"hana@example.com", "", []string{kim}}, {"TWO@EXAMPLE.COM", "", []string{gift}}, {"two@example", "", nil}, {"example.com", "", nil},
+		{"odd_@example.com", "", []string{odd}}, {"oddx@example.com", "", nil},
+		{"김", "", []string{both, gift, kim}}, {"김하나", "", []string{both, kim}}, {"김하나둘", "", []string{both}}, {"하나", "", nil}, {"이둘", "", []string{gift}},
+		{"홍길", "", []string{hong}}, {decomposed, "", []string{hong}}, {"100%", "", []string{odd}}, {"100%_김", "", []string{odd}},
+		{"%", "", nil}, {"_", "", nil}, {"박_셋", "", nil}, {"박%", "", []string{hong}}, {`\`, "", nil}, {"'", "", nil},
+		{"김", "&status=2", []string{kim}}, {"김", "&status=0", []string{both, gift}}, {"김", "&status=3", nil}, {"01000000001", "&status=2", []string{kim}},
+		{"HANA@example.com", "&status=0", nil},
+		{"김", "&status=-1", []string{unpaid}}, {"01000000001", "&status=-1", []string{unpaid}}, {"이", "&status=-1", nil}, {"UNPAID@example.com", "&status=-1", []string{unpaid}},
+		{"김", "&number=" + s.numberOf(gift), []string{gift}}, {"이", "&number=" + s.numberOf(gift), []string{gift}}, {"홍", "&number=" + s.numberOf(gift), nil},
+		{"010-0000-0001", "&number=" + s.numberOf(kim), []string{kim}}, {"hana@example.com", "&number=" + s.numberOf(kim) + "&status=2", []string{kim}},
+		{"김", "&refund=stuck", nil},
+	} {
+		l := s.list(adminID, "/api/orders?q="+url.QueryEscape(row.query)+row.rest)
+		if !slices.Equal(l.ids(), row.want) || l.Pages != pagesOf(len(row.want), adminPageSize) {
+			t.Errorf("%q%s: %v on %d pages, want %v", row.query, row.rest, l.ids(), l.Pages, row.want)
+		}
+	}
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+gift, nil), 200, "")
+	s.refuseCancels()
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+both, nil), 502, "")
+	for range stuckAfter - 1 {
+		s.later(time.Hour)
+	}
+	if l := s.list(adminID, "/api/orders?refund=stuck&q="+url.QueryEscape("김하나둘")); !slices.Equal(l.ids(), []string{both}) {
+		t.Errorf("stuck: %v", l.ids())
+	}
+	// What an order no longer says, it is not found by.
+	execSQL(t, s.config.databaseURL, `UPDATE orders SET orderer_info = '{"name":"","phoneNum":"","email":"","refundTerms":""}',
+		delivery_info = '{"address":"","detailedAddress":"","receiver":"","contactNum":""}' WHERE id = '`+kim+`'`)
+	for _, q := range []string{"김하나", "01000000001", "hana@example.com"} {
+		if l := s.list(adminID, "/api/orders?status=2&q="+url.QueryEscape(q)); len(l.Orders) != 0 {
+			t.Errorf("%q still finds %v", q, l.ids())
+		}
+	}
+	for _, q := range []string{"", "%20", "%00", "%ff", strings.Repeat("0", maxSearch+1)} {
+		s.wantNaming(s.call(adminID, "GET", "/api/orders?q="+q, nil), 400, "q")
+	}
+	s.want(s.call(adminID, "GET", "/api/orders?q="+strings.Repeat("0", maxSearch), nil), 200, "")
+}
+
+// Of more orders than searchBound the newest are found, on so many pages.
+func TestSearchIsBounded(t *testing.T) {
+	s := newShop(t)
+	newLoadTest(t, s.config.databaseURL, 20000, s.now)
+	newest := s.list(adminID, "/api/orders")
+	for _, q := range []string{"홍", "홍길동", "010-0000-0000", "buyer@example.com"} {
+		if l := s.list(adminID, "/api/orders?q="+url.QueryEscape(q)); l.Pages != searchBound/adminPageSize || !slices.Equal(l.ids(), newest.ids()) {
+			t.Errorf("%q: %v on %d pages, want %v", q, l.ids(), l.Pages, newest.ids())
+		}
+		for page, want := range map[int]int{searchBound / adminPageSize: adminPageSize, searchBound/adminPageSize + 1: 0} {
+			path := fmt.Sprintf("/api/orders?pageNumber=%d", page)
+			l, all := s.list(adminID, path+"&q="+url.QueryEscape(q)), s.list(adminID, path)
+			if len(l.Orders) != want || want > 0 && !slices.Equal(l.ids(), all.ids()) {
+				t.Errorf("%q, page %d: %v, want %v", q, page, l.ids(), all.ids())
+			}
+		}
+		one, all := s.list(adminID, "/api/orders?status=3&q="+url.QueryEscape(q)), s.list(adminID, "/api/orders?status=3")
+		if !slices.Equal(one.ids(), all.ids()) {
+			t.Errorf("%q in status 3: %v, want %v", q, one.ids(), all.ids())
+		}
+	}
+}
+
+func (s *shop) numberOf(order string) string {
+	return queryText(s.t, s.config.databaseURL, `SELECT number FROM orders WHERE id = '`+order+`'`)
 }
 
 // ---- refunds that need a person

@@ -58,7 +58,7 @@ func TestPage(t *testing.T) {
 	deliver := func() {
 		t.Helper()
 		choose("^발송 준비 시작$", "발송준비중")
-		choose("^발송$", "배송중")
+		choose("^이 택배로 발송$", "배송중")
 		choose("^배송 완료로 표시$", "배송완료")
 	}
 	// escape closes the payment window, and with it the order.
@@ -148,7 +148,12 @@ func TestPage(t *testing.T) {
 	choose("^발송 준비 시작$", "발송준비중")
 	choose("^한 단계 되돌리기$", "결제완료")
 	deliver()
+	b.tabTo("^운송장 번호$")
+	b.do("Input.insertText", object{"text": "0000-0000-0001"})
+	b.press("Enter")
+	b.see(".history", "택배 정보 수정")
 	b.click("^나래$")
+	b.see(".facts", "0000-0000-0001")
 	choose("^반품 신청$", "반품요청중")
 	choose("^반품 신청 철회$", "배송완료")
 	choose("^반품 신청$", "반품요청중")
@@ -227,6 +232,8 @@ func TestPage(t *testing.T) {
 	b.click("^주문 관리$")
 	b.see("h1", "주문 관리")
 	b.run(`document.querySelector('[name=number]').value = ''`, nil)
+	b.tabTo("^주문자·받는 분$")
+	b.do("Input.insertText", object{"text": "홍길"})
 	b.click("^막힌 환불만$")
 	b.click("^찾기$")
 	b.until(`document.querySelectorAll('a.sheet').length === 1`, nil)

@@ -167,6 +167,28 @@ type orderDetail struct {
 	OrderItems      json.RawMessage `json:"orderItems"`
 	ShippingPrice   int64           `json:"shippingPrice"`
 	TotalPrice      int64           `json:"totalPrice"`
+	orderDelivery
+}
+
+// orderDelivery is how far an order has come to its buyer. What is not known is left out.
+type orderDelivery struct {
+	Shipment    *orderShipment `json:"shipment,omitempty"`
+	DeliveredAt *jsonTime      `json:"deliveredAt,omitempty"`
+}
+
+// orderShipment is an order's parcel.
+type orderShipment struct {
+	Carrier   string    `json:"carrier"`
+	Number    string    `json:"number"`
+	ShippedAt *jsonTime `json:"shippedAt"`
+}
+
+func (o order) delivery() orderDelivery {
+	d := orderDelivery{DeliveredAt: (*jsonTime)(o.deliveredAt)}
+	if o.carrier != "" {
+		d.Shipment = &orderShipment{o.carrier, o.parcelNumber, (*jsonTime)(o.shippedAt)}
+	}
+	return d
 }
 
 func (o order) result() orderResult {
@@ -194,7 +216,7 @@ func (s *server) showOrder(r *request, id string) (any, error) {
 	}
 	return orderDetail{
 		Result: o.result(), DeliveryInfo: o.deliveryInfo, DeliveryDetails: o.deliveryDetailsJSON(), OrdererInfo: o.ordererInfo,
-		ID: o.id, User: o.userID, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total,
+		ID: o.id, User: o.userID, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total, orderDelivery: o.delivery(),
 	}, nil
 }
 
@@ -222,11 +244,11 @@ func (s *server) showLatest(r *request) (any, error) {
 
 // deleteOrder answers DELETE /api/orders/{id}: delete an unpaid order, cancel a paid one, or ask for its return.
 func (s *server) deleteOrder(r *request, id string) (any, error) {
-	wanted, err := statusBody(r)
+	change, err := changeBody(r)
 	if err != nil {
 		return nil, err
 	}
-	text, err := s.whileStale(func() (string, error) { return s.endOrder(r, id, wanted) })
+	text, err := s.whileStale(func() (string, error) { return s.endOrder(r, id, change.status) })
 	return message{text}, err
 }
 
@@ -266,7 +288,7 @@ func (s *server) endOrder(r *request, id string, wanted *int) (string, error) {
 	case !cancel && state.cancelling:
 		return "", statusError(http.StatusConflict, messageCancelling)
 	case !cancel:
-		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), id, state.status, statusReturning, s.now())
+		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), id, state.status, statusReturning, nil, s.now())
 	case state.status == statusReturning && !r.caller.admin:
 		return "", statusError(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
 	case state.status != statusPaid && state.status != statusReturning:
@@ -325,23 +347,43 @@ func (s *server) whileCancelling(r *request, state orderState) error {
 	return errStale
 }
 
-// statusBody returns the status in the body {"status": N}, and nil when there is no body or no status in it.
-func statusBody(r *request) (*int, error) {
+// orderChange is the body of DELETE and PATCH /api/orders/{id}.
+type orderChange struct {
+	status *int    // nil when none was sent
+	parcel *parcel // nil when none was sent
+}
+
+// parcel is how an order is sent.
+type parcel struct {
+	Carrier string `json:"carrier"`
+	Number  string `json:"number"`
+}
+
+// changeBody returns the change in the body. No body is one without a status.
+func changeBody(r *request) (change orderChange, err error) {
 	body, err := readBody(r)
 	if err != nil || len(bytes.TrimSpace(body)) == 0 {
-		return nil, err
+		return change, err
 	}
 	var in struct {
-		Status json.RawMessage `json:"status"`
+		Status   json.RawMessage `json:"status"`
+		Shipment *parcel         `json:"shipment"`
 	}
-	if err := decodeObject(body, &in); err != nil || in.Status == nil {
-		return nil, err
+	if err := decodeObject(body, &in); err != nil {
+		return change, err
 	}
-	var status *int
-	if err := decodeJSON(in.Status, "status", &status); err != nil || status == nil {
-		return nil, fieldError("status", "정수여야 합니다")
+	if in.Status != nil {
+		if err := decodeJSON(in.Status, "status", &change.status); err != nil || change.status == nil {
+			return change, fieldError("status", "정수여야 합니다")
+		}
 	}
-	return status, nil
+	if change.parcel = in.Shipment; change.parcel != nil {
+		if change.status == nil || *change.status != statusShipping {
+			return change, fieldError("shipment", "배송 중(2) 단계와 함께 보내야 합니다")
+		}
+		return change, validateStrings("shipment", stringField{"carrier", &change.parcel.Carrier, false}, stringField{"number", &change.parcel.Number, false})
+	}
+	return change, nil
 }
 
 // ---- GET /api/orders/mine
@@ -371,6 +413,7 @@ type myOrder struct {
 	User       string          `json:"user"`
 	OrderItems json.RawMessage `json:"orderItems"`
 	TotalPrice int64           `json:"totalPrice"`
+	orderDelivery
 }
 
 // myOrders is what GET /api/orders/mine answers; Status counts all of the buyer's orders, not the page's.
@@ -395,7 +438,7 @@ func (s *server) listMine(r *request) (any, error) {
 	}
 	answer := myOrders{Orders: make([]myOrder, len(orders)), Page: page}
 	for i, o := range orders {
-		answer.Orders[i] = myOrder{Result: o.result(), ID: o.id, User: o.userID, OrderItems: o.items, TotalPrice: o.total}
+		answer.Orders[i] = myOrder{Result: o.result(), ID: o.id, User: o.userID, OrderItems: o.items, TotalPrice: o.total, orderDelivery: o.delivery()}
 	}
 	answer.Status.Paid, answer.Status.Ready = count[statusPaid], count[statusPreparing]
 	answer.Status.Coming, answer.Status.Done = count[statusShipping], count[statusDelivered]

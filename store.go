@@ -87,6 +87,8 @@ type order struct {
 	deliveryDetails           []byte // nil when none was given
 	ordererInfo               []byte
 	ordererName, ordererEmail string // of ordererInfo, for the administrator's list
+	carrier, parcelNumber     string // empty: not known
+	shippedAt, deliveredAt    *time.Time
 }
 
 // orderKey asks for an order as a user: a buyer sees their own orders, an administrator sees all.
@@ -117,7 +119,7 @@ func (s *store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]o
 	}
 	rows, _ := s.pool.Query(ctx, `
 		SELECT k.buyer, k.admin, o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
-			o.items, o.delivery_info, o.delivery_details, o.orderer_info
+			o.items, o.delivery_info, o.delivery_details, o.orderer_info, `+deliveryColumns+`
 		FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::boolean[])) AS k (id, buyer, admin)
 		JOIN orders o ON o.id = k.id AND (o.user_id = k.buyer OR k.admin)
 		WHERE o.ended IS NULL`, ids, buyers, admins)
@@ -125,7 +127,8 @@ func (s *store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]o
 	var key orderKey
 	var o order
 	_, err := pgx.ForEachRow(rows, []any{&key.buyer, &key.admin, &o.id, &o.userID, &o.number, &o.status, &o.updatedAt, &o.paidAt,
-		&o.shippingPrice, &o.total, &o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo}, func() error {
+		&o.shippingPrice, &o.total, &o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo,
+		&o.carrier, &o.parcelNumber, &o.shippedAt, &o.deliveredAt}, func() error {
 		key.id = o.id
 		found[key] = o
 		return nil
@@ -425,13 +428,18 @@ func oneRow(to ...any) func(pgx.Row) error {
 // exactlyOne is oneRow for a change that returns an id which the caller knows.
 func exactlyOne(row pgx.Row) error { return oneRow(new(string))(row) }
 
-// advance moves an order from one status to another. It returns errStale when the order is not in status from, or when its
-// money is on the way back.
-func (s *store) advance(ctx context.Context, by actor, id string, from, to int, now time.Time) error {
+// advance moves an order from one status to another, and records its parcel unless p is nil. It returns errStale when the
+// order is not in status from, or when its money is on the way back.
+func (s *store) advance(ctx context.Context, by actor, id string, from, to int, p *parcel, now time.Time) error {
+	var carrier, number *string
+	if p != nil {
+		carrier, number = &p.Carrier, &p.Number
+	}
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
-	batch.Queue(`UPDATE orders SET status = $3, updated_at = $4
-		WHERE id = $1 AND status = $2 AND ended IS NULL AND cancelling_since IS NULL RETURNING id`, id, from, to, now).QueryRow(exactlyOne)
+	batch.Queue(`UPDATE orders SET status = $3, updated_at = $4, carrier = coalesce($5, carrier), parcel_number = coalesce($6, parcel_number)
+		WHERE id = $1 AND status = $2 AND ended IS NULL AND cancelling_since IS NULL RETURNING id`,
+		id, from, to, now, carrier, number).QueryRow(exactlyOne)
 	return s.transact(ctx, batch)
 }
 
@@ -467,11 +475,15 @@ func (s *store) findOrderState(ctx context.Context, id string, who caller, now t
 
 // orderColumns are the columns that scanOrder reads.
 const orderColumns = `o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
-	o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.orderer_info ->> 'name', o.orderer_info ->> 'email'`
+	o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.orderer_info ->> 'name', o.orderer_info ->> 'email', ` + deliveryColumns
+
+// deliveryColumns are those of an order's delivery.
+const deliveryColumns = `coalesce(o.carrier, ''), coalesce(o.parcel_number, ''), o.shipped_at, o.delivered_at`
 
 func scanOrder(row pgx.CollectableRow) (o order, err error) {
 	err = row.Scan(&o.id, &o.userID, &o.number, &o.status, &o.updatedAt, &o.paidAt, &o.shippingPrice, &o.total,
-		&o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo, &o.ordererName, &o.ordererEmail)
+		&o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo, &o.ordererName, &o.ordererEmail,
+		&o.carrier, &o.parcelNumber, &o.shippedAt, &o.deliveredAt)
 	return o, err
 }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -14,11 +16,21 @@ type orderFilter struct {
 	status      *int   // nil: every order that was paid
 	number      string // the order number; empty: any
 	refundStuck bool   // only orders with a refund that needs a person, whatever their status
+	search      string // a telephone, an e-mail or the beginning of a name; empty: any
+}
+
+// searchesPaid reports whether only the indexes of what is searched for narrow the list enough.
+func (f orderFilter) searchesPaid() bool {
+	return f.search != "" && f.number == "" && !f.refundStuck && (f.status == nil || *f.status >= statusPaid)
 }
 
 // listAllOrders returns a page of all buyers' orders, newest first, and how many there are on all pages. Only those that were
-// paid, unless the filter asks for unpaid ones. A page past the end reads nothing; a far one walks the index up to it.
+// paid, unless the filter asks for unpaid ones. A page past the end reads nothing; a far one walks the index up to it. Of the
+// paid orders that a search finds there are the newest searchBound.
 func (s *store) listAllOrders(ctx context.Context, filter orderFilter, offset, limit int) (orders []order, count int, err error) {
+	if filter.searchesPaid() {
+		return s.searchPaid(ctx, filter, offset, limit)
+	}
 	where, counted, args := adminListQuery(filter)
 	args = append(args, offset, limit)
 	counted = `SELECT coalesce((` + counted + `), 0)::bigint`
@@ -64,7 +76,96 @@ func adminListQuery(filter orderFilter) (where, counted string, args []any) {
 			where += ` AND ended IS NULL`
 		}
 	}
+	if filter.search != "" {
+		args = append(args, filter.search, digitsOf(filter.search))
+		where += fmt.Sprintf(searchMatches, len(args)-1, len(args))
+	}
 	return where, `SELECT count(*) FROM orders WHERE ` + where, args
+}
+
+// What orders are found by, as the indexes orders_by_… of schema.sql have it.
+const (
+	ordererPhone  = `regexp_replace(orderer_info ->> 'phoneNum', '[^0-9]', '', 'g') COLLATE "C"`
+	receiverPhone = `regexp_replace(delivery_info ->> 'contactNum', '[^0-9]', '', 'g') COLLATE "C"`
+	ordererEmail  = `lower((orderer_info ->> 'email') COLLATE "C")`
+	ordererName   = `left(normalize(orderer_info ->> 'name'), 254) COLLATE "C"`
+	receiverName  = `left(normalize(delivery_info ->> 'receiver'), 254) COLLATE "C"`
+
+	otherPhone = `delivery_info ->> 'contactNum' <> orderer_info ->> 'phoneNum'`
+	otherName  = `delivery_info ->> 'receiver' <> orderer_info ->> 'name'`
+)
+
+// searchMatches is the end of a condition: that the search in the first parameter, whose digits are in the second, finds the
+// order.
+const searchMatches = ` AND ((SELECT $%[2]d::text) IN (` + ordererPhone + `, ` + receiverPhone + `)
+	OR ` + ordererEmail + ` = (SELECT lower($%[1]d::text COLLATE "C"))
+	OR starts_with(` + ordererName + `, (SELECT normalize($%[1]d::text))) OR starts_with(` + receiverName + `, (SELECT normalize($%[1]d::text))))`
+
+// searchBound is how many paid orders a search finds at most, the newest.
+const searchBound = 1000
+
+// searchPaid is listAllOrders for a search of all paid orders, or of those in one status.
+func (s *store) searchPaid(ctx context.Context, filter orderFilter, offset, limit int) (orders []order, count int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	statuses := []int{statusPaid, statusPreparing, statusShipping, statusDelivered, statusReturning, statusCancelled}
+	if filter.status != nil {
+		statuses = []int{*filter.status}
+	}
+	rows, _ := s.pool.Query(ctx, searchPaidQuery, statuses, filter.search, digitsOf(filter.search))
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil || offset >= len(ids) {
+		return nil, len(ids), err
+	}
+	rows, _ = s.pool.Query(ctx, `SELECT `+orderColumns+` FROM orders o WHERE id = ANY ((SELECT $1::text[])::text[]) ORDER BY created_at DESC, id DESC`,
+		ids[offset:min(offset+limit, len(ids))])
+	orders, err = pgx.CollectRows(rows, scanOrder)
+	return orders, len(ids), err
+}
+
+// searchPaidQuery returns the ids of the newest orders in the statuses $1 that the search $2, whose digits are $3, finds. The
+// beginning of a name may be that of most orders: those are read a week at a time, the newest first, until there are enough.
+var searchPaidQuery = strings.NewReplacer(
+	"{in status}", `status >= 0 AND status = ANY ((SELECT $1::smallint[])::smallint[])`,
+	"{in week}", `date_trunc('week', created_at AT TIME ZONE 'UTC') = named.week - interval '7 days'`,
+	"{newest}", fmt.Sprint(`ORDER BY created_at DESC, id DESC LIMIT `, searchBound),
+	"{bound}", strconv.Itoa(searchBound),
+).Replace(`
+	WITH RECURSIVE named (week, ids, n) AS ( -- n are in later weeks
+		SELECT date_trunc('week', max(created_at) AT TIME ZONE 'UTC') + interval '7 days', '{}'::text[] COLLATE "C", 0 FROM orders WHERE status >= 0
+		UNION ALL
+		SELECT week - interval '7 days', ARRAY(
+			SELECT id FROM (
+				SELECT id, created_at FROM orders WHERE {in status} AND {in week}
+					AND ` + ordererName + ` >= (SELECT normalize($2::text)) AND ` + ordererName + ` < (SELECT normalize($2::text) || chr(1114111))
+				UNION
+				SELECT id, created_at FROM orders WHERE {in status} AND {in week} AND ` + otherName + `
+					AND ` + receiverName + ` >= (SELECT normalize($2::text)) AND ` + receiverName + ` < (SELECT normalize($2::text) || chr(1114111))) m
+			{newest}), n + cardinality(ids)
+		FROM named WHERE n + cardinality(ids) < {bound} AND week > (SELECT min(created_at) AT TIME ZONE 'UTC' FROM orders WHERE status >= 0)
+	)
+	SELECT id FROM orders WHERE id = ANY (ARRAY(
+		(SELECT id FROM orders WHERE {in status} AND ` + ordererPhone + ` = (SELECT $3::text) {newest})
+		UNION
+		(SELECT id FROM orders WHERE {in status} AND ` + receiverPhone + ` = (SELECT $3::text) AND ` + otherPhone + ` {newest})
+		UNION
+		(SELECT id FROM orders WHERE {in status} AND ` + ordererEmail + ` = (SELECT lower($2::text COLLATE "C")) {newest})
+		UNION
+		SELECT unnest(ids) FROM named))
+	{newest}`)
+
+// digitsOf returns the digits of a search that may be a telephone, and nil when there are fewer than seven.
+func digitsOf(search string) *string {
+	digits := strings.Map(func(r rune) rune {
+		if r < '0' || r > '9' {
+			return -1
+		}
+		return r
+	}, search)
+	if len(digits) < 7 {
+		return nil
+	}
+	return &digits
 }
 
 // compactStatusCounts adds up the differences in order_tally once there are many.

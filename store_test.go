@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -59,6 +60,7 @@ func (t *tracer) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData
 
 // Every call takes one round trip to the database, but for those whose answer hangs on what the gateway says or on the
 // state that an order is found in:
+//   - the administrator's search finds the orders, and then reads those of one page;
 //   - an order for a painting that is taken asks how, once it has lost;
 //   - pay reads the books under their locks, decides, and writes: two, in one transaction;
 //   - advancing an order reads its state, which says whether this caller may move it there, and then changes it from that state;
@@ -87,6 +89,7 @@ func TestTrips(t *testing.T) {
 		{1, buyerA, "GET", "/api/orders/mine", nil, 200},
 		{1, adminID, "GET", "/api/orders", nil, 200},
 		{1, adminID, "GET", "/api/orders?number=" + newNumber(), nil, 200},
+		{2, adminID, "GET", "/api/orders?q=buyer@example.com", nil, 200},
 		{1, buyerA, "GET", "/api/orders/" + unpaid + "/history", nil, 200},
 		{2, "", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}, 200},
 		{2, "", "POST", "/api/payments/webhook", map[string]string{"imp_uid": impUID}, 200},
@@ -129,7 +132,9 @@ func TestPlans(t *testing.T) {
 		s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "")
 		s.want(s.call(buyerA, "DELETE", "/api/orders/"+s.order(buyerA, painting), nil), 200, "")
 		eachRound = append(eachRound, planned.Load()-before)
-		for _, query := range []string{"", "?status=0", "?status=-1", "?number=" + newNumber(), "?status=1&number=" + newNumber()} {
+		for _, query := range []string{"", "?status=0", "?status=-1", "?number=" + newNumber(), "?status=1&number=" + newNumber(),
+			"?q=010-0000-0000", "?q=buyer@example.com", "?q=" + url.QueryEscape("홍"), "?status=3&q=" + url.QueryEscape("홍길동"), "?status=-1&q=" + url.QueryEscape("홍"),
+			"?q=" + url.QueryEscape("홍") + "&number=" + newNumber()} {
 			s.want(s.call(adminID, "GET", "/api/orders"+query, nil), 200, "")
 		}
 	}
@@ -270,6 +275,11 @@ func TestSchemaDefendsItself(t *testing.T) {
 		{`UPDATE orders SET ended = 'deleted' WHERE id = '` + order + `'`, "orders_only_unpaid_end"},
 		{`UPDATE orders SET ended = 'forgotten' WHERE id = '` + unpaid + `'`, "orders_only_unpaid_end"},
 		{`UPDATE orders SET cancelling_since = now() WHERE id = '` + unpaid + `'`, "orders_cancelling_are_paid"},
+		// What has left the shop has a parcel, and what has arrived a time.
+		{`UPDATE orders SET shipped_at = now() WHERE id = '` + order + `'`, "orders_shipped_have_left"},
+		{`UPDATE orders SET delivered_at = now() WHERE id = '` + order + `'`, "orders_delivered_have_arrived"},
+		{`UPDATE orders SET carrier = 'carrier', parcel_number = '0' WHERE id = '` + order + `'`, "orders_parcels_are_whole"},
+		{`UPDATE orders SET status = 1 WHERE id = '` + order + `'; UPDATE orders SET status = 2, carrier = 'carrier' WHERE id = '` + order + `'`, "orders_parcels_are_whole"},
 		{copyOrder, "orders_one_unpaid_per_buyer"},
 		{strings.Replace(copyOrder, `"another"`, `"another", "status": 6, "paid_at": "2026-03-02"`, 1), "orders_status_is_known"},
 		{strings.Replace(copyOrder, `, "number": "another"`, `, "status": 0, "paid_at": "2026-03-02"`, 1), "orders_number_is_unique_per_buyer"},
