@@ -325,6 +325,8 @@ func TestSearch(t *testing.T) {
 	hong := pay(order(decomposed, "01000000004", "hong@example.com", "박%셋", "070.0000.0005"))
 	odd := pay(order("100%_김", "010-000", "odd_@example.com", "100%_김", "010-000"))
 	both := pay(order("김하나", "010-0000-0006", "six@example.com", "김하나둘", "010-0000-0001"))
+	const wide = "\U0001d160" // of four bytes, and three such in NFC
+	long := pay(order(strings.Repeat(wide, maxText), strings.Repeat("0", maxText), "@"+strings.Repeat(wide, maxText-1), strings.Repeat(wide, maxText-1), strings.Repeat("0", maxText-1)))
 	for status := range 2 {
 		s.want(s.call(adminID, "PATCH", "/api/orders/"+kim, map[string]int{"status": status + 1}), 200, "")
 	}
@@ -339,6 +341,7 @@ func TestSearch(t *testing.T) {
 		{"odd_@example.com", "", []string{odd}}, {"oddx@example.com", "", nil},
 		{"김", "", []string{both, gift, kim}}, {"김하나", "", []string{both, kim}}, {"김하나둘", "", []string{both}}, {"하나", "", nil}, {"이둘", "", []string{gift}},
 		{"홍길", "", []string{hong}}, {decomposed, "", []string{hong}}, {"100%", "", []string{odd}}, {"100%_김", "", []string{odd}},
+		{wide, "", []string{long}}, {strings.Repeat("0", maxSearch), "", nil},
 		{"%", "", nil}, {"_", "", nil}, {"박_셋", "", nil}, {"박%", "", []string{hong}}, {`\`, "", nil}, {"'", "", nil},
 		{"김", "&status=2", []string{kim}}, {"김", "&status=0", []string{both, gift}}, {"김", "&status=3", nil}, {"01000000001", "&status=2", []string{kim}},
 		{"HANA@example.com", "&status=0", nil},
