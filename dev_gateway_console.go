@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -12,10 +13,12 @@ import (
 
 // window is the payment window as a call, for local development: POST {"merchant_uid", "amount", "status":
 // "paid" (default), "failed", "ready" or "vbank", "notify": also give notice of it} → {"imp_uid", "merchant_uid"}. "vbank" issues a
-// virtual account and is "ready" until its deposit.
+// virtual account and is "ready" until its deposit. With "paymentId" in place of "merchant_uid" it is V2's, and answers
+// {"paymentId", "txId"}; with the status "approved" the payment waits for manual approval, and "paymentToken" is answered, too.
 func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 	var request struct {
 		MerchantUID string `json:"merchant_uid"`
+		PaymentID   string `json:"paymentId"`
 		Amount      int64  `json:"amount"`
 		Status      string `json:"status"`
 		Notify      bool   `json:"notify"`
@@ -25,7 +28,10 @@ func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	p := fakePayment{
-		MerchantUID: request.MerchantUID, Amount: request.Amount, Status: cmp.Or(request.Status, "paid"),
+		MerchantUID: cmp.Or(request.PaymentID, request.MerchantUID), Amount: request.Amount, Status: cmp.Or(request.Status, "paid"),
+	}
+	if request.PaymentID != "" {
+		p.Version = fakeV2
 	}
 	problem := ""
 	switch {
@@ -33,6 +39,10 @@ func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 		problem = "merchant_uid는 1자 이상 40자 이하의 문자열이어야 합니다"
 	case p.Amount <= 0:
 		problem = "amount는 0보다 큰 정수여야 합니다"
+	case p.Version == fakeV2 && g.isPaidV2(p.MerchantUID):
+		problem = "paymentId: 이미 결제되었습니다"
+	case p.Version == fakeV2 && p.Status == "approved":
+		p.Status, p.PaymentToken = "ready", "token_"+rand.Text()
 	case !slices.Contains([]string{"paid", "failed", "ready", "vbank"}, p.Status):
 		problem = "status는 paid, failed, ready, vbank 중 하나여야 합니다"
 	}
@@ -45,7 +55,22 @@ func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 	}
 	p.ImpUID = g.pay(p)
 	g.act(p.ImpUID, request.Notify, func(*fakePayment) string { return "" })
-	writeFakeJSON(w, http.StatusOK, map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID})
+	answer := map[string]string{"imp_uid": p.ImpUID, "merchant_uid": p.MerchantUID}
+	if p.Version == fakeV2 {
+		answer = map[string]string{"paymentId": p.MerchantUID, "txId": p.ImpUID}
+	}
+	if p.PaymentToken != "" {
+		answer["paymentToken"] = p.PaymentToken
+	}
+	writeFakeJSON(w, http.StatusOK, answer)
+}
+
+// isPaidV2 reports whether an attempt of V2 with this paymentId was ever paid: then there is no other.
+func (g *fakeGateway) isPaidV2(paymentID string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.v2Payment(paymentID)
+	return p != nil && p.Version == fakeV2 && !p.PaidAt.IsZero()
 }
 
 // listPayments lists the payments of an order as a call, for local development: GET ?merchant_uid=… → an array of them as the API
@@ -65,8 +90,8 @@ func (g *fakeGateway) listPayments(w http.ResponseWriter, r *http.Request) {
 }
 
 // console is what can happen to a payment afterwards as a call, for local development: POST {"do": "refund" ("amount": 0 is all
-// that is left), "chargeback", "refuse" (all refunds from now on), "deposit" or "expire" (both of a virtual account), "notify":
-// also give notice of it}. Without "notify" the notice is lost. It answers the payment as the API shows it.
+// that is left), "chargeback", "refuse" (all refunds from now on), "deposit" or "expire" (both of a virtual account), and of V2 "late" (refunds
+// from now on wait), "finish" or "fail" (both of a refund that waits), "notify": also give notice of it}. Without "notify" the notice is lost. It answers the payment as the API shows it.
 func (g *fakeGateway) console(w http.ResponseWriter, r *http.Request) {
 	var request struct {
 		Do     string `json:"do"`
@@ -90,8 +115,12 @@ func (g *fakeGateway) console(w http.ResponseWriter, r *http.Request) {
 			problem = g.payIn(p)
 		case "expire":
 			problem = g.endAccount(p)
+		case "late":
+			problem = g.delayRefunds(p)
+		case "finish", "fail":
+			problem = g.endRefund(p, request.Do == "finish")
 		default:
-			problem = "do는 refund, chargeback, refuse, deposit, expire 중 하나여야 합니다"
+			problem = "do는 refund, chargeback, refuse, deposit, expire, late, finish, fail 중 하나여야 합니다"
 		}
 		if problem == "" {
 			shown = p.object()
@@ -135,6 +164,16 @@ func (g *fakeGateway) refuseRefunds(p *fakePayment) (problem string) {
 		return fakeNoTarget
 	}
 	p.RefundsRefused = "카드사 거절"
+	g.save()
+	return ""
+}
+
+// delayRefunds has the refunds of a payment of V2 wait from now on. It needs the lock.
+func (g *fakeGateway) delayRefunds(p *fakePayment) (problem string) {
+	if p == nil || p.Version != fakeV2 {
+		return fakeNoTarget
+	}
+	p.RefundsLate = true
 	g.save()
 	return ""
 }

@@ -117,7 +117,7 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 			return decision{state: known.state, reason: known.reason}
 		case known != nil, p.status != gatewayPaid && p.status != gatewayCancelled:
 			return decision{}
-		case !p.isKRW() || p.amount != l.total || p.cancelled != 0:
+		case !p.isKRW() || p.amount != l.total || p.cancelled != 0 || p.refundPending:
 			return decision{state: stateRefunding, reason: reasonAmount}
 		case l.status == statusCancelled:
 			return decision{state: stateRefunding, reason: reasonCancelled}

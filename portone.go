@@ -221,7 +221,7 @@ func (g *portoneClient) sendCancel(ctx context.Context, c cancelRequest, before 
 		request["refundAccount"] = map[string]string{"bank": a.Bank, "number": a.Number, "holderName": a.Holder}
 	}
 	// A refund that is tried again because its answer was lost has the same key. What was refused is asked for anew.
-	attempt := fmt.Sprintf("refund-%s-%d-%d-%d", c.impUID, c.remaining, c.refusals, before.failedRefunds)
+	attempt := fmt.Sprintf("lumiere-refund-%s-%d-%d-%d", c.impUID, c.remaining, c.refusals, before.failedRefunds)
 	answer, err := g.change(ctx, "cancel", paymentPath(c.orderID, "/cancel"), attempt, request)
 	refusal, refused := errors.AsType[*gatewayRefusal](err)
 	switch {
@@ -270,7 +270,7 @@ func (g *portoneClient) confirm(ctx context.Context, c confirmRequest) error {
 	if !g.sandbox {
 		request["isTest"] = false
 	}
-	attempt := fmt.Sprintf("confirm-%x", sha256.Sum256([]byte(c.orderID+" "+c.token)))
+	attempt := fmt.Sprintf("lumiere-confirm-%x", sha256.Sum256([]byte(c.orderID+" "+c.token)))
 	_, err := g.change(ctx, "confirm", paymentPath(c.orderID, "/confirm"), attempt, request)
 	return err
 }

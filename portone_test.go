@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"reflect"
 	"slices"
 	"strings"
@@ -803,6 +805,21 @@ func TestRefundFailsLater(t *testing.T) {
 	s.wantBalanced()
 }
 
+// Money that is on its way back pays for nothing, even if it has not arrived.
+func TestPaidWithMoneyThatGoesBack(t *testing.T) {
+	s := newShop(t, withV2)
+	order := s.order(buyerA, s.painting(99000))
+	txID := s.fake.pay(fakePayment{Version: fakeV2, MerchantUID: order, Amount: 109000, Refunds: []fakeRefund{{Amount: 9000, State: "REQUESTED"}}})
+	s.wantNaming(s.reportV2(order), 400, "위조")
+	if s.statusOf(order) != statusUnpaid || s.row(txID) != "refunding: "+reasonAmount || s.fake.calls("v2 cancel") != 0 {
+		t.Fatal(s.row(txID))
+	}
+	check(t, s.fake.act(txID, false, func(p *fakePayment) string { return s.fake.endRefund(p, true) }))
+	s.later(time.Hour)
+	s.wantMoney(txID, 109000)
+	s.wantBalanced()
+}
+
 // Whatever becomes of the call, the money goes back once.
 func TestCancelV2ThroughTrouble(t *testing.T) {
 	for name, f := range map[string]fault{
@@ -973,4 +990,42 @@ func TestEachGatewayIsObserved(t *testing.T) {
 	if a := s.want(s.ready(), 200, ""); !strings.Contains(a.body, gatewayDown) {
 		t.Error(a.body)
 	}
+}
+
+// The payment window and the console of local development speak V2, too.
+func TestFakePortoneWindow(t *testing.T) {
+	g := newTestGateway(newTestClock().Now)
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /local/payments", g.window)
+	mux.HandleFunc("POST /local/payments/{imp_uid}", g.console)
+	call := func(path, body string, status int) (answer map[string]any) {
+		t.Helper()
+		w := httptest.NewRecorder()
+		mux.ServeHTTP(w, httptest.NewRequest("POST", "/local/payments"+path, strings.NewReader(body)))
+		if w.Code != status || json.Unmarshal(w.Body.Bytes(), &answer) != nil {
+			t.Errorf("%s %s: %d %s", path, body, w.Code, w.Body)
+		}
+		return answer
+	}
+	first := call("", `{"paymentId":"p","amount":5900,"status":"failed"}`, 200)
+	approved := call("", `{"paymentId":"p","amount":5900,"status":"approved"}`, 200)
+	txID, _ := approved["txId"].(string)
+	if first["paymentId"] != "p" || first["txId"] == txID || first["paymentToken"] != nil || len(txID) != 36 || approved["paymentToken"] == nil {
+		t.Errorf("%v, %v", first, approved)
+	}
+	paid, _ := call("", `{"paymentId":"p","amount":5900}`, 200)["txId"].(string)
+	call("", `{"paymentId":"p","amount":5900}`, 400) // it is paid
+	call("/"+paid, `{"do":"late"}`, 200)
+	call("/"+paid, `{"do":"finish"}`, 400)
+	for _, row := range []struct {
+		do   string
+		back int64
+	}{{"fail", 0}, {"finish", 5900}} {
+		g.set(paid, func(p *fakePayment) { p.Refunds = append(p.Refunds, fakeRefund{Amount: 5900, State: "REQUESTED"}) })
+		call("/"+paid, `{"do":"`+row.do+`"}`, 200)
+		if p, _ := g.get(paid); p.Cancelled != row.back {
+			t.Errorf("%s: %+v", row.do, p)
+		}
+	}
+	call("/"+g.pay(fakePayment{MerchantUID: "o", Amount: 1}), `{"do":"late"}`, 400) // V1 has none
 }
