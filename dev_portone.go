@@ -17,8 +17,7 @@ import (
 	"time"
 )
 
-// The V2 side of the fake gateway: the same payments, as PortOne's V2 API shows them. The one that V1 made it shows, too, as the
-// true one does; V1 knows none of V2's.
+// The V2 side of the fake gateway. Like the true one, V2 shows payments that were made through V1, and V1 shows none of V2's.
 
 // fakeV2 is the Version of a payment made through V2.
 const fakeV2 = "V2"
