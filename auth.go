@@ -86,6 +86,9 @@ func (t *tokens) verify(token string) (verifiedToken, error) {
 	if _, has := parsed.Header["crit"]; has {
 		return verifiedToken{}, errors.New("the token has extensions that must be understood")
 	}
+	if _, has := claims["aud"]; has { // the login service names no audience, so it is never this one
+		return verifiedToken{}, errors.New("the token is for another audience")
+	}
 	text, _ := claims["id"].(string)
 	id, ok := parseID(text)
 	if !ok {
