@@ -68,38 +68,46 @@ type importResult struct {
 func (s *store) importPaintings(ctx context.Context, paintings []painting) (result importResult, err error) {
 	result.loaded = len(paintings)
 	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `CREATE TEMPORARY TABLE incoming ON COMMIT DROP AS
-			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM products WITH NO DATA`); err != nil {
-			return err
-		}
-		columns := []string{"id", "artist_id", "artist_name", "title", "image", "size", "canvas", "price", "for_sale"}
-		if _, err := tx.CopyFrom(ctx, pgx.Identifier{"incoming"}, columns, pgx.CopyFromSlice(len(paintings), func(i int) ([]any, error) {
-			p := &paintings[i]
-			return []any{p.id, p.artistID, p.artistName, p.title, p.image, p.size, int32(p.canvas), p.price, p.forSale}, nil
-		})); err != nil {
-			return err
-		}
+		columns := paintingColumns(paintings)
 		// In id order, the order in which paintings are always locked. What is counted under these locks is what the next statement finds.
 		if err := tx.QueryRow(ctx, `
 			WITH existing AS MATERIALIZED (
 				SELECT p.id, p.order_id IS NOT NULL AS ordered, p.for_sale, i.for_sale AS wanted
-				FROM products p JOIN incoming i ON i.id = p.id ORDER BY p.id FOR NO KEY UPDATE OF p)
-			SELECT $1::bigint - count(*), count(*) FILTER (WHERE wanted AND NOT for_sale AND NOT ordered),
+				FROM products p JOIN `+incomingPaintings+` ON i.id = p.id ORDER BY p.id FOR NO KEY UPDATE OF p)
+			SELECT cardinality($1) - count(*), count(*) FILTER (WHERE wanted AND NOT for_sale AND NOT ordered),
 				count(*) FILTER (WHERE NOT wanted AND for_sale AND NOT ordered),
 				array_agg(id ORDER BY id) FILTER (WHERE wanted <> for_sale AND ordered)
-			FROM existing`, len(paintings)).Scan(&result.added, &result.onSale, &result.offSale, &result.ordered); err != nil {
+			FROM existing`, columns...).Scan(&result.added, &result.onSale, &result.offSale, &result.ordered); err != nil {
 			return err
 		}
 		_, err := tx.Exec(ctx, `
 			INSERT INTO products (id, artist_id, artist_name, title, image, size, canvas, price, for_sale)
-			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM incoming ORDER BY id
+			SELECT id, artist_id, artist_name, title, image, size, canvas, price, for_sale FROM `+incomingPaintings+` ORDER BY id
 			ON CONFLICT (id) DO UPDATE SET artist_id = excluded.artist_id, artist_name = excluded.artist_name,
 				title = excluded.title, image = excluded.image, size = excluded.size, canvas = excluded.canvas,
 				price = excluded.price,
-				for_sale = CASE WHEN products.order_id IS NULL THEN excluded.for_sale ELSE products.for_sale END`)
+				for_sale = CASE WHEN products.order_id IS NULL THEN excluded.for_sale ELSE products.for_sale END`, columns...)
 		return err
 	})
 	return result, err
+}
+
+// incomingPaintings are the rows of paintingColumns. A temporary table would need a right that the service's role must not have:
+// one that is named like a table of the schema is found instead of it, even by the triggers.
+const incomingPaintings = `unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::integer[], $8::bigint[], $9::boolean[])
+	AS i (id, artist_id, artist_name, title, image, size, canvas, price, for_sale)`
+
+// paintingColumns returns the columns of incomingPaintings.
+func paintingColumns(paintings []painting) []any {
+	n := len(paintings)
+	ids, artistIDs, artistNames, titles, images, sizes := make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
+	canvases, prices, forSale := make([]int32, n), make([]int64, n), make([]bool, n)
+	for i := range paintings {
+		p := &paintings[i]
+		ids[i], artistIDs[i], artistNames[i], titles[i], images[i], sizes[i] = p.id, p.artistID, p.artistName, p.title, p.image, p.size
+		canvases[i], prices[i], forSale[i] = int32(p.canvas), p.price, p.forSale
+	}
+	return []any{ids, artistIDs, artistNames, titles, images, sizes, canvases, prices, forSale}
 }
 
 // ---- whether a painting is for sale
