@@ -27,7 +27,7 @@ Usage:
   lumiere                                    serve
   lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
   lumiere audit [-since 24h] [-json]         compare the ledger with the gateway; exit 0 only when they balance
-  lumiere migrate                            bring the schema up to date; serving does it too
+  lumiere migrate                            bring the schema up to date, as the role that owns it
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
   lumiere healthcheck [-live]                exit 0 when the running service is ready; -live: when it is alive
   lumiere version                            print the version

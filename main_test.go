@@ -124,6 +124,35 @@ func databaseVia(t *testing.T, databaseURL string, options ...string) string {
 	return u.String()
 }
 
+// makeServiceRole makes the role lumiere_service, unless the server has it, keeps it from making tables as roles.sql does, and
+// returns the database's connection string with that role.
+func makeServiceRole(t testing.TB, databaseURL string) string {
+	t.Helper()
+	c, err := pgx.ParseConfig(databaseURL)
+	check(t, err)
+	execSQL(t, databaseURL, fmt.Sprintf(`
+		DO $$ BEGIN CREATE ROLE lumiere_service LOGIN PASSWORD '%s'; EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;
+		REVOKE TEMPORARY ON DATABASE %s FROM PUBLIC;
+		REVOKE CREATE ON SCHEMA public FROM PUBLIC`, c.Password, c.Database))
+	return withRole(t, databaseURL, "lumiere_service")
+}
+
+// withRole returns the connection string, an URL or keywords and values, with another role, which has the same password.
+func withRole(t testing.TB, connString, role string) string {
+	t.Helper()
+	if !strings.Contains(connString, "://") {
+		return connString + " user=" + role
+	}
+	u, err := url.Parse(connString)
+	check(t, err)
+	if password, has := u.User.Password(); has {
+		u.User = url.UserPassword(role, password)
+	} else {
+		u.User = url.User(role)
+	}
+	return u.String()
+}
+
 // execSQL runs one statement on a connection of its own.
 func execSQL(t testing.TB, databaseURL, sql string) {
 	t.Helper()
@@ -298,16 +327,18 @@ const (
 )
 
 // shop is the whole service of one test: its own database, a gateway and a clock that moves when told to. The
-// reconciler runs when a test calls its Round.
+// reconciler runs when a test calls its Round. Its store has the service's role; what a test does to the database by hand it
+// does through config.databaseURL, which is a superuser's.
 type shop struct {
 	*server
-	t      testing.TB
-	clock  *testClock
-	fake   *testGateway
-	logged *bytes.Buffer // what it logged; read it when nothing runs
-	traced *tracer
-	url    string // empty: without a network
-	called string // the X-Request-Id of its calls; empty: the service makes one
+	t         testing.TB
+	clock     *testClock
+	fake      *testGateway
+	logged    *bytes.Buffer // what it logged; read it when nothing runs
+	traced    *tracer
+	asService string // the connection string of its store
+	url       string // empty: without a network
+	called    string // the X-Request-Id of its calls; empty: the service makes one
 }
 
 // newShop opens a shop. change, when given, changes its configuration first.
@@ -349,11 +380,14 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	if c.databaseURL == "" {
 		c.databaseURL = newTestDatabase(s.t)
 	}
+	s.asService = makeServiceRole(s.t, c.databaseURL)
+	owner, err := openMigratedStore(context.Background(), c.databaseURL)
+	check(s.t, err)
+	owner.close()
 	s.traced = &tracer{}
-	store, err := openStore(context.Background(), c.databaseURL, s.traced)
+	store, err := openStore(context.Background(), s.asService, s.traced)
 	check(s.t, err)
 	s.t.Cleanup(store.close)
-	check(s.t, store.migrate(context.Background(), migrations()))
 	s.server = newServer(c, store, transport, slog.New(slog.NewJSONHandler(s.logged, nil)), s.clock.Now)
 	for _, g := range s.settler.gateways {
 		switch g := g.(type) {

@@ -17,6 +17,11 @@ import (
 //go:embed schema.sql
 var schemaSQL string
 
+// grantsSQL grants the role lumiere_service what the program needs.
+//
+//go:embed grants.sql
+var grantsSQL string
+
 // migrationHeader matches the line that begins a migration in schema.sql.
 var migrationHeader = regexp.MustCompile(`(?m)^-- step \d+:`)
 
@@ -56,6 +61,9 @@ const (
 	migrationTries = 10
 )
 
+// lockMigrations lets one replica at a time change the schema and its privileges, until its transaction ends.
+const lockMigrations = `SELECT pg_advisory_xact_lock(4820561379)`
+
 // migrate applies those of migrations that the database does not have yet, each in a transaction. Replicas that start
 // together take turns. A database with more migrations belongs to a newer release and is left as it is.
 func (s *store) migrate(ctx context.Context, migrations []string) error {
@@ -71,8 +79,24 @@ func (s *store) migrate(ctx context.Context, migrations []string) error {
 	return nil
 }
 
-// migrateAll applies those of the program's migrations that the database does not have yet.
-func (s *store) migrateAll(ctx context.Context) error { return s.migrate(ctx, migrations()) }
+// migrateAll applies those of the program's migrations that the database does not have yet, and grants the service's role what
+// the program needs. With a role that may not, it fails when there is something to apply.
+func (s *store) migrateAll(ctx context.Context) error {
+	older := s.checkSchema(ctx)
+	if notAllowed(older) {
+		return older
+	}
+	if older != nil {
+		err := s.migrate(ctx, migrations())
+		if notAllowed(err) {
+			return fmt.Errorf("%w (%w)", older, err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return s.grant(ctx)
+}
 
 // migrateEmpty is migrateAll for an empty database, and checkSchema for any other.
 func (s *store) migrateEmpty(ctx context.Context) error {
@@ -86,10 +110,39 @@ func (s *store) migrateEmpty(ctx context.Context) error {
 // from a laptop, must not migrate the database of the service.
 func (s *store) checkSchema(ctx context.Context) error {
 	version, err := s.schemaVersion(ctx)
+	if notAllowed(err) {
+		return fmt.Errorf("%w: run lumiere migrate first, as the owner of the tables: it grants lumiere_service what it needs", err)
+	}
 	if newest := len(migrations()); err == nil && version < newest {
-		err = fmt.Errorf("its schema is at step %d and this program needs step %d: run lumiere migrate first", version, newest)
+		err = fmt.Errorf("its schema is at step %d and this program needs step %d: run lumiere migrate first, as the owner of the tables",
+			version, newest)
 	}
 	return err
+}
+
+// grant has the service's role do what grantsSQL says, and no more. It does nothing when there is no such role, when this
+// connection's role does not own the tables, or when the database belongs to a newer release, which grants more.
+func (s *store) grant(ctx context.Context) error {
+	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, lockMigrations); err != nil {
+			return err
+		}
+		var due bool
+		if err := tx.QueryRow(ctx, `
+			SELECT pg_has_role(relowner, 'USAGE') AND EXISTS (SELECT FROM pg_roles WHERE rolname = 'lumiere_service')
+				AND (SELECT max(step) FROM schema_steps) = $1
+			FROM pg_class WHERE oid = 'schema_steps'::regclass`, len(migrations())).Scan(&due); err != nil || !due {
+			return err
+		}
+		_, err := tx.Conn().PgConn().Exec(ctx, grantsSQL).ReadAll() // several statements, so the simple protocol
+		return err
+	})
+}
+
+// notAllowed reports whether err means that the connection's role may not do what it tried.
+func notAllowed(err error) bool {
+	pg, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && pg.Code == codeInsufficientPrivilege
 }
 
 // retryMigration applies migration n, and tries again while others hold the locks that it needs.
@@ -119,7 +172,7 @@ func lockedOut(err error) bool {
 // applyMigration applies migration n in a transaction, unless the database has it already.
 func (s *store) applyMigration(ctx context.Context, n int, migration string) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(4820561379)`); err != nil { // one replica at a time
+		if _, err := tx.Exec(ctx, lockMigrations); err != nil {
 			return err
 		}
 		if _, err := tx.Exec(ctx, `CREATE TABLE IF NOT EXISTS schema_steps (

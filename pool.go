@@ -57,16 +57,17 @@ func openPool(ctx context.Context, url string, trace pgx.QueryTracer) (*pgxpool.
 
 // The SQLSTATEs that this program tells apart, from appendix A of PostgreSQL's manual.
 const (
-	codeReadOnly             = "25006" // read_only_sql_transaction: the server is a standby
-	codeSerializationFailure = "40001"
-	codeDeadlock             = "40P01" // deadlock_detected
-	codeUndefinedTable       = "42P01"
-	codeLockNotAvailable     = "55P03"
-	codeQueryCanceled        = "57014"
-	codeAdminShutdown        = "57P01"
-	codeCrashShutdown        = "57P02"
-	codeCannotConnectNow     = "57P03" // the server is starting up or shutting down
-	codeIdleSessionTimeout   = "57P05"
+	codeReadOnly              = "25006" // read_only_sql_transaction: the server is a standby
+	codeSerializationFailure  = "40001"
+	codeDeadlock              = "40P01" // deadlock_detected
+	codeUndefinedTable        = "42P01"
+	codeInsufficientPrivilege = "42501"
+	codeLockNotAvailable      = "55P03"
+	codeQueryCanceled         = "57014"
+	codeAdminShutdown         = "57P01"
+	codeCrashShutdown         = "57P02"
+	codeCannotConnectNow      = "57P03" // the server is starting up or shutting down
+	codeIdleSessionTimeout    = "57P05"
 )
 
 // requireWritableServer makes connections skip servers that accept no writes. A connection whose server becomes a standby is

@@ -123,22 +123,21 @@ func runPgBouncer(t *testing.T, databaseURL string) string {
 	if account != nil {
 		check(t, os.Chown(dir, int(account.Uid), int(account.Gid)))
 	}
-	password := ""
-	if server.Password != "" {
-		password = "password=" + server.Password
-	}
+	users := fmt.Appendf(nil, "%q %q\n%q %q\n", server.User, server.Password, "lumiere_service", server.Password)
+	check(t, os.WriteFile(filepath.Join(dir, "users"), users, 0o644))
 	settings := filepath.Join(dir, "pgbouncer.ini")
 	check(t, os.WriteFile(settings, fmt.Appendf(nil, `
 [databases]
-%[1]s = host=%[2]s port=%[3]d user=%[4]s %[5]s
+%[1]s = host=%[2]s port=%[3]d
 [pgbouncer]
 pool_mode = transaction
 default_pool_size = 3
 listen_addr =
 listen_port = 6432
-unix_socket_dir = %[6]s
-auth_type = any
-`, server.Database, server.Host, server.Port, server.User, password, dir), 0o644))
+unix_socket_dir = %[4]s
+auth_type = trust
+auth_file = %[4]s/users
+`, server.Database, server.Host, server.Port, dir), 0o644))
 	var log bytes.Buffer
 	cmd := exec.CommandContext(t.Context(), program, settings)
 	cmd.Stderr = &log

@@ -653,7 +653,7 @@ func TestImportAndWhetherForSale(t *testing.T) {
 			if row.holder != "new" {
 				painting, _ = s.paintingIn(row.holder, row.before)
 			}
-			out, err := command(t, s.config.databaseURL, "["+importEntry(painting, row.inFile)+"]", "import", "-")
+			out, err := command(t, s.asService, "["+importEntry(painting, row.inFile)+"]", "import", "-")
 			check(t, err)
 			want := "1 paintings imported: " + row.said + "\n"
 			if row.named {
@@ -685,7 +685,7 @@ func TestImportCountsAndNamesAll(t *testing.T) {
 	for _, id := range on {
 		entries = append(entries, importEntry(id, true))
 	}
-	out, err := command(t, s.config.databaseURL, "["+strings.Join(entries, ",")+"]", "import", "-")
+	out, err := command(t, s.asService, "["+strings.Join(entries, ",")+"]", "import", "-")
 	const kept = ": an order has it, so whether it is for sale was not changed\n"
 	want := "8 paintings imported: 1 new, 3 put on sale, 2 taken off sale\n" + held[0] + kept + held[1] + kept
 	if err != nil || out != want {
@@ -702,7 +702,7 @@ func TestImportOfWhatCartItemsAnswered(t *testing.T) {
 	if !strings.Contains(file, `"inStock":false`) {
 		t.Fatalf("nothing is held: %s", file)
 	}
-	out, err := command(t, s.config.databaseURL, strings.ReplaceAll(file, "99000", "120000"), "import", "-")
+	out, err := command(t, s.asService, strings.ReplaceAll(file, "99000", "120000"), "import", "-")
 	check(t, err)
 	if !strings.Contains(out, held) || strings.Contains(out, free) {
 		t.Errorf("printed %q", out)
@@ -746,7 +746,7 @@ func TestImportRacesWithAnOrder(t *testing.T) {
 			calls := []func(){
 				func() { ordered = s.call(buyerA, "POST", "/api/orders", orderBody(newNumber(), painting)) },
 				func() {
-					printed, err = command(t, s.config.databaseURL, "["+catalogueEntry(painting, "true", "false")+"]", "import", "-")
+					printed, err = command(t, s.asService, "["+catalogueEntry(painting, "true", "false")+"]", "import", "-")
 				},
 			}
 			if row.importFirst {

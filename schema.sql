@@ -1,8 +1,9 @@
 -- The truth about paintings, orders and money.
 --
 -- Numbered, forward-only steps. Each is applied once, in order, in a transaction of its own under an advisory lock, by
--- whichever replica starts first (migrate in store.go). A released step is never edited: a change is a new step, and one
--- that the program of the step before can live with, since old replicas still run while the new one starts:
+-- `lumiere migrate`, or by whichever replica starts first if its role owns the tables. What the service's role may do with them
+-- is in grants.sql. A released step is never edited: a change is a new step, and one that the program of the step before can
+-- live with, since old replicas still run while the new one starts:
 -- - It adds. What it replaces is dropped by a later release, when no program is left that uses it. A new column may be null
 --   or has a constant default; a new constraint is NOT VALID, and validated by a step after it.
 -- - It is short, and changes one busy table. It gets half a second to lock it, a few times: nobody waits behind it for longer.

@@ -173,7 +173,9 @@ func TestPlans(t *testing.T) {
 // countPlans counts what the database plans for this shop, its triggers' statements too.
 func (s *shop) countPlans() *atomic.Int64 {
 	var planned atomic.Int64
-	config := s.store.pool.Config()
+	config, err := pgxpool.ParseConfig(s.config.databaseURL) // of a superuser, who alone may have the planner's statistics logged
+	check(s.t, err)
+	config.MaxConns, config.ConnConfig.Tracer = s.store.pool.Config().MaxConns, s.traced
 	config.ConnConfig.RuntimeParams["log_planner_stats"] = "on"
 	config.ConnConfig.RuntimeParams["client_min_messages"] = "log"
 	config.ConnConfig.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
@@ -182,7 +184,6 @@ func (s *shop) countPlans() *atomic.Int64 {
 		}
 	}
 	s.store.pool.Close()
-	var err error
 	s.store.pool, err = pgxpool.NewWithConfig(s.t.Context(), config)
 	check(s.t, err)
 	return &planned
@@ -226,6 +227,7 @@ func TestSchemaDefendsItself(t *testing.T) {
 	s.fake.faultOnce("cancel", fault{before: answer500})
 	s.want(s.report(refunding), 409, "")
 
+	owner := openTestStore(t, s.config.databaseURL) // what keeps the service's role from most of these is tested in migrate_test.go
 	insertPayment := `INSERT INTO payments (imp_uid, order_id, created_at, updated_at, state, reason, currency, amount, refunded)
 		VALUES ('imp_x', '` + unpaid + `', now(), now(), `
 	copyOrder := `INSERT INTO orders SELECT (json_populate_record(o, '{"id": "61a7adc903b7708e5dbba693", "number": "another", "ended": null}')).* FROM orders o WHERE id = '` + unpaid + `'`
@@ -294,7 +296,7 @@ func TestSchemaDefendsItself(t *testing.T) {
 		{`TRUNCATE history`, "history_are_kept"},
 		{`TRUNCATE orders CASCADE`, "orders_are_kept"},
 	} {
-		_, err := s.store.pool.Exec(t.Context(), row.sql, pgx.QueryExecModeSimpleProtocol)
+		_, err := owner.pool.Exec(t.Context(), row.sql, pgx.QueryExecModeSimpleProtocol)
 		if err == nil || constraintOf(err) != row.constraint {
 			t.Errorf("%s: %v (constraint %q)", row.sql, err, constraintOf(err))
 		}
@@ -312,15 +314,16 @@ func TestSchemaDefendsItselfAgainstTwo(t *testing.T) {
 		INSERT INTO payments (imp_uid, order_id, state, currency, amount, created_at, updated_at) VALUES ('imp_%[1]d', '` + order + `', 'kept', 'KRW', 109000, now(), now())`
 	take := `WITH made AS (INSERT INTO orders SELECT (json_populate_record(o, '{"id": "%024[1]d", "user_id": "%024[1]d", "ended": null}')).* FROM orders o WHERE id = '` + gone + `' RETURNING id)
 		UPDATE products SET order_id = made.id FROM made WHERE products.id = '` + painting + `'`
+	owner := openTestStore(t, s.config.databaseURL)
 	for sql, constraint := range map[string]string{keep: "payments_one_kept_per_order", take: "orders_and_paintings_agree"} {
-		first, err := s.store.pool.Begin(t.Context())
+		first, err := owner.pool.Begin(t.Context())
 		check(t, err)
 		defer first.Rollback(t.Context())
 		_, err = first.Exec(t.Context(), fmt.Sprintf(sql, 1))
 		check(t, err)
 		second := make(chan error)
 		go func() {
-			_, err := s.store.pool.Exec(t.Context(), fmt.Sprintf(sql, 2)) // it waits for the first, or comes after it
+			_, err := owner.pool.Exec(t.Context(), fmt.Sprintf(sql, 2)) // it waits for the first, or comes after it
 			second <- err
 		}()
 		check(t, first.Commit(t.Context()))
@@ -648,7 +651,7 @@ func startTogether(t *testing.T, databaseURL string) {
 	for range 5 {
 		store := openTestStore(t, databaseURL)
 		starting.Go(func() {
-			if err := store.migrate(t.Context(), migrations()); err != nil {
+			if err := store.migrateAll(t.Context()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -719,7 +722,7 @@ func TestNewerSchemaIsLeftAlone(t *testing.T) {
 	execSQL(t, s.config.databaseURL, fmt.Sprintf(`INSERT INTO schema_steps (step, applied_at) VALUES (%d, 'epoch')`, len(migrations())+1))
 	const state = `SELECT string_agg(step || ' ' || applied_at, ', ' ORDER BY step) FROM schema_steps`
 	before := queryText(t, s.config.databaseURL, state)
-	check(t, s.store.migrate(t.Context(), migrations()))
+	check(t, openTestStore(t, s.config.databaseURL).migrateAll(t.Context()))
 	if after := queryText(t, s.config.databaseURL, state); after != before {
 		t.Errorf("steps %s, before %s", after, before)
 	}
@@ -729,7 +732,7 @@ func TestNewerSchemaIsLeftAlone(t *testing.T) {
 func TestMigrationIsAppliedWholeOrNotAtAll(t *testing.T) {
 	s := newShop(t)
 	steps := append(migrations(), `CREATE TABLE half (); SELECT 1/0`)
-	if err := s.store.migrate(t.Context(), steps); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema step %d: ", len(steps))) {
+	if err := openTestStore(t, s.config.databaseURL).migrate(t.Context(), steps); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema step %d: ", len(steps))) {
 		t.Errorf("a broken step: %v", err)
 	}
 	if version, err := s.store.schemaVersion(t.Context()); version != len(migrations()) || err != nil {
@@ -750,9 +753,10 @@ func TestMigrationLetsOthersBy(t *testing.T) {
 	_, err = report.Exec(t.Context(), begin)
 	check(t, err)
 	steps := append(migrations(), `ALTER TABLE orders ADD COLUMN note text`)
-	s.store.migrationLockWait = 300 * time.Millisecond
+	owner := openTestStore(t, s.config.databaseURL)
+	owner.migrationLockWait = 300 * time.Millisecond
 	migrated := make(chan error, 1)
-	go func() { migrated <- s.store.migrate(t.Context(), steps) }()
+	go func() { migrated <- owner.migrate(t.Context(), steps) }()
 	waitUntil(t, "the migration waits for its lock", func() bool {
 		return queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
 			AND relation = 'orders'::regclass`) != "0"
@@ -765,8 +769,8 @@ func TestMigrationLetsOthersBy(t *testing.T) {
 
 	_, err = report.Exec(t.Context(), begin)
 	check(t, err)
-	s.store.migrationLockWait = time.Millisecond
-	if err := s.store.migrate(t.Context(), append(steps, `DROP TABLE orders CASCADE`)); !lockedOut(err) {
+	owner.migrationLockWait = time.Millisecond
+	if err := owner.migrate(t.Context(), append(steps, `DROP TABLE orders CASCADE`)); !lockedOut(err) {
 		t.Errorf("a step that never gets its lock: %v", err)
 	}
 }

@@ -130,7 +130,7 @@ func openCrash(t *testing.T) *crash {
 	c.fake.setFaults(func(call, _ string) fault { return c.chooseFault(faultRNG, call) })
 	gateway := httptest.NewServer(c.fake)
 	t.Cleanup(gateway.Close)
-	c.env = append(os.Environ(), "DATABASE_URL="+c.postgres.url, "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
+	c.env = append(os.Environ(), "DATABASE_URL="+makeServiceRole(t, c.postgres.url), "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
 		"IAMPORT_KEY="+c.fake.key, "IAMPORT_SECRET="+c.fake.secret, "PORT=0", "LOG_LEVEL=info", "TRUSTED_PROXIES=127.0.0.1",
 		"ORDER_HOLD="+crashHold.String(), "RECONCILE_INTERVAL="+crashInterval.String())
 
@@ -139,6 +139,9 @@ func openCrash(t *testing.T) *crash {
 		c.paintings = append(c.paintings, newTestID())
 		entries = append(entries, catalogueEntry(c.paintings[len(c.paintings)-1], "", ""))
 	}
+	owner, err := openMigratedStore(t.Context(), c.postgres.url)
+	check(t, err)
+	owner.close()
 	importing := c.command("import", "-")
 	importing.Stdin = strings.NewReader("[" + strings.Join(entries, ",") + "]")
 	if out, err := importing.CombinedOutput(); err != nil {
