@@ -88,7 +88,7 @@ const lockRevivable = `
 		SELECT u.id, u.product_ids, (u.confirming_until > $3) IS TRUE AS confirming
 		FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
 	locked AS (
-		SELECT p.id, p.price, p.for_sale AND (p.order_id IS NULL OR p.order_id = (SELECT id FROM unpaid WHERE NOT confirming)) AS free
+		SELECT p.id, p.price, p.for_sale AND (p.order_id IS NULL OR p.order_id IS NOT DISTINCT FROM (SELECT id FROM unpaid WHERE NOT confirming)) AS free
 		FROM products p WHERE p.id = ANY((SELECT product_ids FROM o)::text[] || coalesce((SELECT product_ids FROM unpaid), '{}'))
 		ORDER BY p.id FOR NO KEY UPDATE)
 	SELECT coalesce(bool_and(l.free) AND sum(l.price) = min(o.price), false) AND NOT EXISTS (
