@@ -10,14 +10,15 @@ import (
 )
 
 // batcher combines concurrent look-ups by key into one query. While a query runs, the keys of further callers collect in the
-// next batch, which runs as soon as the query returns. A lone caller does not wait, and nothing is cached: a query takes no
-// keys after it has started, so a result is never older than the call that asked for it.
+// next batch, which runs as soon as the query returns, or has taken long. A lone caller does not wait, and nothing is cached: a
+// query takes no keys after it has started, so a result is never older than the call that asked for it.
 //
 // A batcher is safe for concurrent use.
 type batcher[K comparable, V any] struct {
 	query   func(context.Context, []K) (map[K]V, error)
 	mu      sync.Mutex     // guards what follows, and the keys of waiting batches
-	running bool           // a goroutine is in run
+	running int            // goroutines in run
+	overdue int            // of those, the ones whose query has taken longer than longQuery
 	waiting []*batch[K, V] // batches that have not started, oldest first
 }
 
@@ -25,6 +26,8 @@ type batcher[K comparable, V any] struct {
 type batch[K comparable, V any] struct {
 	keys     []K
 	deadline time.Time // of the query; it counts from the batch's first caller, however long earlier batches take
+	overdue  bool      // the query has taken longer than longQuery; guarded by the batcher's mu, as ended is
+	ended    bool
 	done     chan struct{}
 	result   map[K]V
 	err      error
@@ -34,7 +37,14 @@ type batch[K comparable, V any] struct {
 // may exceed it.
 const maxBatchKeys = 1000
 
-// newBatcher returns a batcher that calls query, one call at a time. Keys without a value are missing from query's map. The
+const (
+	// longQuery is after which time a query no longer keeps the next one waiting. It may have met a connection that hangs.
+	longQuery = 100 * time.Millisecond
+	// maxQueries bounds the queries that run at once when all of them take long.
+	maxQueries = 4
+)
+
+// newBatcher returns a batcher that calls query. Keys without a value are missing from query's map. The
 // keys that it is given may repeat.
 func newBatcher[K comparable, V any](query func(context.Context, []K) (map[K]V, error)) *batcher[K, V] {
 	return &batcher[K, V]{query: query}
@@ -68,20 +78,25 @@ func (b *batcher[K, V]) join(keys []K) *batch[K, V] {
 		b.waiting = append(b.waiting, last)
 	}
 	last.keys = append(last.keys, keys...)
-	if !b.running {
-		b.running = true
-		go b.run()
-	}
+	b.start()
 	return last
 }
 
-// run executes batches until none is waiting.
+// start has the waiting batches executed, unless a query is running that will end soon. The caller holds mu.
+func (b *batcher[K, V]) start() {
+	if len(b.waiting) > 0 && b.running == b.overdue && b.running < maxQueries {
+		b.running++
+		go b.run()
+	}
+}
+
+// run executes batches until none is waiting, or another goroutine does so.
 func (b *batcher[K, V]) run() {
 	for {
 		runtime.Gosched() // goroutines that are about to call get join this batch
 		b.mu.Lock()
-		if len(b.waiting) == 0 {
-			b.running = false
+		if len(b.waiting) == 0 || b.running-b.overdue > 1 {
+			b.running--
 			b.mu.Unlock()
 			return
 		}
@@ -102,5 +117,29 @@ func (b *batcher[K, V]) exec(next *batch[K, V]) {
 	}()
 	ctx, cancel := context.WithDeadline(context.Background(), next.deadline)
 	defer cancel()
+	timer := time.AfterFunc(longQuery, func() { b.takesLong(next) })
+	defer b.endQuery(next, timer)
 	next.result, next.err = b.query(ctx, next.keys)
+}
+
+// takesLong notes that the query of a batch takes long, so that the next one starts.
+func (b *batcher[K, V]) takesLong(of *batch[K, V]) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !of.ended {
+		of.overdue = true
+		b.overdue++
+		b.start()
+	}
+}
+
+// endQuery notes that the query of a batch has ended.
+func (b *batcher[K, V]) endQuery(of *batch[K, V], timer *time.Timer) {
+	timer.Stop()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	of.ended = true
+	if of.overdue {
+		b.overdue--
+	}
 }

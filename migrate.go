@@ -163,7 +163,7 @@ func (s *store) retryMigration(ctx context.Context, n int, migration string) err
 	}
 }
 
-// lockedOut reports whether err means that a migration did not get a lock because others held it.
+// lockedOut reports whether err means that a statement did not get a lock because others held it.
 func lockedOut(err error) bool {
 	pg, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && (pg.Code == codeLockNotAvailable || pg.Code == codeDeadlock)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgconn/ctxwatch"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -37,6 +38,7 @@ func openPool(ctx context.Context, url string, trace pgx.QueryTracer) (*pgxpool.
 	config.MaxConnLifetimeJitter = 5 * time.Minute
 	requireWritableServer(config.ConnConfig)
 	closeWithoutWaiting(config)
+	config.ConnConfig.BuildContextWatcherHandler = func(c *pgconn.PgConn) ctxwatch.Handler { return statementEnd{c.Conn()} }
 
 	var pool *pgxpool.Pool
 	// A connection that was idle for a second is pinged before it is used: its server may have gone away unnoticed.
@@ -44,7 +46,7 @@ func openPool(ctx context.Context, url string, trace pgx.QueryTracer) (*pgxpool.
 		if p.IdleDuration < time.Second {
 			return false
 		}
-		ctx, cancel := context.WithTimeout(ctx, config.ConnConfig.ConnectTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), config.ConnConfig.ConnectTimeout)
 		defer cancel()
 		if p.Conn.Ping(ctx) != nil {
 			pool.Reset() // the other connections go to the same server, and each would cost a timeout
@@ -101,6 +103,24 @@ func closeWithoutWaiting(config *pgxpool.Config) {
 	}
 	config.BeforeClose = func(conn *pgx.Conn) { conn.PgConn().Conn().Close() }
 }
+
+// statementEnd is what becomes of a connection when the context of its statement ends. pgx would close it at once, so that
+// clients which hang up would cost as many connections.
+type statementEnd struct{ conn net.Conn }
+
+// HandleCancel cuts the statement off when the deadline of its context has passed. A statement whose context was cancelled
+// before that goes on until then, for dbTimeout at most, and the connection is kept when it ends in time. Without a deadline
+// it is cut off at once.
+func (e statementEnd) HandleCancel(ctx context.Context) {
+	end := time.Now()
+	if deadline, ok := ctx.Deadline(); ok {
+		end = end.Add(min(time.Until(deadline), dbTimeout))
+	}
+	e.conn.SetDeadline(end)
+}
+
+// HandleUnwatchAfterCancel makes the connection usable again.
+func (e statementEnd) HandleUnwatchAfterCancel() { e.conn.SetDeadline(time.Time{}) }
 
 // unavailable reports whether err means that the database cannot be reached or cannot work now, so that the same call may
 // succeed later. Timeouts are among these errors.

@@ -96,19 +96,25 @@ func (t *settler) readList(ctx context.Context, g gateway, status gatewayStatus)
 		}
 	}
 	err = errors.Join(err, t.store.saveListRead(context.WithoutCancel(ctx), list, from, t.now(), 0))
-	if !gatewayResponded(err) {
+	if !gatewayResponded(err) || lockedOut(err) {
 		return nil // the next round goes on where this one ended
 	}
 	return err
 }
 
 // settleMoved settles what moved in a window of a list and is not in the ledger. A payment that cannot be read or settled is
-// logged and does not stand in the way of the others; the audit reports it.
+// logged and does not stand in the way of the others; the audit reports it. The error is one of lockedOut when a payment is
+// left for the next round because somebody has its order's row locked.
 func (t *settler) settleMoved(ctx context.Context, g gateway, status gatewayStatus, from, to time.Time) error {
 	var chunk []gatewayPayment
+	var locked error
 	settle := func() error {
-		defer func() { chunk = chunk[:0] }()
-		return t.settleUnsettled(ctx, chunk)
+		err := t.settleUnsettled(ctx, chunk)
+		chunk = chunk[:0]
+		if lockedOut(err) {
+			locked, err = err, nil
+		}
+		return err
 	}
 	for p, err := range g.movedBetween(ctx, status, from, to) {
 		switch {
@@ -125,10 +131,10 @@ func (t *settler) settleMoved(ctx context.Context, g gateway, status gatewayStat
 			}
 		}
 	}
-	return settle()
+	return errors.Join(settle(), locked)
 }
 
-// settleUnsettled settles those of payments that are ours and not in the ledger yet.
+// settleUnsettled settles those of payments that are ours and not in the ledger yet. It goes on after an error of lockedOut.
 func (t *settler) settleUnsettled(ctx context.Context, payments []gatewayPayment) error {
 	if len(payments) == 0 {
 		return nil
@@ -141,18 +147,24 @@ func (t *settler) settleUnsettled(ctx context.Context, payments []gatewayPayment
 	for _, id := range impUIDs {
 		unsettled[id] = true
 	}
+	var locked error
 	for _, p := range payments {
 		if !unsettled[p.impUID] {
 			continue
 		}
 		t.testHook("looked up", p.impUID)
-		if _, err := t.settle(ctx, byReconciler, p); unavailable(err) || !gatewayResponded(err) {
+		_, err := t.settle(ctx, byReconciler, p)
+		switch {
+		case lockedOut(err):
+			locked = err
+			t.log.Warn("payment not settled yet", "order", p.merchantUID, "imp_uid", p.impUID, "cause", err)
+		case unavailable(err) || !gatewayResponded(err):
 			return err
-		} else if err != nil && !errors.Is(err, errDepositAwaited) {
+		case err != nil && !errors.Is(err, errDepositAwaited):
 			t.log.Error("payment not settled", "order", p.merchantUID, "imp_uid", p.impUID, "cause", err)
 		}
 	}
-	return nil
+	return locked
 }
 
 // logUnreadable names the payments that cannot be read, each once in a while: every round reads them again.
@@ -187,6 +199,10 @@ func (t *settler) checkOrders(ctx context.Context) error {
 		var failed error
 		responded := forEachParallel(due, func(c paymentCheck) bool {
 			answer, err := t.checkOrder(ctx, c)
+			if lockedOut(err) { // by somebody's session: the lease ends by itself
+				t.log.Warn("order not checked yet", "order", c.id, "cause", err)
+				err = nil
+			}
 			mu.Lock()
 			failed = errors.Join(failed, err)
 			mu.Unlock()

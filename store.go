@@ -20,6 +20,7 @@ import (
 // then the same for any number, and PostgreSQL keeps it instead of planning at each call.
 type store struct {
 	pool      *pgxpool.Pool
+	gate      *gate
 	paintings *batcher[string, painting]
 	orders    *batcher[orderKey, order]
 	latest    *batcher[string, order]
@@ -46,7 +47,7 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*store, 
 	if err != nil {
 		return nil, err
 	}
-	s := &store{pool: pool, migrationLockWait: migrationLockWait}
+	s := &store{pool: pool, gate: newGate(int(pool.Config().MaxConns)), migrationLockWait: migrationLockWait}
 	s.paintings = newBatcher(s.readPaintings)
 	s.orders = newBatcher(s.readOrders)
 	s.latest = newBatcher(s.readLatest)
@@ -200,15 +201,33 @@ func (s *store) transact(ctx context.Context, batch *pgx.Batch) error {
 	return s.pool.SendBatch(ctx, batch).Close()
 }
 
+// change is transact for a batch that locks rows, of which it names those that many callers may want at once: the ids of an
+// order, of paintings, of a buyer. The batch begins with a statement that has shortLockWait.
+func (s *store) change(ctx context.Context, batch *pgx.Batch, rows ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	return s.gate.pass(ctx, rows, func() error { return s.pool.SendBatch(ctx, batch).Close() })
+}
+
+// exec is change for one statement.
+func (s *store) exec(ctx context.Context, sql string, args ...any) error {
+	batch := &pgx.Batch{}
+	batch.Queue(`SELECT ` + shortLockWait)
+	batch.Queue(sql, args...)
+	return s.change(ctx, batch)
+}
+
 const (
-	// setActor tells the database who makes the change; $1 is actor.setting.
-	setActor = `SELECT set_config('lumiere.change', $1, true)`
+	// shortLockWait has each statement of the transaction fail when it does not get a lock within a second, so that a row
+	// which somebody else has locked does not keep a connection for long.
+	shortLockWait = `set_config('lock_timeout', '1000', true)`
+	// setActor has shortLockWait, and tells the database who makes the change; $1 is actor.setting.
+	setActor = `SELECT set_config('lumiere.change', $1, true), ` + shortLockWait
 	// lockBuyer is setActor, and takes the lock under which the orders of buyer $2 change one at a time.
-	lockBuyer = `SELECT set_config('lumiere.change', $1, true), pg_advisory_xact_lock(hashtextextended($2, 0))`
+	lockBuyer = setActor + `, pg_advisory_xact_lock(hashtextextended($2, 0))`
 	// lockBuyerOf is lockBuyer for the buyer of the order $2. It also has the server end the transaction when its client is
 	// silent for 5 seconds between two statements: a replica that vanishes must not keep an order locked until TCP notices.
-	lockBuyerOf = `SELECT set_config('lumiere.change', $1, true), set_config('idle_in_transaction_session_timeout', '5000', true),
-		pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
+	lockBuyerOf = setActor + `, set_config('idle_in_transaction_session_timeout', '5000', true), pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
 )
 
 // newOrder is an order about to be made. Prices are the client's, to be compared with the catalogue's.
@@ -327,7 +346,7 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 		})
 		return err
 	})
-	if err := s.transact(ctx, batch); err != nil {
+	if err := s.change(ctx, batch, append([]string{o.userID}, o.productIDs...)...); err != nil {
 		return createResult{}, noStatus, err
 	}
 	return created, numberOf, nil
@@ -352,7 +371,7 @@ func (s *store) renewHold(ctx context.Context, by actor, o newOrder) (id string,
 		RETURNING orders.id`,
 		o.userID, o.number, o.shippingPrice, o.total, o.productIDs, o.createdAt, o.hold, o.prices, o.deliveryInfo, o.deliveryDetails, o.ordererInfo,
 	).QueryRow(oneRow(&id))
-	if err = s.transact(ctx, batch); errors.Is(err, errStale) {
+	if err = s.change(ctx, batch, o.userID); errors.Is(err, errStale) {
 		err = nil
 	}
 	return id, err
@@ -400,7 +419,7 @@ func (s *store) endUnpaid(ctx context.Context, by actor, id, why string, now tim
 		UPDATE orders SET ended = $2, updated_at = $3, next_look_at = NULL
 		WHERE id = $1 AND status = -1 AND ended IS NULL AND (confirming_until > $3) IS NOT TRUE
 		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, why, now).QueryRow(exactlyOne)
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, id)
 }
 
 // expireHold is endUnpaid for an order whose hold has ended. It returns errStale also when the hold has been begun anew.
@@ -411,7 +430,7 @@ func (s *store) expireHold(ctx context.Context, by actor, id string, now time.Ti
 		UPDATE orders SET ended = 'expired', updated_at = $2, next_look_at = NULL
 		WHERE id = $1 AND status = -1 AND ended IS NULL AND held_until <= $2 AND (confirming_until > $2) IS NOT TRUE
 		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, now).QueryRow(exactlyOne)
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, id)
 }
 
 // oneRow reads the row of a guarded change, and returns errStale when there is none.
@@ -440,7 +459,7 @@ func (s *store) advance(ctx context.Context, by actor, id string, from, to int, 
 	batch.Queue(`UPDATE orders SET status = $3, updated_at = $4, carrier = coalesce($5, carrier), parcel_number = coalesce($6, parcel_number)
 		WHERE id = $1 AND status = $2 AND ended IS NULL AND cancelling_since IS NULL RETURNING id`,
 		id, from, to, now, carrier, number).QueryRow(exactlyOne)
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, id)
 }
 
 // orderState is where an order stands, for a caller that wants to change it.

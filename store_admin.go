@@ -170,12 +170,9 @@ func digitsOf(search string) *string {
 
 // compactStatusCounts adds up the differences in order_tally once there are many.
 func (s *store) compactStatusCounts(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	_, err := s.pool.Exec(ctx, `
+	return s.exec(ctx, `
 		WITH old AS (DELETE FROM order_tally WHERE (SELECT count(*) FROM order_tally) > 100 RETURNING status, n)
 		INSERT INTO order_tally SELECT status, sum(n) FROM old GROUP BY status`)
-	return err
 }
 
 // openBalances is what stands open, for the metrics.

@@ -102,12 +102,27 @@ const lockRevivable = `
 func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
+	err = s.gate.pass(ctx, []string{p.merchantUID}, func() (err error) {
+		ledger, decided, err = s.settleLocked(ctx, by, p, now, decide)
+		return err
+	})
+	return ledger, decided, err
+}
+
+// settleLocked is recordSettlement, past the gate.
+func (s *store) settleLocked(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return ledger, decided, err
 	}
-	// A connection that is released inside a transaction is closed, which rolls it back.
+	// A connection that is released inside a transaction is closed, which rolls it back. A lock that was not got is no reason
+	// to close it.
 	defer conn.Release()
+	defer func() {
+		if lockedOut(err) {
+			conn.Exec(ctx, `ROLLBACK`)
+		}
+	}()
 
 	id := p.merchantUID
 	read := &pgx.Batch{}
@@ -239,20 +254,20 @@ func (s *store) bookRefund(ctx context.Context, by actor, id string, from int, r
 		UPDATE payments SET state = 'refunding', reason = $4, updated_at = $3, attempts = 1, next_attempt_at = $5, leased_until = $5
 		FROM o WHERE payments.order_id = o.id AND payments.state = 'kept'
 		RETURNING `+paymentColumns, id, from, now, reason, now.Add(refundLease)).QueryRow(oneRow(payment.scanTo()...))
-	err = s.transact(ctx, batch)
+	err = s.change(ctx, batch, id)
 	return payment, err
 }
 
 // claimOrderRefund takes the refund of an order that is being cancelled, for a caller who asks once more. It returns
 // errStale when another caller is at it, or when it is done.
 func (s *store) claimOrderRefund(ctx context.Context, id string, now time.Time) (payment paymentRow, err error) {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	row := s.pool.QueryRow(ctx, `
+	batch := &pgx.Batch{}
+	batch.Queue(`SELECT ` + shortLockWait)
+	batch.Queue(`
 		UPDATE payments SET attempts = attempts + 1, next_attempt_at = $3, leased_until = $3
 		WHERE order_id = $1 AND state = 'refunding' AND reason = ANY($4) AND leased_until <= $2
-		RETURNING `+paymentColumns, id, now, now.Add(refundLease), cancelReasons)
-	err = oneRow(payment.scanTo()...)(row)
+		RETURNING `+paymentColumns, id, now, now.Add(refundLease), cancelReasons).QueryRow(oneRow(payment.scanTo()...))
+	err = s.change(ctx, batch, id)
 	return payment, err
 }
 
@@ -260,12 +275,13 @@ func (s *store) claimOrderRefund(ctx context.Context, id string, now time.Time) 
 // errStale when another caller is at it.
 func (s *store) claimRefundTo(ctx context.Context, id, impUID string, account refundAccount, now time.Time) (payment paymentRow, err error) {
 	batch := &pgx.Batch{}
+	batch.Queue(`SELECT ` + shortLockWait)
 	batch.Queue(paymentIsDue, id, impUID).QueryRow(refundDue)
 	batch.Queue(`
 		UPDATE payments SET refund_account = $5, attempts = attempts + 1, next_attempt_at = $4, leased_until = $4
 		WHERE imp_uid = $2 AND order_id = $1 AND state = 'refunding' AND leased_until <= $3
 		RETURNING `+paymentColumns, id, impUID, now, now.Add(refundLease), account.stored()).QueryRow(oneRow(payment.scanTo()...))
-	err = s.transact(ctx, batch)
+	err = s.change(ctx, batch, id)
 	return payment, err
 }
 
@@ -287,7 +303,7 @@ func (s *store) refundByHand(ctx context.Context, by actor, id, impUID, how stri
 			RETURNING orders.id, product_ids, false AS off_sale
 		)`+freeing+`
 		SELECT order_id FROM p`, id, impUID, how, now, cancelReasons).QueryRow(exactlyOne)
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, id)
 }
 
 // paymentIsDue is the statement whose row refundDue reads.
@@ -322,13 +338,10 @@ func (s *store) claimDueRefunds(ctx context.Context, most int, now time.Time) ([
 // recordRefundFailure notes why the refund of payment did not succeed, and that the reconciler tries it again after pause. A
 // refund that the gateway took and that then failed is a refusal, too.
 func (s *store) recordRefundFailure(ctx context.Context, payment paymentRow, cause error, now time.Time, pause time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	_, err := s.pool.Exec(ctx, `
+	return s.exec(ctx, `
 		UPDATE payments SET last_error = $2, refusals = greatest(refusals + $5, $6), updated_at = $3, next_attempt_at = $4, leased_until = $3
 		WHERE imp_uid = $1 AND state = 'refunding'`,
 		payment.impUID, cause.Error(), now, now.Add(pause), oneIf(refused(cause)), payment.failed)
-	return err
 }
 
 func oneIf(yes bool) int {
@@ -365,18 +378,12 @@ func (s *store) claimDueChecks(ctx context.Context, most int, now time.Time) ([]
 // scheduleCheck says when the gateway is to be asked about an order next; nil is never. An order that has changed since
 // the check was claimed keeps the time that it has.
 func (s *store) scheduleCheck(ctx context.Context, c paymentCheck, next *time.Time) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $3 WHERE id = $1 AND updated_at = $2`, c.id, c.updatedAt, next)
-	return err
+	return s.exec(ctx, `UPDATE orders SET next_look_at = $3 WHERE id = $1 AND updated_at = $2`, c.id, c.updatedAt, next)
 }
 
 // checkSoon has the reconciler ask the gateway about an order at its next round.
 func (s *store) checkSoon(ctx context.Context, id string, now time.Time) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	_, err := s.pool.Exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND (next_look_at IS NULL OR next_look_at > $2)`, id, now)
-	return err
+	return s.exec(ctx, `UPDATE orders SET next_look_at = $2 WHERE id = $1 AND (next_look_at IS NULL OR next_look_at > $2)`, id, now)
 }
 
 // gatewayList names one of a gateway's lists as the database does. V1's have only the status for a name, as they had before
@@ -394,6 +401,7 @@ func (s gatewayStatus) listAt(gateway gatewayName) gatewayList {
 // known. It returns errStale while another replica reads the list. The first reading begins with the oldest open order.
 func (s *store) claimList(ctx context.Context, list gatewayList, now time.Time) (readUntil time.Time, err error) {
 	batch := &pgx.Batch{}
+	batch.Queue(`SELECT ` + shortLockWait)
 	batch.Queue(`
 		INSERT INTO gateway_lists (status, read_until, leased_until)
 		SELECT $1::text, least($2::timestamptz - $3::interval, (SELECT min(created_at) FROM orders WHERE status = -1 AND ended IS NULL),
@@ -403,17 +411,14 @@ func (s *store) claimList(ctx context.Context, list gatewayList, now time.Time) 
 		ON CONFLICT DO NOTHING`, list, now, revivableFor)
 	batch.Queue(`UPDATE gateway_lists SET leased_until = $3 WHERE status = $1 AND leased_until <= $2 RETURNING read_until`,
 		list, now, now.Add(refundLease)).QueryRow(oneRow(&readUntil))
-	err = s.transact(ctx, batch)
+	err = s.change(ctx, batch)
 	return readUntil, err
 }
 
 // saveListRead notes that all that moved until then is known, and keeps the list leased for lease; 0 gives it back.
 func (s *store) saveListRead(ctx context.Context, list gatewayList, until, now time.Time, lease time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	_, err := s.pool.Exec(ctx, `UPDATE gateway_lists SET read_until = greatest(read_until, $2), leased_until = $3 WHERE status = $1`,
+	return s.exec(ctx, `UPDATE gateway_lists SET read_until = greatest(read_until, $2), leased_until = $3 WHERE status = $1`,
 		list, until, now.Add(lease))
-	return err
 }
 
 // unsettledOf returns the imp_uids of those payments that are for orders of ours and not in the ledger as the gateway tells

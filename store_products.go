@@ -133,10 +133,11 @@ func (s *store) findPaintingOrder(ctx context.Context, id string) (o paintingOrd
 // setForSale puts painting id on sale or takes it off sale. It returns errStale when another order than orderID (empty: none)
 // has the painting.
 func (s *store) setForSale(ctx context.Context, id, orderID string, forSale bool) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	return exactlyOne(s.pool.QueryRow(ctx, `UPDATE products SET for_sale = $3
-		WHERE id = $1 AND order_id IS NOT DISTINCT FROM nullif($2, '') RETURNING id`, id, orderID, forSale))
+	batch := &pgx.Batch{}
+	batch.Queue(`SELECT ` + shortLockWait)
+	batch.Queue(`UPDATE products SET for_sale = $3
+		WHERE id = $1 AND order_id IS NOT DISTINCT FROM nullif($2, '') RETURNING id`, id, orderID, forSale).QueryRow(exactlyOne)
+	return s.change(ctx, batch, id)
 }
 
 // withdrawPainting ends the unpaid order orderID, takes painting id, which is one of its paintings, off sale, and frees the
@@ -155,5 +156,5 @@ func (s *store) withdrawPainting(ctx context.Context, by actor, id, orderID stri
 			UPDATE products SET order_id = NULL, for_sale = for_sale AND products.id <> $1 FROM theirs WHERE products.id = theirs.id
 		)
 		SELECT id FROM o`, id, orderID, now).QueryRow(exactlyOne)
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, id, orderID)
 }
