@@ -271,17 +271,17 @@ func httpServer(handler http.Handler, log *slog.Logger) *http.Server {
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       30 * time.Second,
 		WriteTimeout:      2 * time.Minute,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    256 << 10,
+		IdleTimeout:       75 * time.Second, // longer than proxies keep a connection: they close it, not we as they use it
+		MaxHeaderBytes:    32 << 10,         // a cart of maxQueryIDs takes 22 KB
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 }
 
-// serveAndDrain serves until ctx ends, then waits up to drainTime for the requests under way. It returns nil after such a
-// shutdown.
+// serveAndDrain serves up to maxConnections until ctx ends, then waits up to drainTime for the requests under way. It returns
+// nil after such a shutdown.
 func serveAndDrain(ctx context.Context, server *http.Server, listener net.Listener) error {
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
+	go func() { served <- server.Serve(boundConnections(server, listener, maxConnections)) }()
 	select {
 	case err := <-served:
 		return err

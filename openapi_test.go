@@ -610,6 +610,18 @@ func TestEveryCallWithAGatewayInTrouble(t *testing.T) {
 	}
 }
 
+// bodyOf is the largest body that a call takes.
+func (s *shop) bodyOf(call string) int64 {
+	s.t.Helper()
+	for _, rt := range s.routes() {
+		if rt.pattern == call {
+			return rt.body
+		}
+	}
+	s.t.Fatalf("there is no call %s", call)
+	return 0
+}
+
 func TestEveryBodyThatCannotBeRead(t *testing.T) {
 	s := newShop(t)
 	for _, c := range theAPI().calls() {
@@ -617,9 +629,10 @@ func TestEveryBodyThatCannotBeRead(t *testing.T) {
 			continue
 		}
 		method, path, _ := strings.Cut(strings.Replace(c.name, "{id}", newTestID(), 1), " ")
+		most := s.bodyOf(c.name)
 		s.want(s.call(adminID, method, path, "{"), 400, "요청 본문이 올바른 JSON이 아닙니다")
 		s.want(s.call(adminID, method, path, "{\xff}"), 400, "요청 본문이 올바른 UTF-8이 아닙니다")
-		s.want(s.call(adminID, method, path, strings.Repeat(" ", maxBody+1)), 413, "요청 본문은 1MB를 넘을 수 없습니다")
+		s.want(s.call(adminID, method, path, strings.Repeat(" ", int(most)+1)), 413, "요청 본문은 "+bodySize(most)+"를 넘을 수 없습니다")
 
 		connection, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
 		check(t, err)

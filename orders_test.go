@@ -670,7 +670,7 @@ func TestDeleteTable(t *testing.T) {
 			add(from, buyerA, []any{`{"status":` + value + `}`}, 400, "status", from)
 		}
 		add(from, buyerA, []any{"{", "[]", "5", `{"status":5`, "status=5", "{\"status\":\"\xff\"}"}, 400, "", from)
-		add(from, buyerA, []any{"{}" + strings.Repeat(" ", maxBody)}, 413, "", from)
+		add(from, buyerA, []any{"{}" + strings.Repeat(" ", smallBody)}, 413, "", from)
 		add(from, buyerB, append(fiveOrNone, four...), 404, messageNoSuchOrder, from)
 	}
 

@@ -99,7 +99,7 @@ func TestPayBodies(t *testing.T) {
 		{"a path", `{"imp_uid":"../users/getToken"}`, 400, "imp_uid"}, {"a query", `{"imp_uid":"imp_1?a=b"}`, 400, "imp_uid"},
 		{"NUL", `{"imp_uid":"imp_\u0000"}`, 400, "imp_uid"}, {"too long", `{"imp_uid":"` + strings.Repeat("1", 500) + `"}`, 400, "imp_uid"},
 		{"broken UTF-8", "{\"imp_uid\":\"\xff\"}", 400, "UTF-8"},
-		{"over 1 MB", `{"imp_uid":"imp_1"}` + strings.Repeat(" ", maxBody), 413, ""},
+		{"over 4 KB", `{"imp_uid":"imp_1"}` + strings.Repeat(" ", smallBody), 413, ""},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			s := rowOf(t, shared)

@@ -541,6 +541,77 @@ func testBatchFails(t *testing.T) {
 	}
 }
 
+// A query that hangs keeps the next one waiting for longQuery, and at most maxQueries hang at once. All the same there is one
+// at a time again afterwards.
+func TestBatchHangs(t *testing.T) { synctest.Test(t, testBatchHangs) }
+
+func testBatchHangs(t *testing.T) {
+	f := newQueryStub(t)
+	began := time.Now()
+	var answers []<-chan any
+	hung := make([]chan func([]int) (map[int]string, error), maxQueries)
+	f.batcher.query = func(_ context.Context, keys []int) (map[int]string, error) {
+		f.started <- keys
+		n := keys[0] / 2
+		if n >= len(hung) {
+			return (<-f.answers)(keys)
+		}
+		hung[n] = make(chan func([]int) (map[int]string, error))
+		return (<-hung[n])(keys)
+	}
+	for n := range maxQueries + 2 {
+		answer := make(chan any, 1)
+		go func() {
+			found, err := f.get(t.Context(), 2*n)
+			answer <- fmt.Sprint(found[2*n]+" ", err)
+		}()
+		answers = append(answers, answer)
+		if n < maxQueries {
+			if keys := <-f.started; len(keys) != 1 || time.Since(began) != time.Duration(n)*longQuery {
+				t.Fatalf("query %d of the keys %v began after %v", n, keys, time.Since(began))
+			}
+		}
+	}
+	time.Sleep(10 * longQuery) // of the test's clock
+	select {
+	case keys := <-f.started:
+		t.Fatalf("a query of %v began beside %d that hang", keys, maxQueries)
+	default:
+	}
+	hung[1] <- names
+	if keys := <-f.started; len(keys) != 2 {
+		t.Fatalf("the next query has the keys %v", keys)
+	}
+	last := make(chan any, 1)
+	go func() {
+		found, err := f.get(t.Context(), 100)
+		last <- fmt.Sprint(found[100]+" ", err)
+	}()
+	for _, n := range []int{0, 2, 3} {
+		hung[n] <- names
+	}
+	synctest.Wait()
+	select {
+	case keys := <-f.started:
+		t.Fatalf("a query of %v began beside one that does not take long", keys)
+	default:
+	}
+	f.answers <- names
+	if keys := <-f.started; len(keys) != 1 {
+		t.Fatalf("the last query has the keys %v", keys)
+	}
+	f.answers <- names
+	for n, answer := range append(answers, last) {
+		if got := <-answer; !strings.HasSuffix(got.(string), " <nil>") || !strings.HasPrefix(got.(string), "name ") {
+			t.Errorf("caller %d got %v", n, got)
+		}
+	}
+	synctest.Wait()
+	if f.running != 0 || f.overdue != 0 {
+		t.Errorf("%d are running, %d take long", f.running, f.overdue)
+	}
+}
+
 func TestBatchIsBounded(t *testing.T) { synctest.Test(t, testBatchIsBounded) }
 
 func testBatchIsBounded(t *testing.T) {

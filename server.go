@@ -20,7 +20,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode/utf8"
 )
 
 // server is the http.Handler of the API. newServer builds it, for serve and for the tests.
@@ -36,6 +35,8 @@ type server struct {
 
 	devHosts []string // the Hosts that local development answers to; nil: all
 
+	largeBodies chan struct{} // a place for each body that is large
+
 	limits  *limiter // of payment look-ups that callers cause
 	metrics *metrics
 	outages map[gatewayName]*outage // whether each gateway responds
@@ -44,7 +45,7 @@ type server struct {
 // request is an *http.Request with what a handler needs beside it.
 type request struct {
 	*http.Request
-	body    io.Reader // the Request's Body, up to maxBody
+	body    io.Reader // the Request's Body, up to the route's bound
 	caller  caller    // zero on a public route without a valid token
 	id      string    // written to the log, the history and the response's X-Request-Id
 	orderID string    // set by the handler, for the log line of the request
@@ -71,6 +72,7 @@ const (
 type route struct {
 	pattern string // method and path, as http.ServeMux takes them
 	access  access
+	body    int64                       // the largest request body, in bytes; 0 where none is read
 	success int                         // status of a response without an error
 	handle  func(*request) (any, error) // returns the JSON body, or an error for toHTTPError
 }
@@ -143,20 +145,22 @@ func (s *server) add(rt route) {
 		start := s.now()
 		// hr.Body stays what net/http made it: by its type it knows that a client which sent Expect: 100-continue was not
 		// asked for the body, so that it need not wait for one after the response.
-		r := &request{Request: hr, body: http.MaxBytesReader(w, hr.Body, maxBody), id: s.requestID(hr)}
+		body := &placedBody{Reader: http.MaxBytesReader(w, hr.Body, rt.body), places: s.largeBodies}
+		defer body.release()
+		r := &request{Request: hr, body: body, id: s.requestID(hr)}
 		w.Header().Set("X-Request-Id", r.id)
 
 		var cause error
 		status := rt.success
-		body, err := s.call(rt, r)
+		answer, err := s.call(rt, r)
 		if err != nil {
 			failure := toHTTPError(err)
-			status, body, cause = failure.status, failure.body, failure.cause
+			status, answer, cause = failure.status, failure.body, failure.cause
 			if failure.retryAfter > 0 {
 				w.Header().Set("Retry-After", strconv.Itoa(int((failure.retryAfter+time.Second-1)/time.Second)))
 			}
 		}
-		writeJSON(w, status, body)
+		writeJSON(w, status, answer)
 		elapsed := s.now().Sub(start)
 		stats.count(status, elapsed)
 		s.logRequest(r, rt.pattern, status, elapsed, cause)
@@ -326,25 +330,6 @@ func marshalRaw(value any) string {
 	return strings.TrimSuffix(text.String(), "\n")
 }
 
-// maxBody is the largest accepted request body, in bytes.
-const maxBody = 1 << 20
-
-// readBody returns the request's body. The error is a 413 when it is larger than maxBody, and a 400 when it cannot be read
-// or is not UTF-8.
-func readBody(r *request) ([]byte, error) {
-	body, err := io.ReadAll(r.body)
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	switch {
-	case tooLarge:
-		return nil, statusError(http.StatusRequestEntityTooLarge, "요청 본문은 1MB를 넘을 수 없습니다")
-	case err != nil:
-		return nil, statusError(http.StatusBadRequest, "요청 본문을 끝까지 읽지 못했습니다")
-	case !utf8.Valid(body):
-		return nil, statusError(http.StatusBadRequest, "요청 본문이 올바른 UTF-8이 아닙니다")
-	}
-	return body, nil
-}
-
 // decodeJSON decodes the JSON in text into value. The error is a 400. It names the field whose type is wrong, or the key that
 // comes twice in one object; prefix is the path of value in the request body, "" for the body itself.
 func decodeJSON(text []byte, prefix string, value any) error {
@@ -423,28 +408,28 @@ func (t jsonTime) MarshalText() ([]byte, error) {
 	return time.Time(t).UTC().AppendFormat(nil, timeFormat), nil
 }
 
-// routes returns every call of the API: pattern, access, status of a success, handler. newServer adds /openapi.json and
+// routes returns every call of the API: pattern, access, largest body, status of a success, handler. newServer adds /openapi.json and
 // the page at /.
 func (s *server) routes() []route {
 	return []route{
-		{"GET /api/products/cart-items", public, 200, s.cartItems},
-		{"GET /api/products/total-price", authenticated, 200, s.totalPrice},
-		{"PATCH /api/products/{id}", admin, 200, s.changeProduct},
-		{"POST /api/orders", authenticated, 201, s.createOrder},
-		{"PATCH /api/orders/pay", public, 200, s.pay},
-		{"DELETE /api/orders/{id}", authenticated, 200, ofOrder(messageNoSuchOrder, s.deleteOrder)},
-		{"GET /api/orders/{id}", authenticated, 200, ofOrder(messageOrderUnknown, s.showOrder)},
-		{"GET /api/orders/latest", authenticated, 200, s.showLatest},
-		{"POST /api/payments/webhook", public, 200, s.webhook},
+		{"GET /api/products/cart-items", public, 0, 200, s.cartItems},
+		{"GET /api/products/total-price", authenticated, 0, 200, s.totalPrice},
+		{"PATCH /api/products/{id}", admin, smallBody, 200, s.changeProduct},
+		{"POST /api/orders", authenticated, maxBody, 201, s.createOrder},
+		{"PATCH /api/orders/pay", public, smallBody, 200, s.pay},
+		{"DELETE /api/orders/{id}", authenticated, smallBody, 200, ofOrder(messageNoSuchOrder, s.deleteOrder)},
+		{"GET /api/orders/{id}", authenticated, 0, 200, ofOrder(messageOrderUnknown, s.showOrder)},
+		{"GET /api/orders/latest", authenticated, 0, 200, s.showLatest},
+		{"POST /api/payments/webhook", public, smallBody, 200, s.webhook},
 
-		{"GET /api/orders/mine", authenticated, 200, s.listMine},
-		{"GET /api/orders", admin, 200, s.listOrders},
-		{"PATCH /api/orders/{id}", authenticated, 200, ofOrder(messageNoSuchOrder, s.advanceOrder)},
-		{"POST /api/orders/{id}/refund", admin, 200, ofOrder(messageNoSuchOrder, s.helpRefund)},
-		{"GET /api/orders/{id}/history", authenticated, 200, ofOrder(messageOrderUnknown, s.showHistory)},
+		{"GET /api/orders/mine", authenticated, 0, 200, s.listMine},
+		{"GET /api/orders", admin, 0, 200, s.listOrders},
+		{"PATCH /api/orders/{id}", authenticated, textBody, 200, ofOrder(messageNoSuchOrder, s.advanceOrder)},
+		{"POST /api/orders/{id}/refund", admin, textBody, 200, ofOrder(messageNoSuchOrder, s.helpRefund)},
+		{"GET /api/orders/{id}/history", authenticated, 0, 200, ofOrder(messageOrderUnknown, s.showHistory)},
 
-		{"GET /healthz", public, 200, s.healthz},
-		{"GET /readyz", public, 200, s.readyz},
+		{"GET /healthz", public, 0, 200, s.healthz},
+		{"GET /readyz", public, 0, 200, s.readyz},
 	}
 }
 
@@ -462,6 +447,8 @@ func newServer(c config, store *store, transport http.RoundTripper, log *slog.Lo
 		limits:  newLimiter(now),
 		metrics: newMetrics(),
 		outages: map[gatewayName]*outage{gatewayIamport: {}, gatewayPortOne: {}},
+
+		largeBodies: make(chan struct{}, maxLargeBodies),
 	}
 	s.settler = &settler{
 		store:      store,

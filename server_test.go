@@ -117,7 +117,7 @@ func TestExpectContinue(t *testing.T) {
 
 func TestPanicIsOpaque(t *testing.T) {
 	s := newShop(t)
-	s.add(route{"GET /panic", public, 200, func(*request) (any, error) { panic("the cause") }})
+	s.add(route{"GET /panic", public, 0, 200, func(*request) (any, error) { panic("the cause") }})
 	a := s.want(s.call("", "GET", "/panic", nil), 500, messageFault)
 	if strings.Contains(a.body, "cause") || !strings.Contains(s.logged.String(), "the cause") {
 		t.Fatalf("answered %s, logged %s", a.body, s.logged)
@@ -180,7 +180,7 @@ func TestRequestID(t *testing.T) {
 // What is expected to fail now and then is a warning; a fault of the program is an error.
 func TestLogLevelOfFailures(t *testing.T) {
 	s := newShop(t)
-	s.add(route{"GET /panic", public, 200, func(*request) (any, error) { panic("the cause") }})
+	s.add(route{"GET /panic", public, 0, 200, func(*request) (any, error) { panic("the cause") }})
 	level := func(path string, status int) any {
 		t.Helper()
 		s.logged.Reset()
