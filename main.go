@@ -49,12 +49,19 @@ func main() {
 }
 
 // tuneGC has the garbage collector run a third as often, unless GOGC says how often. Requests keep no memory, so the heap stays
-// small all the same. GOMEMLIMIT still has it run whenever memory gets scarce.
+// small all the same. When it is not, as with very many connections, the collector runs as often as memoryLimit needs, unless
+// GOMEMLIMIT says otherwise.
 func tuneGC(getenv func(string) string) {
 	if getenv("GOGC") == "" {
 		debug.SetGCPercent(300)
 	}
+	if getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
+	}
 }
+
+// memoryLimit is what the process keeps to, in bytes, as long as it does not need more.
+const memoryLimit = 96 << 20
 
 // errUsage says that the command line was wrong. The usage has been printed by then.
 var errUsage = errors.New("see the usage above")

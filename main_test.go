@@ -898,12 +898,24 @@ func programCommand(t *testing.T, environment map[string]string, args ...string)
 	return cmd
 }
 
+func TestGOMEMLIMITIsRespected(t *testing.T) {
+	const given = 777 << 20 // as the Go runtime sets it from GOMEMLIMIT
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(given))
+	for text, want := range map[string]int64{"": memoryLimit, "777MiB": given} {
+		debug.SetMemoryLimit(given)
+		tuneGC(func(name string) string { return map[string]string{"GOGC": "100", "GOMEMLIMIT": text}[name] })
+		if got := debug.SetMemoryLimit(given); got != want {
+			t.Errorf("GOMEMLIMIT=%s: %d bytes, want %d", text, got, want)
+		}
+	}
+}
+
 func TestGOGCIsRespected(t *testing.T) {
 	const given = 77 // as the Go runtime sets it from GOGC
 	defer debug.SetGCPercent(debug.SetGCPercent(given))
 	for gogc, want := range map[string]int{"": 300, "77": given} {
 		debug.SetGCPercent(given)
-		tuneGC(func(string) string { return gogc })
+		tuneGC(func(name string) string { return map[string]string{"GOGC": gogc, "GOMEMLIMIT": "1GiB"}[name] })
 		if got := debug.SetGCPercent(given); got != want {
 			t.Errorf("GOGC=%s: %d percent, want %d", gogc, got, want)
 		}
