@@ -23,7 +23,7 @@ func (s *server) healthz(*request) (any, error) {
 	}{"ok"}, nil
 }
 
-// readyz answers GET /readyz. It is 200 when orders can be taken: the database answers a statement within a second, its
+// readyz answers GET /readyz. It is 200 when orders can be taken: a connection of the pool answers a statement within a second, its
 // schema is not older than the program, and the reconciler is not stalled. Otherwise it is 503. An unresponsive gateway is
 // reported in the body but stays 200, because carts and new orders do not need it.
 func (s *server) readyz(r *request) (any, error) {
