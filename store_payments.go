@@ -224,7 +224,7 @@ func (s *store) reserveForPayment(ctx context.Context, by actor, id string, now,
 		}
 		return nil
 	})
-	if err = s.transact(ctx, batch); errors.Is(err, pgx.ErrNoRows) {
+	if err = s.change(ctx, batch, id); errors.Is(err, pgx.ErrNoRows) {
 		err = errNotFound
 	}
 	return p, err
@@ -233,12 +233,9 @@ func (s *store) reserveForPayment(ctx context.Context, by actor, id string, now,
 // releaseReservation ends the reservation of an order whose payment was not made, and has the reconciler look at the order.
 // until names the reservation: a later one stays.
 func (s *store) releaseReservation(ctx context.Context, id string, until, now time.Time) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	_, err := s.pool.Exec(ctx, `
+	return s.exec(ctx, `
 		UPDATE orders SET confirming_until = NULL, updated_at = $3, next_look_at = greatest(held_until, $3)
 		WHERE id = $1 AND status = -1 AND ended IS NULL AND confirming_until = $2`, id, until, now)
-	return err
 }
 
 // bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller for
