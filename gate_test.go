@@ -169,7 +169,7 @@ func TestManyWantALockedPainting(t *testing.T) {
 		l := s.store.gate.lines[locked]
 		return l != nil && l.length == 24
 	})
-	if n := s.store.pool.Stat().AcquiredConns(); n > changesPerRow {
+	if n := s.store.pool.Stat().AcquiredConns(); n > s.store.pool.Config().MaxConns/2 {
 		t.Errorf("they keep %d connections", n)
 	}
 	s.order(buyerB, free)
