@@ -163,7 +163,10 @@ func TestManyWantALockedPainting(t *testing.T) {
 			return s.call(newTestID(), "POST", "/api/orders", orderBody(newNumber(), locked))
 		})
 	}()
-	waitUntil(t, "all of them wait", func() bool {
+	waitUntil(t, "all of them wait, four of them in the database", func() bool {
+		if s.waiting() != "4" {
+			return false
+		}
 		s.store.gate.mu.Lock()
 		defer s.store.gate.mu.Unlock()
 		l := s.store.gate.lines[locked]
