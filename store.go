@@ -20,7 +20,7 @@ import (
 // then the same for any number, and PostgreSQL keeps it instead of planning at each call.
 type store struct {
 	pool      *pgxpool.Pool
-	gate      *gate
+	bulkhead  *bulkhead
 	paintings *batcher[string, painting]
 	orders    *batcher[orderKey, order]
 	latest    *batcher[string, order]
@@ -47,7 +47,7 @@ func openStore(ctx context.Context, url string, trace pgx.QueryTracer) (*store, 
 	if err != nil {
 		return nil, err
 	}
-	s := &store{pool: pool, gate: newGate(int(pool.Config().MaxConns)), migrationLockWait: migrationLockWait}
+	s := &store{pool: pool, bulkhead: newBulkhead(int(pool.Config().MaxConns)), migrationLockWait: migrationLockWait}
 	s.paintings = newBatcher(s.readPaintings)
 	s.orders = newBatcher(s.readOrders)
 	s.latest = newBatcher(s.readLatest)
@@ -206,7 +206,7 @@ func (s *store) transact(ctx context.Context, batch *pgx.Batch) error {
 func (s *store) change(ctx context.Context, batch *pgx.Batch, rows ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	return s.gate.pass(ctx, rows, func() error { return s.pool.SendBatch(ctx, batch).Close() })
+	return s.bulkhead.pass(ctx, rows, func() error { return s.pool.SendBatch(ctx, batch).Close() })
 }
 
 // exec is change for one statement.

@@ -102,14 +102,14 @@ const lockRevivable = `
 func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	err = s.gate.pass(ctx, []string{p.merchantUID}, func() (err error) {
+	err = s.bulkhead.pass(ctx, []string{p.merchantUID}, func() (err error) {
 		ledger, decided, err = s.settleLocked(ctx, by, p, now, decide)
 		return err
 	})
 	return ledger, decided, err
 }
 
-// settleLocked is recordSettlement, past the gate.
+// settleLocked is recordSettlement, past the bulkhead.
 func (s *store) settleLocked(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {

@@ -167,9 +167,9 @@ func TestManyWantALockedPainting(t *testing.T) {
 		if s.waiting() != "4" {
 			return false
 		}
-		s.store.gate.mu.Lock()
-		defer s.store.gate.mu.Unlock()
-		l := s.store.gate.lines[locked]
+		s.store.bulkhead.mu.Lock()
+		defer s.store.bulkhead.mu.Unlock()
+		l := s.store.bulkhead.lines[locked]
 		return l != nil && l.length == 24
 	})
 	s.order(buyerB, free)
@@ -222,10 +222,10 @@ func TestReconcilerPassesLockedOrders(t *testing.T) {
 
 var errLocked error = &pgconn.PgError{Code: codeLockNotAvailable}
 
-func TestGate(t *testing.T) { synctest.Test(t, testGate) }
+func TestBulkhead(t *testing.T) { synctest.Test(t, testBulkhead) }
 
-func testGate(t *testing.T) {
-	g := newGate(16)
+func testBulkhead(t *testing.T) {
+	g := newBulkhead(16)
 	var mu sync.Mutex
 	var inside []string
 	pass := func(ctx context.Context, rows ...string) (leave chan<- error, result <-chan error) {
@@ -290,11 +290,11 @@ func testGate(t *testing.T) {
 }
 
 // A quarter of the connections is left to those who only read.
-func TestGateLeavesConnections(t *testing.T) { synctest.Test(t, testGateLeavesConnections) }
+func TestBulkheadLeavesConnections(t *testing.T) { synctest.Test(t, testBulkheadLeavesConnections) }
 
-func testGateLeavesConnections(t *testing.T) {
+func testBulkheadLeavesConnections(t *testing.T) {
 	for connections, want := range map[int]int{1: 1, 3: 3, 4: 3, 16: 12} {
-		g := newGate(connections)
+		g := newBulkhead(connections)
 		entered, leave := make(chan struct{}, 100), make(chan struct{})
 		var all sync.WaitGroup
 		for range 20 {
