@@ -34,6 +34,8 @@ type config struct {
 	shipping                  int64          // shipping price of an order, in KRW
 	hold                      time.Duration  // how long an unpaid order keeps its paintings
 	reconcile                 time.Duration  // time between two rounds of the reconciler
+	notifyURLs                []*url.URL     // addresses that notifications go to
+	notifyKey                 []byte         // signs notifications
 	logLevel                  slog.Level
 	local                     bool // local development
 }
@@ -53,7 +55,8 @@ var requiredNames = map[string][]string{
 
 // deploymentNames lists further variables that only a deployment sets. A deployment that lost its secrets is recognized by
 // them: it must not serve local development's tokens.
-var deploymentNames = []string{"PORTONE_STORE_ID", "PORTONE_WEBHOOK_SECRET", "TRUSTED_PROXIES", "CORS_ORIGINS", "METRICS_ADDR"}
+var deploymentNames = []string{"PORTONE_STORE_ID", "PORTONE_WEBHOOK_SECRET", "TRUSTED_PROXIES", "CORS_ORIGINS", "METRICS_ADDR",
+	"NOTIFY_URL", "NOTIFY_SECRET"}
 
 // readConfig returns the configuration for command. The error lists every problem at once, and never contains the value
 // of a secret. In local development the secrets and the gateways' addresses stay empty: devEnv sets its own.
@@ -72,6 +75,7 @@ func readConfig(getenv func(string) string, command string) (config, error) {
 		logLevel:       env.logLevel(),
 		local:          env.boolean("LOCAL") || !env.isDeployment(),
 	}
+	c.notifyURLs, c.notifyKey = env.notifications(c.local)
 	if !c.local {
 		env.checkSecrets(command)
 		c.databaseURL = env.text("DATABASE_URL", "")
@@ -172,10 +176,15 @@ func (e *environment) webhookSecrets() (keys [][]byte) {
 func (e *environment) gatewayURL(name, fallback string) string {
 	text := strings.TrimSuffix(e.text(name, fallback), "/")
 	u, err := url.Parse(text)
-	if err != nil || u.Hostname() == "" || u.Scheme != "https" && (u.Scheme != "http" || !isLoopback(u.Hostname())) {
+	if err != nil || !isSecureURL(u) {
 		e.problem("%s must begin with https:// (http:// only to this machine)", name)
 	}
 	return text
+}
+
+// isSecureURL reports whether u is an address whose traffic others cannot read: of https, or of this machine.
+func isSecureURL(u *url.URL) bool {
+	return u.Hostname() != "" && (u.Scheme == "https" || u.Scheme == "http" && isLoopback(u.Hostname()))
 }
 
 // isLoopback reports whether host is a name or an address of this machine alone.

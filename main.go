@@ -28,6 +28,7 @@ Usage:
   lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
   lumiere audit [-since 24h] [-json]         compare the ledger with the gateway; exit 0 only when they balance
   lumiere migrate                            bring the schema up to date, as the role that owns it
+  lumiere notify -test                       send a test to every address of NOTIFY_URL
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
   lumiere healthcheck [-live]                exit 0 when the running service is ready; -live: when it is alive
   lumiere version                            print the version
@@ -93,6 +94,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 		execute = func(c config) error { return tokenCommand(c, *user, *isAdmin, *ttl, out) }
 	case "migrate":
 		execute = func(c config) error { return migrateCommand(ctx, c, out) }
+	case "notify":
+		test := flags.Bool("test", false, "")
+		execute = func(c config) error { return notifyCommand(ctx, c, *test, out, errOut) }
 	case "healthcheck":
 		live := flags.Bool("live", false, "")
 		execute = func(c config) error { return healthcheckCommand(ctx, c, *live) }
@@ -146,8 +150,8 @@ func version() string {
 	return revision + " " + setting("vcs.time")
 }
 
-// serve runs the service until ctx ends. Requests under way then have drainTime to finish, and the reconciler and the
-// metrics server another backgroundStopTime.
+// serve runs the service until ctx ends. Requests under way then have drainTime to finish, and what runs in the
+// background another backgroundStopTime.
 func serve(ctx context.Context, c config, out, errOut io.Writer) (err error) {
 	defer catchBrokenPipe()()
 	log := newLog(c, errOut)
@@ -214,8 +218,8 @@ func listenMetrics(c config) (net.Listener, error) {
 	return net.Listen("tcp", c.metricsAddress)
 }
 
-// runServer serves the API until ctx ends, with the reconciler and, when its listener is not nil, the metrics server in
-// the background.
+// runServer serves the API until ctx ends, with the reconciler, the notifier and, when its listener is not nil, the
+// metrics server in the background.
 func runServer(ctx context.Context, s *server, listener, metricsListener net.Listener) error {
 	s.logStart(listener)
 	if metricsListener != nil {
@@ -225,6 +229,7 @@ func runServer(ctx context.Context, s *server, listener, metricsListener net.Lis
 	defer stop()
 	var background sync.WaitGroup
 	background.Go(func() { s.settler.reconcile(backgroundCtx) })
+	background.Go(func() { s.notifier.run(backgroundCtx) })
 	if metricsListener != nil {
 		background.Go(func() {
 			if err := serveAndDrain(backgroundCtx, httpServer(s.metricsHandler(), s.log), metricsListener); err != nil {
@@ -252,8 +257,8 @@ func (s *server) logStart(listener net.Listener) {
 const (
 	// drainTime is how long requests under way may take to finish once the service is asked to stop.
 	drainTime = 7 * time.Second
-	// backgroundStopTime is how long shutdown waits for the reconciler and the metrics server. What the reconciler
-	// leaves undone is leased, and is done by another replica or after the next start.
+	// backgroundStopTime is how long shutdown waits for the reconciler, the notifier and the metrics server. What
+	// they leave undone is leased, and is done by another replica or after the next start.
 	backgroundStopTime = 2 * time.Second
 )
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/pprof"
@@ -114,7 +115,7 @@ func (s *server) metricsHandler() http.Handler {
 	return mux
 }
 
-// openBalancesTimeout bounds the one statement that a scrape sends to the database. Prometheus gives up a scrape after 10
+// openBalancesTimeout bounds the statements that a scrape sends to the database. Prometheus gives up a scrape after 10
 // seconds by default.
 const openBalancesTimeout = 2 * time.Second
 
@@ -124,7 +125,8 @@ func (s *server) metricsText(ctx context.Context) []byte {
 	defer cancel()
 	now := s.now()
 	balances, err := s.store.readOpenBalances(ctx, now, s.settler.gateways.lists())
-	if err != nil {
+	notify, notifyErr := s.notifier.figures(ctx)
+	if err = errors.Join(err, notifyErr); err != nil {
 		s.log.Error("read open balances", "error", err)
 	}
 	e := &exposition{}
@@ -134,7 +136,7 @@ func (s *server) metricsText(ctx context.Context) []byte {
 	e.sample("", boolValue(s.config.sandbox))
 	s.metrics.expose(e)
 	s.exposePool(e)
-	e.family("lumiere_database_up", "gauge", "1 when the database answered this scrape's statement within 2 seconds, else 0.")
+	e.family("lumiere_database_up", "gauge", "1 when the database answered this scrape's statements within 2 seconds, else 0.")
 	e.sample("", boolValue(err == nil))
 	e.family("lumiere_gateway_silent", "gauge", "1 when the last call to the payment gateway got no usable answer, else 0.")
 	for _, g := range s.settler.gateways {
@@ -144,6 +146,7 @@ func (s *server) metricsText(ctx context.Context) []byte {
 	e.sample("", now.Sub(time.Unix(0, s.settler.lastRound.Load())).Seconds())
 	if err == nil {
 		balances.expose(e)
+		notify.expose(e)
 	}
 	return e.text.Bytes()
 }
@@ -222,6 +225,14 @@ func (b openBalances) expose(e *exposition) {
 	for status, n := range b.orders {
 		e.sample("", float64(n), "status", paidStatuses[status])
 	}
+}
+
+// expose writes the figures of notifications. They come from the database, too.
+func (f notifyFigures) expose(e *exposition) {
+	e.family("lumiere_notifications_oldest_seconds", "gauge", "Age of the oldest notification that is not delivered yet; 0 when there is none.")
+	e.sample("", f.oldest.Seconds())
+	e.family("lumiere_notifications_given_up_total", "counter", "Notifications that were never delivered.")
+	e.sample("", float64(f.givenUp))
 }
 
 // ---- the text format

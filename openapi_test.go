@@ -43,6 +43,7 @@ type apiFile struct {
 	Tags       []struct{ Name, Description string }
 	Security   []any
 	Paths      map[string]map[string]*apiCall
+	Webhooks   map[string]map[string]*apiCall
 	Components struct {
 		SecuritySchemes     map[string]any
 		Parameters, Headers map[string]*apiText
@@ -124,6 +125,12 @@ var theAPI = sync.OnceValue(func() *apiFile {
 	for at, methods := range f.Paths {
 		for method, c := range methods {
 			c.name = strings.ToUpper(method) + " " + at
+			f.prepareCall(c)
+		}
+	}
+	for name, methods := range f.Webhooks {
+		for method, c := range methods {
+			c.name = "webhook " + method + " " + name
 			f.prepareCall(c)
 		}
 	}
@@ -330,6 +337,10 @@ func (i *inspection) request(c *apiCall, r *http.Request, body []byte) {
 		asked.Set("id", id)
 	}
 	for _, p := range c.Parameters {
+		if p.In == "header" && r.Header.Get(p.Name) != "" {
+			asked.Set(p.Name, r.Header.Get(p.Name))
+		}
+		i.want(!p.Required || asked[p.Name] != nil, "done without %s", p.Name)
 		for _, text := range asked[p.Name] {
 			i.shown = append(i.shown, p.Schema.name, c.name+"?"+p.Name)
 			i.text(cmp.Or(p.Schema.Items, p.Schema), p.Name, text)
@@ -383,12 +394,33 @@ func (f *apiFile) exchange(r *http.Request, asked []byte, status int, header htt
 		json.Unmarshal(answered, &m)
 		i.want(strings.Contains(f.Info.Description, fmt.Sprintf("%d `%s`", status, m.Message)), "%.300s is not in the file", answered)
 	}
+	f.note(i)
+	return i.problems
+}
+
+// notified is what is wrong with a notification that was answered with this status.
+func (f *apiFile) notified(r *http.Request, body []byte, status int) []string {
+	c := f.Webhooks["notification"]["post"]
+	answered := "default"
+	switch {
+	case isSuccess(status):
+		answered = "2XX"
+	case c.Responses[strconv.Itoa(status)] != nil:
+		answered = strconv.Itoa(status)
+	}
+	i := inspection{shown: []string{c.name + " " + answered}}
+	i.request(c, r, body)
+	f.note(i)
+	return i.problems
+}
+
+// note remembers which parts of the file an inspection has seen.
+func (f *apiFile) note(i inspection) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, part := range i.shown {
 		f.shown[part] = true
 	}
-	return i.problems
 }
 
 // ServeHTTP is the server's, and holds what it is asked and answers against openapi.json: all but the calls of local

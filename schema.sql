@@ -691,3 +691,40 @@ CREATE INDEX IF NOT EXISTS orders_by_orderer_name
 CREATE INDEX IF NOT EXISTS orders_by_receiver_name
 	ON orders (status, date_trunc('week', created_at AT TIME ZONE 'UTC'), (left(normalize(delivery_info ->> 'receiver'), 254) COLLATE "C"))
 	WHERE status >= 0 AND delivery_info ->> 'receiver' <> orderer_info ->> 'name';
+
+-- step 25: notifications
+
+-- An address that notifications go to, by the SHA-256 of its URL: the URL may have a secret in it.
+CREATE TABLE notify_targets (
+	id       text COLLATE "C" NOT NULL CONSTRAINT notify_targets_pkey PRIMARY KEY,
+	seen_at  timestamptz NOT NULL, -- when a replica that runs last had it in its configuration
+	given_up bigint NOT NULL DEFAULT 0, -- notifications that were never delivered
+	CONSTRAINT notify_targets_id_is_a_hash CHECK (id ~ '^[0-9a-f]{64}$'),
+	CONSTRAINT notify_targets_given_up_is_a_count CHECK (given_up >= 0)
+);
+
+-- A row of the history that a target has not got yet. It commits with its row of the history, so that none is lost in whatever
+-- order transactions commit, and is deleted once it is delivered. It has no foreign keys: those would have each order lock the
+-- target's row, and the history is never deleted.
+CREATE TABLE notifications (
+	target      text COLLATE "C" NOT NULL,
+	order_id    text COLLATE "C" NOT NULL,
+	history_id  bigint NOT NULL,
+	written_at  timestamptz NOT NULL,
+	due_at      timestamptz NOT NULL, -- while it is being sent: when its replica is taken for dead
+	tried_since timestamptz,
+	attempts    integer NOT NULL DEFAULT 0,
+	CONSTRAINT notifications_pkey PRIMARY KEY (target, order_id, history_id),
+	CONSTRAINT notifications_attempts_are_counted CHECK (attempts >= 0 AND (attempts = 0 OR tried_since IS NOT NULL))
+);
+CREATE INDEX notifications_due ON notifications (target, due_at);
+
+CREATE FUNCTION history_notify() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF EXISTS (SELECT FROM notify_targets) THEN
+		INSERT INTO notifications (target, order_id, history_id, written_at, due_at)
+			SELECT t.id, NEW.order_id, NEW.id, NEW.at, NEW.at FROM notify_targets t;
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE TRIGGER history_notify AFTER INSERT ON history FOR EACH ROW EXECUTE FUNCTION history_notify();

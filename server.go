@@ -24,14 +24,15 @@ import (
 
 // server is the http.Handler of the API. newServer builds it, for serve and for the tests.
 type server struct {
-	config  config
-	store   *store
-	settler *settler
-	tokens  *tokens
-	now     func() time.Time
-	random  func() string // returns 16 unpredictable hex digits
-	log     *slog.Logger
-	mux     *http.ServeMux
+	config   config
+	store    *store
+	settler  *settler
+	notifier *notifier
+	tokens   *tokens
+	now      func() time.Time
+	random   func() string // returns 16 unpredictable hex digits
+	log      *slog.Logger
+	mux      *http.ServeMux
 
 	devHosts []string // the Hosts that local development answers to; nil: all
 
@@ -460,6 +461,7 @@ func newServer(c config, store *store, transport http.RoundTripper, log *slog.Lo
 		hold:       c.hold,
 		unreadable: recent[string, struct{}]{keep: time.Hour, most: 1000},
 	}
+	s.notifier = newNotifier(c, store, log, now)
 	for _, rt := range s.routes() {
 		s.add(rt)
 	}
