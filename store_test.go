@@ -144,6 +144,10 @@ func TestPlans(t *testing.T) {
 	_, err := s.store.readOpenBalances(t.Context(), s.now(), s.settler.gateways.lists())
 	check(t, err)
 	check(t, s.settler.reconcileRound(t.Context()))
+	for range rounds {
+		_, err := s.store.claimNotification(t.Context(), "", s.now(), s.now())
+		check(t, err)
+	}
 	rows, _ := s.store.pool.Query(t.Context(), `
 		SELECT custom_plans || ' of ' || generic_plans + custom_plans || ': ' || statement FROM pg_prepared_statements
 		WHERE custom_plans > 5 AND generic_plans + custom_plans >= $1 AND statement NOT LIKE '% OFFSET $%'`, rounds)
