@@ -690,3 +690,32 @@ func TestNotifyCommand(t *testing.T) {
 		}
 	}
 }
+
+// Serving sends notifications, and stops with the service.
+func TestServingNotifies(t *testing.T) {
+	l := newListener(t)
+	databaseURL := newTestDatabase(t)
+	s := newShop(t, func(c *config) { c.databaseURL = databaseURL })
+	environment := map[string]string{"DATABASE_URL": databaseURL, "JWT_SECRET": testSecret, "IAMPORT_KEY": "key", "IAMPORT_SECRET": "secret",
+		"IAMPORT_URL": "http://127.0.0.1:9", "PORT": "0", "NOTIFY_URL": l.address.String(), "NOTIFY_SECRET": notifyTestSecret}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	ended := make(chan error, 1)
+	go func() {
+		ended <- run(ctx, nil, func(name string) string { return environment[name] }, nil, io.Discard, io.Discard)
+	}()
+	waitUntil(t, "the address is known", func() bool {
+		return queryText(t, databaseURL, `SELECT count(*)::text FROM notify_targets`) == "1"
+	})
+	s.order(buyerA, s.painting(99000))
+	waitUntil(t, "the order is told", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.got) > 0
+	})
+	stop()
+	check(t, <-ended)
+	if got := l.take(); got[0].Type != "order.created" {
+		t.Errorf("got %v", got)
+	}
+}
