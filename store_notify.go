@@ -57,7 +57,23 @@ func (s *store) claimNotification(ctx context.Context, target string, now, until
 		if err != nil || isFirst {
 			return n, err
 		}
+		// The one in front may have been removed since the statement above began: this one must not wait for nothing.
+		err = s.execNotified(ctx, n, `UPDATE notifications n SET due_at = $4
+			WHERE target = $1 AND order_id = $2 AND history_id = $3 AND NOT EXISTS (
+				SELECT FROM notifications f WHERE f.target = $1 AND f.order_id = $2 AND f.history_id < $3)`, now)
+		if err != nil {
+			return nil, err
+		}
 	}
+}
+
+// execNotified executes a statement that removes notification n or depends on whether another of its order was removed; $1, $2
+// and $3 are its key. Those of one order at one target are executed one after the other.
+func (s *store) execNotified(ctx context.Context, n *queuedNotification, sql string, args ...any) error {
+	batch := &pgx.Batch{}
+	batch.Queue(`SELECT pg_advisory_xact_lock(hashtextextended($1 || $2, 1))`, n.target, n.orderID)
+	batch.Queue(sql, append([]any{n.target, n.orderID, n.historyID}, args...)...)
+	return s.transact(ctx, batch)
 }
 
 // nextIsDue ends a statement that has removed the notification $1, $2, $3: the next one of its order is due at $4.
@@ -68,8 +84,7 @@ const nextIsDue = `
 
 // notificationSent removes a notification that its target has got.
 func (s *store) notificationSent(ctx context.Context, n *queuedNotification, now time.Time) error {
-	return s.execNotify(ctx, `WITH sent AS (DELETE FROM notifications WHERE target = $1 AND order_id = $2 AND history_id = $3)`+nextIsDue,
-		n.target, n.orderID, n.historyID, now)
+	return s.execNotified(ctx, n, `WITH sent AS (DELETE FROM notifications WHERE target = $1 AND order_id = $2 AND history_id = $3)`+nextIsDue, now)
 }
 
 // postponeNotification notes that an attempt failed and when to try again, unless the lease has run out and another replica has
@@ -82,12 +97,12 @@ func (s *store) postponeNotification(ctx context.Context, n *queuedNotification,
 
 // giveUpNotification removes a notification that its target will never get, and counts it, unless the lease has run out.
 func (s *store) giveUpNotification(ctx context.Context, n *queuedNotification, now time.Time) error {
-	return s.execNotify(ctx, `
+	return s.execNotified(ctx, n, `
 		WITH given_up AS (
 			DELETE FROM notifications WHERE target = $1 AND order_id = $2 AND history_id = $3 AND due_at = $5 RETURNING target
 		), counted AS (
 			UPDATE notify_targets SET given_up = given_up + 1 WHERE id IN (SELECT target FROM given_up)
-		)`+nextIsDue, n.target, n.orderID, n.historyID, now, n.leasedUntil)
+		)`+nextIsDue, now, n.leasedUntil)
 }
 
 func (s *store) execNotify(ctx context.Context, sql string, args ...any) error {
