@@ -46,16 +46,21 @@ func (p payable) whyNotReserved() error {
 
 // confirmReported carries out a payment under manual approval that a client reports, as confirmPayment does. When its order
 // cannot be had, the payment may have been made already: then it is settled, as settleReported does.
-func (t *settler) confirmReported(ctx context.Context, by actor, who client, report paymentReport, c confirmRequest) (settlement, error) {
+func (t *settler) confirmReported(ctx context.Context, by actor, report paymentReport, c confirmRequest) (settlement, error) {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return settlement{}, err
+	}
+	defer end()
 	settled, err := t.confirmPayment(ctx, by, report.gateway.(confirmer), c)
 	switch {
 	case errors.Is(err, errOrderEnded), errors.Is(err, errOrderPaid), errors.Is(err, errOrderCancelled), errors.Is(err, errOrderConfirming):
-		made, problem := t.settleReported(ctx, by, who, report)
+		made, problem := t.settleInTurn(ctx, by, report)
 		if problem != nil && !errors.Is(problem, errNoPayment) || made.state != "" {
 			return made, problem
 		}
 	case errors.Is(err, errNotFound), errors.Is(err, errNoPayment), refused(err):
-		t.limits.penalize(who)
+		t.limits.penalize(by.client)
 	}
 	return settled, err
 }

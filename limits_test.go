@@ -52,17 +52,31 @@ func TestClientAddress(t *testing.T) {
 
 // reportFrom tells the service of a payment as a browser at an address does.
 func (s *shop) reportFrom(address, impUID string) answer {
-	return s.sendFrom(address, "PATCH", "/api/orders/pay", impUID)
+	s.t.Helper()
+	return s.sendFrom(address, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
+}
+
+// reportAs tells the service of a payment as a signed-in user's browser does.
+func (s *shop) reportAs(user, impUID string) answer {
+	s.t.Helper()
+	return s.call(user, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
 }
 
 // noticeFrom tells the service of a payment as the gateway does, or a stranger in its name.
 func (s *shop) noticeFrom(address, impUID string) answer {
-	return s.sendFrom(address, "POST", "/api/payments/webhook", impUID)
+	s.t.Helper()
+	return s.sendFrom(address, "POST", "/api/payments/webhook", map[string]string{"imp_uid": impUID})
 }
 
-func (s *shop) sendFrom(address, method, path, impUID string) answer {
+// noticeOfFrom is noticeFrom for a notice that says which order the payment is for.
+func (s *shop) noticeOfFrom(address, order, impUID string) answer {
 	s.t.Helper()
-	request, err := newCall(s.t.Context(), method, path, "", map[string]string{"imp_uid": impUID})
+	return s.sendFrom(address, "POST", "/api/payments/webhook", map[string]string{"imp_uid": impUID, "merchant_uid": order})
+}
+
+func (s *shop) sendFrom(address, method, path string, body map[string]string) answer {
+	s.t.Helper()
+	request, err := newCall(s.t.Context(), method, path, "", body)
 	check(s.t, err)
 	request.RemoteAddr = address + ":4711"
 	a, err := exchange(s.send, request)
@@ -137,12 +151,15 @@ func TestFloodFromOneAddress(t *testing.T) {
 // However many made-up payments are being looked up, a true one finds a slot: strangers have some of them, suspects few.
 func TestFloodLeavesSlots(t *testing.T) {
 	for name, row := range map[string]struct {
-		flood func(i int) string // from which address
-		slots int                // of the flood
-		user  string             // who pays meanwhile
+		flood func(s *shop, i int, impUID string) answer
+		slots int    // of the flood
+		user  string // who pays meanwhile
 	}{
-		"one address":     {func(int) string { return "198.51.100.1" }, 2, ""},
-		"fifty addresses": {func(i int) string { return fmt.Sprintf("198.51.100.%d", 100+i) }, 6, buyerA},
+		"one address": {func(s *shop, _ int, impUID string) answer { return s.reportFrom("198.51.100.1", impUID) }, 2, ""},
+		"fifty addresses": {func(s *shop, i int, impUID string) answer {
+			return s.reportFrom(fmt.Sprintf("198.51.100.%d", 100+i), impUID)
+		}, 6, buyerA},
+		"fifty buyers": {func(s *shop, _ int, impUID string) answer { return s.reportAs(newTestID(), impUID) }, 8, adminID},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newDirectShop(t)
@@ -159,14 +176,14 @@ func TestFloodLeavesSlots(t *testing.T) {
 			})
 			var flood sync.WaitGroup
 			for i := range 50 {
-				flood.Go(func() { s.reportFrom(row.flood(i), fmt.Sprintf("imp_flood_%d", i)) })
+				flood.Go(func() { row.flood(s, i, fmt.Sprintf("imp_flood_%d", i)) })
 			}
 			for range row.slots {
 				<-looking
 			}
 			for range 5 {
 				impUID := s.charge(s.order(newTestID(), s.painting(99000)), 109000)
-				s.want(s.call(row.user, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}), 200, "결제 성공")
+				s.want(s.reportAs(row.user, impUID), 200, "결제 성공")
 			}
 			if len(looking) > 0 {
 				t.Errorf("%d more made-up payments are being looked up", len(looking))
@@ -219,7 +236,7 @@ func TestRefusedNoticeIsNotLost(t *testing.T) {
 	}
 }
 
-// What is charged: whatever found no money of ours, and repetitions.
+// What is charged: whatever found no money, and repetitions.
 func TestWaste(t *testing.T) {
 	s := newDirectShop(t)
 	order, kept, _ := s.paid(buyerA)
@@ -233,7 +250,7 @@ func TestWaste(t *testing.T) {
 		prepare func()
 		wasted  float64
 	}{
-		{"imp_unknown", nil, 1}, {ready, nil, 1}, {foreign, nil, 1}, {duplicate, nil, 0}, {kept, nil, 0},
+		{"imp_unknown", nil, 1}, {ready, nil, 1}, {foreign, nil, 0}, {duplicate, nil, 0}, {kept, nil, 0},
 		{kept, func() { s.reportFrom("198.51.100.9", kept) }, 1},
 		{kept, func() { s.noticeFrom("198.51.100.9", kept) }, 0},
 		{kept, silent, 0},
@@ -252,12 +269,118 @@ func TestWaste(t *testing.T) {
 	}
 }
 
+// Notices of another shop's payments on the same account are looked up once an hour, and do not stand in the way of ours.
+func TestNoticesOfAnotherShop(t *testing.T) {
+	s := newDirectShop(t)
+	s.limits.reporting.wait = time.Minute // however slow the machine
+	foreign := make([]string, 300)
+	for i := range foreign {
+		foreign[i] = s.charge(fmt.Sprintf("another-shop-%d", i), 5000)
+	}
+	count := concurrently(1000, func(i int) answer { return s.noticeFrom("198.51.100.1", foreign[i%len(foreign)]) })
+	if count[200] != 1000 || s.fake.calls("payment") != len(foreign) || s.limits.total.level != 0 {
+		t.Errorf("answers %v, %d look-ups, %v wasted", count, s.fake.calls("payment"), s.limits.total.level)
+	}
+	order := s.order(buyerA, s.painting(99000))
+	s.want(s.noticeFrom("198.51.100.1", s.charge(order, 109000)), 200, "확인했습니다")
+	if s.statusOf(order) != statusPaid {
+		t.Errorf("status %d", s.statusOf(order))
+	}
+
+	similar := s.charge(newTestID(), 5000) // the other shop's numbers look like ours
+	for _, row := range []struct {
+		after  time.Duration
+		impUID string
+		asked  int
+	}{{0, foreign[0], 0}, {foreignFor - 1, foreign[0], 0}, {1, foreign[0], 1}, {0, foreign[0], 0}, {0, similar, 1}, {0, similar, 0}} {
+		s.clock.advance(row.after)
+		before := s.fake.calls("payment")
+		s.want(s.noticeFrom("198.51.100.1", row.impUID), 200, "확인했습니다")
+		s.want(s.reportFrom("198.51.100.1", row.impUID), 404, "")
+		if asked := s.fake.calls("payment") - before; asked != row.asked {
+			t.Errorf("%+v: %d look-ups", row, asked)
+		}
+	}
+	if s.limits.total.level != 0 {
+		t.Errorf("%v wasted", s.limits.total.level)
+	}
+}
+
+// However many made-up payments strangers report, all at one address and elsewhere, a notice that names its order is heard.
+func TestTrueNoticeInAFlood(t *testing.T) {
+	s := newDirectShop(t)
+	for i := range int(totalLimit.burst) {
+		address := "198.51.100.1"
+		if i >= int(clientLimit.burst) {
+			address = fmt.Sprintf("198.51.%d.%d", 101+i/250, i%250)
+		}
+		s.want(s.noticeFrom(address, newImpUID()), 200, "")
+	}
+	s.want(s.noticeFrom("198.51.100.1", newImpUID()), 503, messageTooMany)
+	s.want(s.noticeOfFrom("198.51.100.1", newTestID(), newImpUID()), 503, messageTooMany)
+
+	for range throttleAfter {
+		order := s.order(newTestID(), s.painting(99000))
+		failed := s.fake.pay(fakePayment{MerchantUID: order, Amount: 109000, Status: "failed"})
+		s.want(s.noticeOfFrom("198.51.100.1", order, failed), 200, "")
+		s.want(s.noticeOfFrom("198.51.100.1", order, s.charge(order, 109000)), 200, "")
+		if s.statusOf(order) != statusPaid {
+			t.Errorf("status %d", s.statusOf(order))
+		}
+	}
+}
+
+// A stranger who names an order of ours shuts out the notices of that order at most.
+func TestFloodNamingAnOrder(t *testing.T) {
+	s := newLimitedShop(t)
+	s.limits.asking.wait = time.Minute // however slow the machine
+	named, other := s.order(buyerA, s.painting(99000)), s.order(buyerB, s.painting(99000))
+
+	looking, release := s.blockLookUps(func(_, id string) bool { return strings.HasPrefix(id, "imp_flood") })
+	answers := make(chan map[int]int)
+	go func() {
+		answers <- concurrently(150, func(i int) answer { return s.noticeOfFrom("198.51.100.1", named, fmt.Sprintf("imp_flood_%d", i)) })
+	}()
+	waitUntil(t, "two look-ups", func() bool { return looking.now.Load() == callsAtOnce })
+	s.want(s.noticeOfFrom("198.51.100.1", other, s.charge(other, 109000)), 200, "")
+	if s.statusOf(other) != statusPaid {
+		t.Errorf("status %d", s.statusOf(other))
+	}
+	release()
+	if count := <-answers; count[200] < int(clientLimit.burst) || count[200] > int(clientLimit.burst)+callsAtOnce || count[200]+count[503] != 150 {
+		t.Errorf("answers %v", count)
+	}
+	if most := looking.most.Load(); most > callsAtOnce {
+		t.Errorf("%d look-ups at once", most)
+	}
+
+	s.want(s.noticeOfFrom("198.51.100.1", named, s.charge(named, 109000)), 503, messageTooMany)
+	s.want(s.noticeFrom("198.51.100.1", newImpUID()), 200, "") // the sender was not charged
+	s.later(s.config.hold)
+	if s.statusOf(named) != statusPaid {
+		t.Errorf("status %d", s.statusOf(named))
+	}
+}
+
+// Notices of other shops name their orders as they like.
+func TestNoticeNamesAnythingAsItsOrder(t *testing.T) {
+	s := newDirectShop(t)
+	for i, order := range []string{`null`, `7`, `"x"`, `"\u0000"`} {
+		s.want(s.call("", "POST", "/api/payments/webhook", fmt.Sprintf(`{"imp_uid":"imp_%d","merchant_uid":%s}`, i, order)), 200, "확인했습니다")
+	}
+	order := s.order(buyerA, s.painting(99000))
+	s.want(s.call("", "POST", "/api/payments/webhook", "imp_uid=imp_form&merchant_uid="+order), 200, "")
+	if charged, _ := s.limits.penalties.get(client{order: order}); charged.level != 1 {
+		t.Errorf("%v charged to the order that a form names", charged.level)
+	}
+}
+
 // Honest traffic is never refused, even if all of it comes from one address.
 func TestTrueReportsAreFree(t *testing.T) {
 	l := newLimiter(newTestClock().Now)
 	gateway := client{address: netip.MustParsePrefix("198.51.100.1/32")}
 	for i := range 10_000 {
-		if _, err := l.lookUp(t.Context(), gateway, "gateway", fmt.Sprint(i), func(context.Context, string) (gatewayPayment, error) { return gatewayPayment{}, nil }); err != nil {
+		if _, err := l.lookUp(t.Context(), gateway, "gateway", fmt.Sprint(i), func(context.Context) (gatewayPayment, error) { return gatewayPayment{}, nil }); err != nil {
 			t.Fatalf("report %d: %v", i, err)
 		}
 	}
@@ -267,10 +390,10 @@ func TestTrueReportsAreFree(t *testing.T) {
 func TestBuyersAreChargedThemselves(t *testing.T) {
 	s := newDirectShop(t)
 	for range int(clientLimit.burst) {
-		s.want(s.call(buyerA, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": newImpUID()}), 404, "")
+		s.want(s.reportAs(buyerA, newImpUID()), 404, "")
 	}
 	for user, status := range map[string]int{buyerA: 429, buyerB: 404, "": 404} { // at one address
-		s.want(s.call(user, "PATCH", "/api/orders/pay", map[string]string{"imp_uid": newImpUID()}), status, "")
+		s.want(s.reportAs(user, newImpUID()), status, "")
 	}
 }
 
@@ -298,7 +421,7 @@ func TestLimiterAtOnce(t *testing.T) {
 			for i := range 300 {
 				clock.advance(time.Millisecond)
 				address := netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 51, byte(i % 4), byte(g * i % 16)}), 32)
-				_, err := l.lookUp(t.Context(), client{address: address}, "buyer", fmt.Sprint(g*i%500), func(context.Context, string) (gatewayPayment, error) {
+				_, err := l.lookUp(t.Context(), client{address: address}, "buyer", fmt.Sprint(g*i%500), func(context.Context) (gatewayPayment, error) {
 					if n := looking.Add(1); n > int32(tierSlots[tierAnonymous]) {
 						t.Errorf("%d look-ups at once", n)
 					}
@@ -316,6 +439,9 @@ func TestLimiterAtOnce(t *testing.T) {
 		if len(slots) != 0 {
 			t.Errorf("%d slots of tier %d are not given back", len(slots), tier)
 		}
+	}
+	if len(l.reporting.queues) != 0 {
+		t.Errorf("%d reports are still waited for", len(l.reporting.queues))
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -24,16 +25,33 @@ func (s *server) webhook(r *request) (any, error) {
 	if err != nil || report == nil {
 		return message{"확인했습니다"}, err
 	}
-	settled, err := s.settler.settleReported(r.Context(), actor{kind: actorGateway, request: r.id}, s.clientOf(r), *report)
+	settled, err := s.settler.settleNoticed(r.Context(), actor{kind: actorGateway, client: s.clientOf(r), request: r.id}, *report)
 	r.orderID = settled.orderID
 	switch {
-	case errors.Is(err, errTooMany):
-		return nil, tooManyError(http.StatusServiceUnavailable, err)
+	case errors.Is(err, errTooMany), errors.Is(err, errBusy):
+		refusal := toHTTPError(err)
+		refusal.status = http.StatusServiceUnavailable
+		return nil, refusal
 	case err != nil && whyNotSettled(*report, err) == nil:
 		return nil, err
 	default:
 		return message{"확인했습니다"}, nil
 	}
+}
+
+// settleNoticed is settleReported for a notice. It proves nothing that a notice says which order its payment is for, but when
+// there is such an order, the notice is charged to it.
+func (t *settler) settleNoticed(ctx context.Context, by actor, report paymentReport) (settlement, error) {
+	if validID(report.orderID) {
+		ours, err := t.store.orderExists(ctx, report.orderID)
+		if err != nil {
+			return settlement{}, err
+		}
+		if ours {
+			by.client = client{order: report.orderID}
+		}
+	}
+	return t.settleReported(ctx, by, report)
 }
 
 // readNotice returns what a notice reports, nil when that is no payment for an order of ours. V1's is unsigned. Where the
@@ -52,7 +70,11 @@ func (s *server) readNotice(r *request) (*paymentReport, error) {
 		if !validImpUID(notice.impUID) {
 			return nil, fieldError("imp_uid", "결제 번호가 올바르지 않습니다")
 		}
-		return s.reportOf(gatewayIamport, paymentKey{impUID: notice.impUID})
+		report, err := s.reportOf(gatewayIamport, paymentKey{impUID: notice.impUID})
+		if err == nil {
+			report.orderID = notice.merchantUID
+		}
+		return report, err
 	case len(s.config.webhookSecrets) > 0 && !signedWithOneOf(s.config.webhookSecrets, r.Header, body, s.now()):
 		return nil, statusError(http.StatusUnauthorized, "webhook-signature: 서명이 올바르지 않습니다")
 	case !validID(notice.paymentID): // of something else than a payment, or of one for another shop
@@ -60,26 +82,28 @@ func (s *server) readNotice(r *request) (*paymentReport, error) {
 	}
 	report, err := s.reportOf(gatewayPortOne, paymentKey{orderID: notice.paymentID})
 	if err == nil {
-		report.signed = len(s.config.webhookSecrets) > 0
+		report.orderID, report.signed = notice.paymentID, len(s.config.webhookSecrets) > 0
 	}
 	return report, err
 }
 
 // paymentNotice is what a notice says.
 type paymentNotice struct {
-	impUID    string // V1's
-	isV2      bool
-	paymentID string // V2's
+	impUID      string // V1's
+	merchantUID string // V1's: the order
+	isV2        bool
+	paymentID   string // V2's, the order too
 }
 
 // decodeNotice reads a notice. V1's is JSON or a form, as the gateway's console has it. V2's is JSON with a type and data; in
 // its older format it is JSON or a form with payment_id.
 func decodeNotice(body []byte) (paymentNotice, error) {
 	var fields struct {
-		ImpUID    string `json:"imp_uid"`
-		PaymentID string `json:"payment_id"`
-		Type      string
-		Data      json.RawMessage
+		ImpUID      string          `json:"imp_uid"`
+		MerchantUID json.RawMessage `json:"merchant_uid"` // another shop's may be a number
+		PaymentID   string          `json:"payment_id"`
+		Type        string
+		Data        json.RawMessage
 	}
 	if trimmed := bytes.TrimSpace(body); len(trimmed) > 0 && trimmed[0] == '{' {
 		if err := decodeJSON(body, "", &fields); err != nil {
@@ -88,13 +112,14 @@ func decodeNotice(body []byte) (paymentNotice, error) {
 	} else {
 		form, _ := url.ParseQuery(string(body)) // what can be read of a broken form is enough
 		fields.ImpUID, fields.PaymentID = form.Get("imp_uid"), form.Get("payment_id")
+		fields.MerchantUID = json.RawMessage(marshalRaw(form.Get("merchant_uid")))
 	}
 	if fields.Type != "" {
 		var data struct{ PaymentID json.RawMessage }
 		json.Unmarshal(fields.Data, &data) // of a type that tells of something else it may be anything
 		return paymentNotice{isV2: true, paymentID: textOf(data.PaymentID)}, nil
 	}
-	return paymentNotice{impUID: fields.ImpUID, isV2: fields.PaymentID != "", paymentID: fields.PaymentID}, nil
+	return paymentNotice{impUID: fields.ImpUID, merchantUID: textOf(fields.MerchantUID), isV2: fields.PaymentID != "", paymentID: fields.PaymentID}, nil
 }
 
 // noticeAge is how far a signed notice's time may be from ours.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ const (
 	messageCancelling    = "결제 취소가 진행 중입니다"
 	messageConfirming    = "결제를 확인하는 중입니다. 잠시 후 다시 시도해 주세요"
 	messageDeleted       = "결제 오류로 임시 주문서를 삭제했습니다"
+	messageTooManyOrders = "주문을 너무 자주 만들었습니다. 잠시 후 다시 시도해 주세요"
 	messageRefundPending = "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"
 )
 
@@ -50,7 +52,7 @@ func (s *server) createOrder(r *request) (any, error) {
 	}
 	order.createdAt, order.hold = s.now(), s.config.hold
 	order.id, order.userID = s.newID(order.createdAt), r.caller.id
-	created, err := s.store.placeOrder(r.Context(), actor{kind: actorBuyer, request: r.id}, order)
+	created, err := s.placeOrder(r, order)
 	if err != nil {
 		return nil, err
 	}
@@ -64,6 +66,32 @@ func (s *server) createOrder(r *request) (any, error) {
 		return orderCreated{"주문서 생성 성공", created.orderID}, nil
 	}
 	return nil, s.whyNotCreated(r, order, created.items)
+}
+
+// placeOrder makes a new order unless the buyer has made too many. Then it finds only the order that the same request has made
+// before.
+func (s *server) placeOrder(r *request, order newOrder) (createResult, error) {
+	end, err := s.limits.ordering.take(r.Context(), order.userID)
+	if err != nil {
+		return createResult{}, err
+	}
+	defer end()
+	// A buyer who hangs up is charged all the same: whether the order was made has to be known.
+	ctx, by := context.WithoutCancel(r.Context()), actor{kind: actorBuyer, request: r.id}
+	wait := s.limits.chargeOrder(order.userID)
+	s.settler.testHook("ordering", order.id)
+	if wait > 0 {
+		id, err := s.store.renewHold(ctx, by, order)
+		if err == nil && id == "" {
+			err = &httpError{status: http.StatusTooManyRequests, body: message{messageTooManyOrders}, retryAfter: wait}
+		}
+		return createResult{orderID: id}, err
+	}
+	created, err := s.store.placeOrder(ctx, by, order)
+	if !created.made {
+		s.limits.giveBackOrder(order.userID)
+	}
+	return created, err
 }
 
 // whyNotCreated refuses an order that could not be made.
@@ -331,8 +359,8 @@ func whyRefundPending(err error) error {
 		return err
 	}
 	shown := toHTTPError(err)
-	if shown.status == http.StatusInternalServerError {
-		shown.status = http.StatusBadGateway // the gateway refused
+	if shown.status == http.StatusInternalServerError || shown.status == http.StatusTooManyRequests {
+		shown.status = http.StatusBadGateway // the gateway refused, or no slot was free to ask it
 	}
 	shown.body = message{messageRefundPending}
 	return shown

@@ -18,7 +18,7 @@ import (
 type settler struct {
 	store    *store
 	gateways gateways
-	limits   *limiter // of what strangers may ask the gateway
+	limits   *limiter // of what clients have the gateways asked
 	now      func() time.Time
 	log      *slog.Logger
 	interval time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
@@ -137,7 +137,8 @@ func decide(p gatewayPayment) func(orderLedger) decision {
 type paymentReport struct {
 	gateway gateway
 	key     paymentKey
-	signed  bool // by the gateway: it is not counted as a stranger's, who may invent any number of payments
+	orderID string // a notice's: for which order it says the payment is; "" when it does not
+	signed  bool   // by the gateway: it is not counted as a stranger's, who may invent any number of payments
 }
 
 // id returns what the limiter knows the payment by.
@@ -151,28 +152,46 @@ func (r paymentReport) field() string {
 	return "imp_uid"
 }
 
-// settleReported looks up the payment that a client speaks of and settles it. Besides settle's errors it returns
-// errNoPayment and errTooMany: the client has spoken of too many that are none.
-func (t *settler) settleReported(ctx context.Context, by actor, who client, report paymentReport) (settlement, error) {
-	find := func(ctx context.Context, _ string) (gatewayPayment, error) {
-		return report.gateway.find(ctx, report.key)
+// find looks the payment up. It returns errNotOurs for one that says itself that it is another shop's.
+func (r paymentReport) find(ctx context.Context) (gatewayPayment, error) {
+	p, err := r.gateway.find(ctx, r.key)
+	if err == nil && !validID(p.merchantUID) {
+		err = errNotOurs
+	}
+	return p, err
+}
+
+// settleReported looks up the payment that by's client speaks of and settles it. Besides settle's errors it returns
+// errNoPayment, errTooMany when the client has spoken of too many that are none, and errBusy.
+func (t *settler) settleReported(ctx context.Context, by actor, report paymentReport) (settlement, error) {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return settlement{}, err
+	}
+	defer end()
+	return t.settleInTurn(ctx, by, report)
+}
+
+// settleInTurn is settleReported for a caller that has its client's turn.
+func (t *settler) settleInTurn(ctx context.Context, by actor, report paymentReport) (settlement, error) {
+	lookUp := func() (gatewayPayment, error) {
+		return t.limits.lookUp(ctx, by.client, by.kind, report.id(), report.find)
 	}
 	if report.signed {
-		p, err := find(ctx, "")
-		if err != nil {
-			return settlement{}, err
-		}
-		t.testHook("looked up", p.impUID)
-		return t.settle(ctx, by, p)
+		lookUp = func() (gatewayPayment, error) { return askFor(ctx, t.limits, by, report.find) }
 	}
-	p, err := t.limits.lookUp(ctx, who, by.kind, report.id(), find)
+	p, err := lookUp()
 	if err != nil {
 		return settlement{}, err
 	}
 	t.testHook("looked up", p.impUID)
 	settled, err := t.settle(ctx, by, p)
-	if errors.Is(err, errNotOurs) || errors.Is(err, errOtherOrder) || err == nil && settled.state == "" {
-		t.limits.penalize(who)
+	switch {
+	case errors.Is(err, errNotOurs):
+		t.limits.recordForeign(report.id())
+	case report.signed:
+	case errors.Is(err, errOtherOrder) || err == nil && settled.state == "":
+		t.limits.penalize(by.client)
 	}
 	return settled, err
 }
@@ -237,7 +256,7 @@ func (t *settler) endDepositAccount(ctx context.Context, p gatewayPayment) error
 func (t *settler) attemptRefund(ctx context.Context, by actor, row paymentRow) error {
 	t.testHook("leased", row.impUID)
 	if row.attempts > 1 {
-		p, err := t.gateways.find(ctx, row.gateway, row.key())
+		p, err := askFor(ctx, t.limits, by, func(ctx context.Context) (gatewayPayment, error) { return t.gateways.find(ctx, row.gateway, row.key()) })
 		if err != nil {
 			return t.postponeRefund(ctx, row, err)
 		}
@@ -272,7 +291,8 @@ func (t *settler) requestRefund(ctx context.Context, by actor, row paymentRow) e
 			refusals: row.refusals, account: row.account})
 		t.testHook("cancelled", row.impUID)
 		if cause != nil {
-			if p, err = g.find(ctx, row.key()); err != nil {
+			p, err = askFor(ctx, t.limits, by, func(ctx context.Context) (gatewayPayment, error) { return g.find(ctx, row.key()) })
+			if err != nil {
 				return t.postponeRefund(ctx, row, cause)
 			}
 			t.testHook("looked up", row.impUID)
@@ -319,8 +339,13 @@ func (t *settler) postponeRefund(ctx context.Context, row paymentRow, cause erro
 }
 
 // refundOrder gives back the whole payment of a paid order and cancels it. It returns errStale when the order is not in
-// status from any more, and errRefundPending when the refund is booked and goes on by itself.
+// status from any more, errRefundPending when the refund is booked and goes on by itself, and errBusy.
 func (t *settler) refundOrder(ctx context.Context, by actor, id string, from int, reason string) error {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return err
+	}
+	defer end()
 	row, err := t.store.bookRefund(context.WithoutCancel(ctx), by, id, from, reason, t.now())
 	if err != nil {
 		return err
@@ -333,6 +358,11 @@ func (t *settler) refundOrder(ctx context.Context, by actor, id string, from int
 // retryOrderRefund goes on with the cancel of an order whose refund did not succeed at once. It returns errStale when
 // another caller is at it.
 func (t *settler) retryOrderRefund(ctx context.Context, by actor, id string) error {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return err
+	}
+	defer end()
 	row, err := t.store.claimOrderRefund(ctx, id, t.now())
 	if err != nil {
 		return err
@@ -344,6 +374,11 @@ func (t *settler) retryOrderRefund(ctx context.Context, by actor, id string) err
 // until the money is back. It returns errNotFound when the order has no such payment, errNotDue when no refund of it is
 // due, errStale when another caller is at it, and errRefundPending when it failed and goes on by itself.
 func (t *settler) refundToAccount(ctx context.Context, by actor, id, impUID string, account refundAccount) error {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return err
+	}
+	defer end()
 	row, err := t.store.claimRefundTo(ctx, id, impUID, account, t.now())
 	if err != nil {
 		return err
@@ -354,7 +389,7 @@ func (t *settler) refundToAccount(ctx context.Context, by actor, id, impUID stri
 // checkUnpaid asks the gateways whether money came for an unpaid order, and settles all of it, as settleAll does. It returns
 // errNoPayment when none came.
 func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (settlement, error) {
-	paid, err := t.gateways.paidPaymentsOf(ctx, id)
+	paid, err := askFor(ctx, t.limits, by, func(ctx context.Context) ([]gatewayPayment, error) { return t.gateways.paidPaymentsOf(ctx, id) })
 	if len(paid) == 0 {
 		return settlement{}, cmp.Or(err, errNoPayment)
 	}
@@ -366,7 +401,7 @@ func (t *settler) checkUnpaid(ctx context.Context, by actor, id string) (settlem
 // keeps; the zero one when it keeps none. A payment that cannot be read or settled is an error, and does not stand in the
 // way of the others.
 func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept settlement, err error) {
-	payments, err := t.gateways.paymentsOf(ctx, id)
+	payments, err := askFor(ctx, t.limits, by, func(ctx context.Context) ([]gatewayPayment, error) { return t.gateways.paymentsOf(ctx, id) })
 	for _, p := range payments {
 		t.testHook("looked up", p.impUID)
 		settled, problem := t.settle(ctx, by, p)
@@ -383,6 +418,11 @@ func (t *settler) settleAll(ctx context.Context, by actor, id string) (kept sett
 // discardUnpaid ends an unpaid order at its buyer's wish. Money already at the gateway wins: then the order is settled, not
 // ended, and errStale returned, as when the order is not unpaid any more.
 func (t *settler) discardUnpaid(ctx context.Context, by actor, id string) error {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return err
+	}
+	defer end()
 	if err := t.confirmUnpaid(ctx, by, id); err != nil {
 		return err
 	}
@@ -438,19 +478,17 @@ func (s *server) pay(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	by, settled := actor{kind: actorBuyer, request: r.id}, settlement{}
+	by, settled := actor{kind: actorBuyer, client: s.clientOf(r), request: r.id}, settlement{}
 	if body.Token == "" {
-		settled, err = s.settler.settleReported(r.Context(), by, s.clientOf(r), *report)
+		settled, err = s.settler.settleReported(r.Context(), by, *report)
 	} else if _, ok := report.gateway.(confirmer); ok {
 		approval := confirmRequest{orderID: report.key.orderID, token: body.Token, txID: body.TxID}
-		settled, err = s.settler.confirmReported(r.Context(), by, s.clientOf(r), *report, approval)
+		settled, err = s.settler.confirmReported(r.Context(), by, *report, approval)
 	} else {
 		return nil, fieldError("paymentToken", "paymentId와 함께 보내야 합니다")
 	}
 	r.orderID = settled.orderID
 	switch {
-	case errors.Is(err, errTooMany):
-		return nil, tooManyError(http.StatusTooManyRequests, err)
 	case err != nil:
 		return nil, cmp.Or(whyNotConfirmed(err), whyNotSettled(*report, err), err)
 	case settled.state == stateKept:
@@ -492,14 +530,9 @@ func (s *server) reportOf(name gatewayName, key paymentKey) (*paymentReport, err
 // clientOf returns who is charged for what a request makes us ask the gateway.
 func (s *server) clientOf(r *request) client {
 	if r.caller.id != "" {
-		return client{buyer: r.caller.id}
+		return r.caller.client()
 	}
 	return client{address: clientAddress(r.Request, s.config.proxies)}
-}
-
-// tooManyError refuses a client that has spoken of too many payments that are none.
-func tooManyError(status int, cause error) *httpError {
-	return &httpError{status: status, body: message{messageTooMany}, retryAfter: clientLimit.refill, cause: cause}
 }
 
 // whyNotSettled returns what the client sees of an error that says what the payment is; nil for any other error.
@@ -541,6 +574,11 @@ var errSold = errors.New("a paid order has the painting")
 // unless its money is at the gateway: then it is paid. It returns errSold when a paid order has the painting, errNotFound when
 // there is no such painting, and errStale when it kept changing hands.
 func (t *settler) changeSale(ctx context.Context, by actor, id string, forSale bool) error {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return err
+	}
+	defer end()
 	// Each change names the order that has the painting. When that has changed, the painting is looked at anew.
 	for range 5 {
 		order, err := t.store.findPaintingOrder(ctx, id)

@@ -38,7 +38,7 @@ type server struct {
 
 	largeBodies chan struct{} // a place for each body that is large
 
-	limits  *limiter // of payment look-ups that callers cause
+	limits  *limiter // of what callers have the gateway asked, and of new orders
 	metrics *metrics
 	outages map[gatewayName]*outage // whether each gateway responds
 }
@@ -54,10 +54,11 @@ type request struct {
 
 // actor returns the actor of the changes that the request makes.
 func (r *request) actor() actor {
+	by := actor{kind: actorBuyer, client: r.caller.client(), request: r.id}
 	if r.caller.admin {
-		return actor{kind: actorAdministrator, id: r.caller.id, request: r.id}
+		by.kind, by.id = actorAdministrator, r.caller.id
 	}
-	return actor{kind: actorBuyer, request: r.id}
+	return by
 }
 
 // access says which callers a route accepts.
@@ -113,6 +114,7 @@ const (
 	messageAway    = "서비스를 잠시 사용할 수 없습니다. 잠시 후 다시 시도해 주세요"
 	messageGateway = "결제 서비스가 응답하지 않습니다. 잠시 후 다시 시도해 주세요"
 	messageTooMany = "확인되지 않는 결제를 너무 많이 조회했습니다. 잠시 후 다시 시도해 주세요"
+	messageBusy    = "요청이 한꺼번에 너무 많습니다. 잠시 후 다시 시도해 주세요"
 	messageSignIn  = "로그인이 필요합니다"
 	messageAdmin   = "관리자만 사용할 수 있습니다"
 )
@@ -130,6 +132,10 @@ func toHTTPError(err error) *httpError {
 	switch {
 	case errors.Is(err, context.Canceled):
 		return &httpError{status: statusClientClosed, body: message{messageFault}, cause: err}
+	case errors.Is(err, errTooMany):
+		return &httpError{status: http.StatusTooManyRequests, body: message{messageTooMany}, retryAfter: clientLimit.refill, cause: err}
+	case errors.Is(err, errBusy):
+		return &httpError{status: http.StatusTooManyRequests, body: message{messageBusy}, retryAfter: lookUpWait, cause: err}
 	case isGateway:
 		return &httpError{status: gateway.status, body: message{messageGateway}, retryAfter: 5 * time.Second, cause: err}
 	case unavailable(err):

@@ -181,6 +181,7 @@ const (
 type actor struct {
 	kind    actorKind
 	id      string // an administrator's user id
+	client  client // for whom the gateway is asked meanwhile; not in the history
 	request string // the request's id
 }
 
@@ -255,6 +256,7 @@ type requestedItem struct {
 // createResult is what became of a request for a new order. Without an orderID, items tell why there is none.
 type createResult struct {
 	orderID    string // the order made, or the same one that the buyer has already
+	made       bool   // it is a new one
 	numberUsed bool   // an order of this buyer's that was paid has the number
 	confirming bool   // the buyer's unpaid order cannot be replaced: its payment is being confirmed
 	items      []requestedItem
@@ -349,6 +351,7 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 	if err := s.change(ctx, batch, append([]string{o.userID}, o.productIDs...)...); err != nil {
 		return createResult{}, noStatus, err
 	}
+	created.made = created.orderID != ""
 	return created, numberOf, nil
 }
 
@@ -491,6 +494,14 @@ func (s *store) findOrderState(ctx context.Context, id string, who caller, now t
 }
 
 // ---- lists and history
+
+// orderExists reports whether there is an order id, live or ended.
+func (s *store) orderExists(ctx context.Context, id string) (exists bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
+	defer cancel()
+	err = s.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM orders WHERE id = $1)`, id).Scan(&exists)
+	return exists, err
+}
 
 // orderColumns are the columns that scanOrder reads.
 const orderColumns = `o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
