@@ -221,6 +221,7 @@ func TestDeletionsOfManyBuyers(t *testing.T) {
 func TestNoSlotInTime(t *testing.T) {
 	s := newLimitedShop(t)
 	stuck, _ := s.stuckRefund(buyerA)
+	paid, _, _ := s.paid(buyerB)
 	unpaid := s.order(buyerB, s.painting(99000))
 	kept := s.charge(s.order(buyerA, s.painting(99000)), 109000)
 	s.clock.advance(time.Minute)
@@ -233,6 +234,7 @@ func TestNoSlotInTime(t *testing.T) {
 	s.want(s.noticeFrom("198.51.100.1", kept), 503, messageBusy)
 	s.want(s.call(buyerB, "DELETE", "/api/orders/"+unpaid, nil), 429, messageBusy)
 	s.want(s.call(buyerA, "DELETE", "/api/orders/"+stuck, nil), 502, messageRefundPending)
+	s.want(s.call(buyerB, "DELETE", "/api/orders/"+paid, nil), 502, messageRefundPending) // the gateway refuses, and is not asked why
 	if asked := s.fake.calls("payment") + s.fake.calls("findAll") - before; asked != 0 {
 		t.Errorf("%d look-ups", asked)
 	}
