@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"reflect"
@@ -206,7 +207,9 @@ var errNotReached = errors.New("not checked")
 func (a *auditor) checkOrders(ctx context.Context, ids []string, open []int, orders []auditedOrder) error {
 	var next, failures atomic.Int64
 	var first atomic.Pointer[error]
-	defer a.tell(&next, len(open))()
+	defer tell(a.progress, a.progressEvery, func() string {
+		return fmt.Sprintf("looking at order %d of %d", min(next.Load(), int64(len(open))), len(open))
+	})()
 	var workers sync.WaitGroup
 	for range maxLookUps {
 		workers.Go(func() {

@@ -8,7 +8,6 @@ import (
 	"io"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -82,19 +81,19 @@ func (r *auditReport) add(o auditedOrder) {
 	r.Mismatches = append(r.Mismatches, o.mismatches...)
 }
 
-// tell says every while, on one line, how far the audit is, until stop is called.
-func (a *auditor) tell(done *atomic.Int64, of int) (stop func()) {
-	ticker, stopped, told := time.NewTicker(a.progressEvery), make(chan struct{}), make(chan struct{})
+// tell writes text's result every while, on one line of w, until stop is called.
+func tell(w io.Writer, every time.Duration, text func() string) (stop func()) {
+	ticker, stopped, told := time.NewTicker(every), make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(told)
 		end := ""
 		for {
 			select {
 			case <-ticker.C:
-				fmt.Fprintf(a.progress, "\rlooking at order %d of %d", min(done.Load(), int64(of)), of)
+				io.WriteString(w, "\r"+text())
 				end = "\n"
 			case <-stopped:
-				io.WriteString(a.progress, end)
+				io.WriteString(w, end)
 				return
 			}
 		}

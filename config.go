@@ -51,6 +51,7 @@ var requiredNames = map[string][]string{
 	"migrate": {"DATABASE_URL"},
 	"token":   {"JWT_SECRET"},
 	"audit":   {"DATABASE_URL"},
+	"export":  {"DATABASE_URL"},
 }
 
 // deploymentNames lists further variables that only a deployment sets. A deployment that lost its secrets is recognized by

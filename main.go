@@ -27,6 +27,8 @@ Usage:
   lumiere                                    serve
   lumiere import FILE                        load or update the catalogue from a JSON array; - is standard input
   lumiere audit [-since 24h] [-json]         compare the ledger with the gateway; exit 0 only when they balance
+  lumiere export -from DAY -to DAY [-by movement|painting]
+                                             write CSV for the accountant: days such as 2026-11-30, both included
   lumiere migrate                            bring the schema up to date, as the role that owns it
   lumiere notify -test                       send a test to every address of NOTIFY_URL
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
@@ -88,6 +90,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 	case "audit":
 		since, asJSON := flags.Duration("since", 24*time.Hour, ""), flags.Bool("json", false, "")
 		execute = func(c config) error { return auditCommand(ctx, c, *since, *asJSON, out, errOut) }
+	case "export":
+		from, to := flags.String("from", "", ""), flags.String("to", "", "")
+		by := flags.String("by", "movement", "")
+		execute = func(c config) error { return exportCommand(ctx, c, *from, *to, *by, out, errOut) }
 	case "token":
 		user, isAdmin := flags.String("user", "", ""), flags.Bool("admin", false, "")
 		ttl := flags.Duration("ttl", 3*time.Hour, "")

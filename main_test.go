@@ -986,7 +986,8 @@ func TestCommandsAndTheSchema(t *testing.T) {
 		defer store.close()
 		check(t, store.migrate(t.Context(), migrations()[:steps]))
 	}
-	commands := map[string][]string{"import": {"import", "-"}, "audit": {"audit"}, "migrate": {"migrate"}}
+	commands := map[string][]string{"import": {"import", "-"}, "audit": {"audit"}, "migrate": {"migrate"},
+		"export": {"export", "-from", "2026-11-01", "-to", "2026-11-30"}}
 	for _, row := range []struct {
 		command     string
 		steps, then int
@@ -1000,6 +1001,8 @@ func TestCommandsAndTheSchema(t *testing.T) {
 		{"import", newest, newest, false},
 		{"audit", 0, 0, true},
 		{"audit", newest - 1, newest - 1, true},
+		{"export", newest - 1, newest - 1, true},
+		{"export", newest, newest, false},
 	} {
 		databaseURL := newTestDatabase(t)
 		migrate(databaseURL, row.steps)

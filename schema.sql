@@ -728,3 +728,37 @@ BEGIN
 	RETURN NULL;
 END $$;
 CREATE TRIGGER history_notify AFTER INSERT ON history FOR EACH ROW EXECUTE FUNCTION history_notify();
+
+-- step 26: what went back of a refund that is not done has a time
+
+-- As before, and 'partly refunded' is in the history also while a refund waits, and of money that was part back when it was first
+-- seen: history tells of each won that went back when that was.
+CREATE OR REPLACE FUNCTION payments_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF TG_OP = 'INSERT' OR NEW.state <> OLD.state OR NEW.state = 'kept' THEN
+		INSERT INTO history (order_id, at, imp_uid, amount, why) VALUES (NEW.order_id, NEW.updated_at, NEW.imp_uid,
+			CASE
+				WHEN NEW.by_hand IS NOT NULL THEN NEW.by_hand_amount
+				WHEN NEW.state = 'kept' AND NEW.refunded > 0 THEN NEW.refunded
+				ELSE NEW.amount
+			END,
+			CASE
+				WHEN NEW.by_hand IS NOT NULL THEN 'refunded by hand: ' || NEW.reason
+				WHEN NEW.state = 'kept' AND NEW.refunded > 0 THEN 'partly refunded'
+				WHEN NEW.state = 'kept' THEN 'payment kept'
+				ELSE NEW.state || ': ' || NEW.reason
+			END);
+	END IF;
+	IF NEW.state = 'refunding' AND NEW.refunded > (CASE TG_OP WHEN 'INSERT' THEN 0 ELSE OLD.refunded END) THEN
+		INSERT INTO history (order_id, at, imp_uid, amount, why) VALUES (NEW.order_id, NEW.updated_at, NEW.imp_uid, NEW.refunded, 'partly refunded');
+	END IF;
+	RETURN NULL;
+END $$;
+DROP TRIGGER payments_history_update ON payments;
+CREATE TRIGGER payments_history_update AFTER UPDATE OF state, refunded ON payments FOR EACH ROW
+	WHEN (OLD.state <> NEW.state OR OLD.refunded <> NEW.refunded)
+	EXECUTE FUNCTION payments_history();
+INSERT INTO history (order_id, at, imp_uid, amount, why)
+	SELECT order_id, updated_at, imp_uid, refunded, 'partly refunded' FROM payments p
+	WHERE state = 'refunding' AND refunded > 0 AND NOT EXISTS (SELECT FROM history h
+		WHERE h.order_id = p.order_id AND h.imp_uid = p.imp_uid AND h.why = 'partly refunded' AND h.amount = p.refunded);
