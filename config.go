@@ -36,6 +36,7 @@ type config struct {
 	reconcile                 time.Duration  // time between two rounds of the reconciler
 	notifyURLs                []*url.URL     // addresses that notifications go to
 	notifyKey                 []byte         // signs notifications
+	keep                      time.Duration  // how long after its last change a paid order keeps personal data
 	logLevel                  slog.Level
 	local                     bool // local development
 }
@@ -52,6 +53,7 @@ var requiredNames = map[string][]string{
 	"token":   {"JWT_SECRET"},
 	"audit":   {"DATABASE_URL"},
 	"export":  {"DATABASE_URL"},
+	"forget":  {"DATABASE_URL"},
 }
 
 // deploymentNames lists further variables that only a deployment sets. A deployment that lost its secrets is recognized by
@@ -71,6 +73,7 @@ func readConfig(getenv func(string) string, command string) (config, error) {
 		metricsAddress: env.metricsAddress(),
 		hold:           env.duration("ORDER_HOLD", "30m"),
 		reconcile:      env.duration("RECONCILE_INTERVAL", "10s"),
+		keep:           env.keepPersonalData(),
 		origins:        env.origins(),
 		proxies:        env.proxies(),
 		logLevel:       env.logLevel(),
@@ -237,6 +240,14 @@ func (e *environment) duration(name, fallback string) time.Duration {
 		e.problem("%s must be a duration such as %s", name, fallback)
 	}
 	return d
+}
+
+func (e *environment) keepPersonalData() time.Duration {
+	keep := e.duration("KEEP_PERSONAL_DATA", "43830h")
+	if keep > 0 && keep < keepUnpaid {
+		e.problem("KEEP_PERSONAL_DATA must be at least %.0fh", keepUnpaid.Hours())
+	}
+	return keep
 }
 
 func (e *environment) origins() (origins []string) {

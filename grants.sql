@@ -13,7 +13,7 @@ GRANT SELECT ON schema_steps TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (artist_id, artist_name, title, image, size, canvas, price, for_sale, order_id)
 	ON products TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (status, ended, cancelling_since, updated_at, paid_at, held_until, next_look_at, confirming_until,
-	carrier, parcel_number)
+	carrier, parcel_number, erased_at, delivery_info, delivery_details, orderer_info)
 	ON orders TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (state, reason, refunded, updated_at, attempts, next_attempt_at, leased_until, last_error, refusals,
 	refund_account, by_hand, by_hand_amount) ON payments TO lumiere_service;

@@ -29,6 +29,7 @@ Usage:
   lumiere audit [-since 24h] [-json]         compare the ledger with the gateway; exit 0 only when they balance
   lumiere export -from DAY -to DAY [-by movement|painting]
                                              write CSV for the accountant: days such as 2026-11-30, both included
+  lumiere forget -order ID                   erase the personal data of an order that is over
   lumiere migrate                            bring the schema up to date, as the role that owns it
   lumiere notify -test                       send a test to every address of NOTIFY_URL
   lumiere token -user ID [-admin] [-ttl 3h]  print a token
@@ -94,6 +95,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, in io.R
 		from, to := flags.String("from", "", ""), flags.String("to", "", "")
 		by := flags.String("by", "movement", "")
 		execute = func(c config) error { return exportCommand(ctx, c, *from, *to, *by, out, errOut) }
+	case "forget":
+		order := flags.String("order", "", "")
+		execute = func(c config) error { return forgetCommand(ctx, c, *order, out) }
 	case "token":
 		user, isAdmin := flags.String("user", "", ""), flags.Bool("admin", false, "")
 		ttl := flags.Duration("ttl", 3*time.Hour, "")

@@ -371,7 +371,7 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 	c := config{
 		jwtSecret: []byte(testSecret), iamportURL: gatewayURL, iamportKey: s.fake.key,
 		iamportSecret: s.fake.secret, shipping: 10000, hold: 30 * time.Minute, reconcile: 10 * time.Second,
-		origins: []string{"https://lumiere.example"},
+		keep: 43830 * time.Hour, origins: []string{"https://lumiere.example"},
 		proxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}, // the tests name their requests
 	}
 	for _, f := range change {
@@ -987,7 +987,7 @@ func TestCommandsAndTheSchema(t *testing.T) {
 		check(t, store.migrate(t.Context(), migrations()[:steps]))
 	}
 	commands := map[string][]string{"import": {"import", "-"}, "audit": {"audit"}, "migrate": {"migrate"},
-		"export": {"export", "-from", "2026-11-01", "-to", "2026-11-30"}}
+		"export": {"export", "-from", "2026-11-01", "-to", "2026-11-30"}, "forget": {"forget", "-order", newTestID()}}
 	for _, row := range []struct {
 		command     string
 		steps, then int
@@ -1003,6 +1003,7 @@ func TestCommandsAndTheSchema(t *testing.T) {
 		{"audit", newest - 1, newest - 1, true},
 		{"export", newest - 1, newest - 1, true},
 		{"export", newest, newest, false},
+		{"forget", newest - 1, newest - 1, true},
 	} {
 		databaseURL := newTestDatabase(t)
 		migrate(databaseURL, row.steps)
@@ -1054,6 +1055,9 @@ func TestConfiguration(t *testing.T) {
 		{"SHIPPING_PRICE=-1", "", "SHIPPING_PRICE"},
 		{"ORDER_HOLD=30", "", "ORDER_HOLD"},
 		{"RECONCILE_INTERVAL=0s", "", "RECONCILE_INTERVAL"},
+		{"KEEP_PERSONAL_DATA=720h", "", ""},
+		{"KEEP_PERSONAL_DATA=719h59m", "", "KEEP_PERSONAL_DATA"},
+		{"KEEP_PERSONAL_DATA=5y", "", "KEEP_PERSONAL_DATA"},
 		{"IAMPORT_SANDBOX=perhaps", "", "IAMPORT_SANDBOX"},
 		{"CORS_ORIGINS=*", "", "CORS_ORIGINS"},
 		{"IAMPORT_URL=gateway", "", "IAMPORT_URL"},

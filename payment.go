@@ -23,6 +23,7 @@ type settler struct {
 	log      *slog.Logger
 	interval time.Duration // between two rounds of the reconciler, and the first pause before a refund is tried again
 	hold     time.Duration // how long an unpaid order keeps its paintings
+	keep     time.Duration // how long a paid order keeps personal data
 
 	// onTestHook is nil but in tests. It is called between any two calls to the database or the gateway that change or
 	// decide something about a payment or an order, so that a test can stop one caller there. Nothing is locked then.

@@ -24,8 +24,8 @@ const (
 var byReconciler = actor{kind: actorReconciler}
 
 // reconcile does what no client waits for, each interval until ctx ends: it retries refunds, reads the gateway's lists of
-// what moved, asks the gateway about unpaid orders whose hold ends, and lets their paintings go. Every replica runs it; no
-// two work on the same row.
+// what moved, asks the gateway about unpaid orders whose hold ends, lets their paintings go, and erases personal data whose
+// time is over. Every replica runs it; no two work on the same row.
 func (t *settler) reconcile(ctx context.Context) {
 	t.lastRound.Store(t.now().UnixNano())
 	ticker := time.NewTicker(t.interval)
@@ -49,7 +49,7 @@ func (t *settler) reconcileRound(ctx context.Context) error {
 	for _, g := range t.gateways {
 		err = errors.Join(err, t.readList(ctx, g, gatewayPaid), t.readList(ctx, g, gatewayCancelled))
 	}
-	err = errors.Join(err, t.checkOrders(ctx), t.store.compactStatusCounts(ctx))
+	err = errors.Join(err, t.checkOrders(ctx), t.forgetDue(ctx), t.store.compactStatusCounts(ctx))
 	if err == nil {
 		t.lastRound.Store(t.now().UnixNano())
 	}

@@ -762,3 +762,67 @@ INSERT INTO history (order_id, at, imp_uid, amount, why)
 	SELECT order_id, updated_at, imp_uid, refunded, 'partly refunded' FROM payments p
 	WHERE state = 'refunding' AND refunded > 0 AND NOT EXISTS (SELECT FROM history h
 		WHERE h.order_id = p.order_id AND h.imp_uid = p.imp_uid AND h.why = 'partly refunded' AND h.amount = p.refunded);
+
+-- step 27: personal data ends
+
+-- When the names, addresses, telephones, e-mail and free texts of an order were erased. They never come back, and nothing else
+-- changes them. Before the release the operator adds the column, too, for the indexes of the next steps.
+ALTER TABLE orders
+	ADD COLUMN IF NOT EXISTS erased_at timestamptz,
+	ADD CONSTRAINT orders_erased_are_over CHECK (erased_at IS NULL OR ended IS NOT NULL OR status >= 3) NOT VALID,
+	ADD CONSTRAINT orders_erased_are_empty CHECK (erased_at IS NULL
+		OR delivery_info::text = '{"address":"","detailedAddress":"","receiver":"","contactNum":""}'
+		AND delivery_details IS NOT NULL AND delivery_details::text = '{"receiveAt":"","requestedTerms":""}'
+		AND orderer_info::text = '{"name":"","phoneNum":"","email":"","refundTerms":""}') NOT VALID;
+CREATE TRIGGER orders_texts_are_written_once
+	BEFORE UPDATE OF delivery_info, delivery_details, orderer_info, erased_at ON orders
+	FOR EACH ROW WHEN ((OLD.delivery_info::text, OLD.delivery_details::text, OLD.orderer_info::text, OLD.erased_at)
+		IS DISTINCT FROM
+		(NEW.delivery_info::text, NEW.delivery_details::text, NEW.orderer_info::text, NEW.erased_at)
+		AND NOT (OLD.erased_at IS NULL AND NEW.erased_at IS NOT NULL))
+	EXECUTE FUNCTION orders_are_written_once();
+
+CREATE FUNCTION orders_erasure_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	INSERT INTO history (order_id, at, why) VALUES (NEW.id, NEW.erased_at, 'personal data erased');
+	RETURN NULL;
+END $$;
+CREATE TRIGGER orders_erasure_history AFTER UPDATE OF erased_at ON orders FOR EACH ROW
+	WHEN (OLD.erased_at IS NULL AND NEW.erased_at IS NOT NULL) EXECUTE FUNCTION orders_erasure_history();
+
+-- step 28: what was paid back by hand is forgotten with its order
+
+-- As before. Of a payment that went back only the text may still be erased, and one that goes back by hand once its order's
+-- data is erased keeps none.
+CREATE OR REPLACE FUNCTION payments_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF (OLD.imp_uid, OLD.gateway, OLD.order_id, OLD.currency, OLD.amount)
+			IS DISTINCT FROM (NEW.imp_uid, NEW.gateway, NEW.order_id, NEW.currency, NEW.amount)
+		OR NEW.refunded < OLD.refunded
+		OR (OLD.state, NEW.state) NOT IN (('kept', 'kept'), ('kept', 'refunding'), ('kept', 'refunded'),
+			('refunding', 'refunding'), ('refunding', 'refunded'))
+			AND NOT (OLD.state = 'refunded' AND OLD.by_hand IS NOT NULL AND to_jsonb(OLD) || '{"by_hand": ""}' = to_jsonb(NEW)) THEN
+		RAISE EXCEPTION 'payment % cannot go from % to %', OLD.imp_uid, OLD.state, NEW.state
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'payments_state_may_follow';
+	END IF;
+	IF NEW.state = 'refunded' THEN
+		NEW.refund_account := NULL;
+	END IF;
+	IF NEW.by_hand <> '' AND EXISTS (SELECT FROM orders WHERE id = NEW.order_id AND erased_at IS NOT NULL) THEN
+		NEW.by_hand := '';
+	END IF;
+	RETURN NEW;
+END $$;
+
+-- step 29: which paid orders are to be erased next
+
+CREATE INDEX IF NOT EXISTS orders_paid_to_erase ON orders (updated_at) WHERE erased_at IS NULL AND status IN (3, 5);
+
+-- step 30: the same for orders that ended unpaid
+
+CREATE INDEX IF NOT EXISTS orders_ended_to_erase ON orders (updated_at) WHERE erased_at IS NULL AND ended IS NOT NULL;
+
+-- step 31: old rows are held to what was said above
+
+ALTER TABLE orders VALIDATE CONSTRAINT orders_erased_are_over;
+ALTER TABLE orders VALIDATE CONSTRAINT orders_erased_are_empty;

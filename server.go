@@ -465,6 +465,7 @@ func newServer(c config, store *store, transport http.RoundTripper, log *slog.Lo
 		log:        log,
 		interval:   c.reconcile,
 		hold:       c.hold,
+		keep:       c.keep,
 		unreadable: recent[string, struct{}]{keep: time.Hour, most: 1000},
 	}
 	s.notifier = newNotifier(c, store, log, now)

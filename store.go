@@ -137,7 +137,8 @@ func (s *store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]o
 	return found, err
 }
 
-// findLatestOrder returns the id, delivery and orderer of the buyer's newest order, and errNotFound when there is none.
+// findLatestOrder returns the id, delivery and orderer of the buyer's newest order that has them still, and errNotFound when
+// there is none.
 func (s *store) findLatestOrder(ctx context.Context, buyer string) (order, error) {
 	found, err := s.latest.get(ctx, buyer)
 	if err != nil {
@@ -155,7 +156,7 @@ func (s *store) readLatest(ctx context.Context, buyers []string) (map[string]ord
 		SELECT o.id, o.user_id, o.delivery_info, o.delivery_details, o.orderer_info
 		FROM unnest((SELECT $1::text[])) AS k (buyer) CROSS JOIN LATERAL (
 			SELECT id, user_id, delivery_info, delivery_details, orderer_info FROM orders
-			WHERE user_id = k.buyer AND ended IS NULL ORDER BY created_at DESC, id DESC LIMIT 1) o`, buyers)
+			WHERE user_id = k.buyer AND ended IS NULL AND erased_at IS NULL ORDER BY created_at DESC, id DESC LIMIT 1) o`, buyers)
 	found := make(map[string]order, len(buyers))
 	var o order
 	_, err := pgx.ForEachRow(rows, []any{&o.id, &o.userID, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo}, func() error {
@@ -451,7 +452,8 @@ func oneRow(to ...any) func(pgx.Row) error {
 func exactlyOne(row pgx.Row) error { return oneRow(new(string))(row) }
 
 // advance moves an order from one status to another, and records its parcel unless p is nil. It returns errStale when the
-// order is not in status from, or when its money is on the way back.
+// order is not in status from, when its money is on the way back, or when it would be to send again and its address is
+// erased.
 func (s *store) advance(ctx context.Context, by actor, id string, from, to int, p *parcel, now time.Time) error {
 	var carrier, number *string
 	if p != nil {
@@ -460,7 +462,7 @@ func (s *store) advance(ctx context.Context, by actor, id string, from, to int, 
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
 	batch.Queue(`UPDATE orders SET status = $3, updated_at = $4, carrier = coalesce($5, carrier), parcel_number = coalesce($6, parcel_number)
-		WHERE id = $1 AND status = $2 AND ended IS NULL AND cancelling_since IS NULL RETURNING id`,
+		WHERE id = $1 AND status = $2 AND ended IS NULL AND cancelling_since IS NULL AND (erased_at IS NULL OR $3 >= 3) RETURNING id`,
 		id, from, to, now, carrier, number).QueryRow(exactlyOne)
 	return s.change(ctx, batch, id)
 }

@@ -79,11 +79,12 @@ type decision struct {
 // revivableFor is how long after its end late money may still pay for an order.
 const revivableFor = 24 * time.Hour
 
-// lockRevivable says whether late money may still pay for the tombstone $1: it ended after $2, its paintings are for sale
-// and free, or held by an unpaid order of the same buyer whose payment is not being confirmed at $3, today's prices add up to
-// its total, and no order that has to stay has taken its number. It locks the paintings and what the buyer's unpaid order holds.
+// lockRevivable says whether late money may still pay for the tombstone $1: it ended after $2 and its personal data is
+// there, its paintings are for sale and free, or held by an unpaid order of the same buyer whose payment is not being confirmed
+// at $3, today's prices add up to its total, and no order that has to stay has taken its number. It locks the paintings and what
+// the buyer's unpaid order holds.
 const lockRevivable = `
-	WITH o AS (SELECT user_id, number, product_ids, total_price - shipping_price AS price FROM orders WHERE id = $1 AND ended IS NOT NULL AND updated_at > $2),
+	WITH o AS (SELECT user_id, number, product_ids, total_price - shipping_price AS price FROM orders WHERE id = $1 AND ended IS NOT NULL AND updated_at > $2 AND erased_at IS NULL),
 	unpaid AS (
 		SELECT u.id, u.product_ids, (u.confirming_until > $3) IS TRUE AS confirming
 		FROM orders u JOIN o ON u.user_id = o.user_id WHERE u.status = -1 AND u.ended IS NULL),
