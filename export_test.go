@@ -177,21 +177,23 @@ func TestHistoryOfOldRefunds(t *testing.T) {
 	store, err := openStore(t.Context(), databaseURL, nil)
 	check(t, err)
 	defer store.close()
-	before := slices.IndexFunc(migrations(), func(step string) bool { return strings.Contains(step, ": what went back of a refund that is not done has a time") })
+	before := slices.IndexFunc(migrations(), func(step string) bool {
+		return strings.Contains(step, ": what went back of a refund that is not done has a time")
+	})
 	check(t, store.migrate(t.Context(), migrations()[:before]))
 	execSQL(t, databaseURL, `
 		ALTER TABLE orders DISABLE TRIGGER orders_are_whole;
 		INSERT INTO orders (id, user_id, number, status, ended, created_at, updated_at, held_until, shipping_price, total_price, product_ids,
 			items, delivery_info, orderer_info)
 		VALUES ('61a7adc903b7708e5dbba693', '`+buyerA+`', '1', -1, 'expired', now(), now(), now(), 0, 1, ARRAY['61a4debe4f5f6aa036bfec5f'], '[]', '{}', '{}');
-		INSERT INTO payments (imp_uid, order_id, state, reason, currency, amount, refunded, paid_at, created_at, updated_at, next_attempt_at, leased_until)
-		SELECT uid, '61a7adc903b7708e5dbba693', 'refunding', 'amount differs', 'KRW', 109000, back, at, at, at, at, at
-		FROM (VALUES ('imp_part', 4000), ('imp_none', 0)) AS p (uid, back), (SELECT '2026-03-02T01:00:00Z'::timestamptz) AS t (at)`)
+		INSERT INTO payments (imp_uid, gateway, order_id, state, reason, currency, amount, refunded, paid_at, created_at, updated_at, next_attempt_at, leased_until)
+		SELECT uid, gateway, '61a7adc903b7708e5dbba693', 'refunding', 'amount differs', 'KRW', 109000, back, at, at, at, at, at
+		FROM (VALUES ('imp_part', 'iamport', 4000), ('imp_none', 'portone', 0)) AS p (uid, gateway, back), (SELECT '2026-03-02T01:00:00Z'::timestamptz) AS t (at)`)
 	check(t, store.migrateAll(t.Context()))
 	execSQL(t, databaseURL, `UPDATE payments SET updated_at = updated_at + interval '1 day'`) // a refusal
 	got := joined(exported(t, databaseURL, "-from", "2026-03-02", "-to", "2026-03-03"))
 	want := []string{
-		"2026-03-02,10:00:00,61a7adc903b7708e5dbba693,1,iamport,imp_none,paid,109000",
+		"2026-03-02,10:00:00,61a7adc903b7708e5dbba693,1,portone,imp_none,paid,109000",
 		"2026-03-02,10:00:00,61a7adc903b7708e5dbba693,1,iamport,imp_part,paid,109000",
 		"2026-03-02,10:00:00,61a7adc903b7708e5dbba693,1,iamport,imp_part,refunded,-4000",
 	}
