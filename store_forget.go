@@ -58,7 +58,7 @@ func (s *store) erase(ctx context.Context, by actor, o orderData, now time.Time)
 		}
 		return errStale
 	})
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, o.id)
 }
 
 // orderData is what decides whether the personal data of an order may be erased.
