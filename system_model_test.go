@@ -967,6 +967,7 @@ type modelPayment struct {
 	fickle           bool      // the gateway has changed its mind about it
 	garbled          bool      // its amount is none
 	changed          time.Time // when money last moved
+	elsewhere        time.Time // when the service looked it up and it was another shop's
 
 	// In the ledger.
 	state, reason string      // empty: unknown there
@@ -1401,6 +1402,8 @@ func (m *model) cancelled(o *modelOrder, offSale bool) {
 // report is a payment that the browser tells us of.
 func (m *model) report(p *modelPayment) reply {
 	switch {
+	case p != nil && m.now.Sub(p.elsewhere) < foreignFor: // it is not looked up
+		return noSuchPayment
 	case m.trouble.lookUp:
 		return gatewaySilent
 	case p == nil || p.sandbox:
@@ -1408,6 +1411,7 @@ func (m *model) report(p *modelPayment) reply {
 	case p.unreadable():
 		return gatewayBroken
 	case p.order == nil:
+		p.elsewhere = m.now
 		return noSuchPayment
 	case !m.settle(p):
 		return reply{409, "imp_uid: 이미 다른 주문에 사용된 결제입니다"}
