@@ -21,6 +21,7 @@ type adminOrder struct {
 	OrderItems      json.RawMessage `json:"orderItems"`
 	ShippingPrice   int64           `json:"shippingPrice"`
 	TotalPrice      int64           `json:"totalPrice"`
+	RefundedPrice   int64           `json:"refundedPrice,omitempty"`
 	orderDelivery
 }
 
@@ -82,9 +83,10 @@ func (s *server) listOrders(r *request) (any, error) {
 	for i, o := range orders {
 		user := adminOrderUser{ID: o.userID, Name: o.ordererName}
 		user.General.Email = o.ordererEmail
+		items, refunded := o.itemsNow()
 		answer.Orders[i] = adminOrder{
 			Result: o.result(), DeliveryInfo: o.deliveryInfo, DeliveryDetails: o.deliveryDetailsJSON(), OrdererInfo: o.ordererInfo,
-			ID: o.id, User: user, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total, orderDelivery: o.delivery(),
+			ID: o.id, User: user, OrderItems: items, ShippingPrice: o.shippingPrice, TotalPrice: o.total, RefundedPrice: refunded, orderDelivery: o.delivery(),
 		}
 	}
 	return answer, nil
@@ -106,6 +108,10 @@ func (s *server) advanceOrder(r *request, id string) (any, error) {
 	change, err := changeBody(r)
 	if err != nil {
 		return nil, err
+	}
+	if change.products != nil {
+		text, err := s.whileStale(func() (string, error) { return s.withdrawPartReturn(r, id, change) })
+		return message{text}, err
 	}
 	state, err := s.store.findOrderState(r.Context(), id, r.caller, s.now())
 	if err != nil {

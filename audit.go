@@ -61,6 +61,7 @@ var (
 	mismatchBackTwice  = mismatchKind{"paid back twice", "the gateway gave back what was paid back by hand, too", remedyByHand}
 	mismatchDue        = mismatchKind{"refund due", "the money has to go back and has not yet", remedyRetry}
 	mismatchStuck      = mismatchKind{"refund needs a person", "the money has to go back and the gateway refuses to give it back", remedyRefund}
+	mismatchParts      = mismatchKind{"parts do not add up", "what went back for single paintings is not the price of those that are cancelled", remedyByHand}
 	mismatchDueDone    = mismatchKind{"refund due", "the money is back and it is not booked", remedySettle}
 	mismatchUnpaid     = mismatchKind{"order without money", "the order counts as paid and no payment of it is kept", remedyByHand}
 	mismatchNoOrder    = mismatchKind{"money without order", "a payment is kept for an order that is not live", remedyByHand}
@@ -152,6 +153,11 @@ func (a *auditor) strays(ctx context.Context, checked map[string]bool) (found []
 			kind = mismatchNoOrder
 		}
 		found = append(found, mismatchOf(kind, mismatch{Order: o.orderID, Amount: o.total}))
+	}
+	parts, problem := a.store.strayParts(ctx)
+	err = errors.Join(err, problem)
+	for _, order := range parts {
+		found = append(found, mismatchOf(mismatchParts, mismatch{Order: order}))
 	}
 	paintings, problem := a.store.strayPaintings(ctx)
 	for _, p := range paintings {
@@ -261,6 +267,7 @@ func (o *auditedOrder) compareRefunds() {
 		if row.state == stateRefunding {
 			o.comparePayment(row, gatewayPayment{}, false)
 		}
+		o.comparePart(row, gatewayPayment{})
 	}
 }
 
@@ -316,6 +323,7 @@ func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []gateway
 			p, known = elsewhere, err == nil
 		}
 		o.comparePayment(row, p, known)
+		o.comparePart(row, p)
 	}
 	again := paid
 	for _, p := range o.there {
@@ -347,7 +355,10 @@ func (a *auditor) compare(ctx context.Context, o *auditedOrder, listed []gateway
 
 // comparePayment compares a row of the ledger with what the gateway says of the payment, if it knows it.
 func (o *auditedOrder) comparePayment(row auditPayment, p gatewayPayment, known bool) {
-	left := row.amount - row.refunded
+	left, back := row.amount-row.refunded, p.cancelled
+	if part := row.part; part != nil && p.gaveBack(part.id) {
+		back -= part.amount // see comparePart
+	}
 	switch {
 	case row.state == stateRefunding:
 		kind := mismatchDue
@@ -370,9 +381,21 @@ func (o *auditedOrder) comparePayment(row auditPayment, p gatewayPayment, known 
 		o.mismatch(mismatchNoMoney, row.impUID, left)
 	case p.fullyRefunded:
 		o.mismatch(mismatchCancelled, row.impUID, left)
-	case p.cancelled > row.refunded:
-		o.mismatch(mismatchPartBack, row.impUID, p.cancelled-row.refunded)
-	case !p.isKRW() || p.amount != row.amount || p.amount != o.ledger.total || p.cancelled != row.refunded:
+	case back > row.refunded:
+		o.mismatch(mismatchPartBack, row.impUID, back-row.refunded)
+	case !p.isKRW() || p.amount != row.amount || p.amount != o.ledger.total || back != row.refunded && p.cancelled != row.refunded:
 		o.mismatch(mismatchAmount, row.impUID, p.amount)
 	}
+}
+
+// comparePart reports the refund of a part of a payment that is under way.
+func (o *auditedOrder) comparePart(row auditPayment, p gatewayPayment) {
+	if row.part == nil {
+		return
+	}
+	kind := mismatchDue
+	if p.gaveBack(row.part.id) || p.fullyRefunded {
+		kind = mismatchDueDone
+	}
+	o.mismatch(kind, row.impUID, row.part.amount).Due = &auditDue{jsonTime(row.part.dueSince), row.part.attempts, row.part.lastError}
 }

@@ -48,6 +48,8 @@ type gatewayPayment struct {
 	currency            string    // "KRW"
 	amount              int64     // whole won, as first paid; 0 when currency is not KRW: not ours to book
 	cancelled           int64     // whole won given back so far; 0 when currency is not KRW
+	refundReasons       string    // why, as it was told, for each refund that the gateway lists, one to a line
+	refundsListed       int64     // whole won of those; less than cancelled when the gateway does not list them all
 	sandbox             bool      // made through a test channel: no money moved
 	paidAt              time.Time // UTC; zero when never paid
 
@@ -60,8 +62,9 @@ type gatewayPayment struct {
 	// refundPending reports whether there is a refund that the gateway has taken and not finished. It is not in cancelled.
 	// V1 has none such.
 	refundPending bool
-	failedRefunds int   // V2: refunds that the gateway took and that then failed
-	taxFree       int64 // V2: whole won of what is left that were paid free of tax
+	failedRefunds int    // V2: refunds that the gateway took and that then failed
+	failedReasons string // of those, as refundReasons
+	taxFree       int64  // V2: whole won of what is left that were paid free of tax
 	// awaitsDeposit reports whether the payment is an issued virtual account that the buyer may still pay into.
 	awaitsDeposit bool
 }
@@ -72,6 +75,9 @@ func (p gatewayPayment) isKRW() bool { return p.currency == "KRW" }
 // payMethodVirtualAccount is the payMethod of a virtual account. Its refund needs a refundAccount.
 const payMethodVirtualAccount = "vbank"
 
+// gaveBack reports whether the gateway lists a refund that was asked for with id in its reason.
+func (p gatewayPayment) gaveBack(id string) bool { return strings.Contains(p.refundReasons, id) }
+
 // key returns what names the payment at its gateway.
 func (p gatewayPayment) key() paymentKey { return paymentKey{orderID: p.merchantUID, impUID: p.impUID} }
 
@@ -81,12 +87,14 @@ type paymentKey struct {
 	impUID  string // V2, where it is the transactionId: empty for whichever payment the order has
 }
 
-// cancelRequest asks for all that is left of a payment to be given back.
+// cancelRequest asks for a payment to be given back, all that is left of it or a part.
 type cancelRequest struct {
 	orderID   string // V2 needs it
 	impUID    string
-	remaining int64 // whole won not yet given back, as we believe; if not so, the gateway does nothing
-	isKRW     bool  // the payment is in KRW; a foreign one is cancelled without comparing remaining
+	amount    int64  // whole won to give back; 0: all that is left
+	part      string // what tells the refund of a part from any other refund of the payment; empty: it is of all that is left
+	remaining int64  // whole won not yet given back, as we believe; if not so, the gateway does nothing
+	isKRW     bool   // the payment is in KRW; a foreign one is cancelled without comparing remaining
 	reason    string
 	refusals  int            // of the same refund so far: V2 answers a request that it has refused the same way for hours
 	account   *refundAccount // where the money goes, for a payment into a virtual account; nil: back where it came from

@@ -199,7 +199,7 @@ func (g *iamportClient) endAccount(ctx context.Context, key paymentKey) error {
 	return err
 }
 
-// cancelPayment gives back all that is left of a payment. Once begun it goes on when its caller goes away. After a
+// cancelPayment gives back all that is left of a payment, or a part of it. Once begun it goes on when its caller goes away. After a
 // gatewayError nobody knows whether the money went back: look the payment up before trying again.
 func (g *iamportClient) cancelPayment(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
 	switch {
@@ -215,12 +215,15 @@ func (g *iamportClient) cancelPayment(ctx context.Context, c cancelRequest) (gat
 }
 
 func (g *iamportClient) sendCancel(ctx context.Context, c cancelRequest) (gatewayPayment, error) {
-	request := map[string]any{"imp_uid": c.impUID, "reason": c.reason} // without an amount: all that is left
+	request := map[string]any{"imp_uid": c.impUID, "reason": c.reason}
+	if c.amount > 0 { // without an amount: all that is left
+		request["amount"] = c.amount
+	}
 	if c.isKRW {
 		request["checksum"] = c.remaining
 	}
 	if c.isKRW && g.taxFree {
-		request["tax_free"] = c.remaining
+		request["tax_free"] = cmp.Or(c.amount, c.remaining)
 	}
 	if a := c.account; a != nil {
 		request["refund_holder"], request["refund_bank"], request["refund_account"] = a.Holder, a.Bank, a.Number
@@ -356,6 +359,7 @@ func decodePayment(response []byte) (gatewayPayment, error) {
 		Amount       json.RawMessage `json:"amount"`
 		CancelAmount json.RawMessage `json:"cancel_amount"`
 		Sandbox      bool            `json:"sandbox"`
+		Refunds      json.RawMessage `json:"cancel_history"`
 		PaidAt       int64           `json:"paid_at"` // Unix seconds; 0: never paid
 	}
 	if err := decodeAnswer(response, &object); err != nil {
@@ -388,6 +392,7 @@ func decodePayment(response []byte) (gatewayPayment, error) {
 			return gatewayPayment{}, errors.New("an amount is not of whole won")
 		}
 		p.amount, p.cancelled = amount.Num().Int64(), cancelled.Num().Int64()
+		p.refundReasons, p.refundsListed = decodeRefunds(object.Refunds)
 	}
 	p.awaitsDeposit = p.status == gatewayReady && p.paidAt.IsZero() && p.payMethod == payMethodVirtualAccount && textOf(object.AccountNo) != ""
 	// paid_at alone should tell whether money moved. But what was given back was paid before, even if a refund
@@ -400,6 +405,24 @@ func decodePayment(response []byte) (gatewayPayment, error) {
 		return gatewayPayment{}, errors.New("the payment was paid and is cancelled, but no amount is given back")
 	}
 	return p, nil
+}
+
+// decodeRefunds returns the reasons of the refunds in a payment's cancel_history, one to a line, and the won that they add up to.
+// A list that cannot be read has none: the amounts of the payment count, not its list.
+func decodeRefunds(list json.RawMessage) (reasons string, won int64) {
+	var refunds []struct {
+		Amount json.RawMessage `json:"amount"`
+		Reason json.RawMessage `json:"reason"`
+	}
+	if json.Unmarshal(list, &refunds) != nil {
+		return "", 0
+	}
+	for _, r := range refunds {
+		if amount, ok := exactNumber(r.Amount); ok && wholeWon(amount) {
+			reasons, won = reasons+textOf(r.Reason)+"\n", won+amount.Num().Int64()
+		}
+	}
+	return reasons, won
 }
 
 // numberPattern bounds what exact arithmetic has to work on: 1e999999999 is a JSON number too.

@@ -105,15 +105,19 @@ func TestGatewayLooksUpAndCancels(t *testing.T) {
 		t.Errorf("PaymentsFor = %+v, %v, want none", all, err)
 	}
 
-	want.status, want.cancelled, want.fullyRefunded = "cancelled", 5900, true
-	request := cancelRequest{impUID: first, remaining: 5900, isKRW: true, reason: `위조 "결제" <&>`}
+	want.status, want.cancelled, want.refundsListed, want.refundReasons = "cancelled", 900, 900, "a part\n"
+	if p, err := g.cancelPayment(t.Context(), cancelRequest{impUID: first, amount: 900, remaining: 5900, isKRW: true, reason: "a part"}); p != want || err != nil {
+		t.Errorf("Cancel of a part = %+v, %v, want %+v", p, err, want)
+	}
+	want.cancelled, want.fullyRefunded, want.refundsListed, want.refundReasons = 5900, true, 5900, "a part\n위조 \"결제\" <&>\n"
+	request := cancelRequest{impUID: first, remaining: 5000, isKRW: true, reason: `위조 "결제" <&>`}
 	if p, err := g.cancelPayment(t.Context(), request); p != want || err != nil {
 		t.Errorf("Cancel = %+v, %v, want %+v", p, err, want)
 	}
 	if all, err := g.paymentsOf(t.Context(), "order-1"); !reflect.DeepEqual(all, []gatewayPayment{want}) || err != nil {
 		t.Errorf("PaymentsFor = %+v, %v, want %+v", all, err, want)
 	}
-	if p, _ := g.fake.get(first); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.reason {
+	if p, _ := g.fake.get(first); len(p.Refunds) != 2 || p.Refunds[1].Reason != request.reason {
 		t.Errorf("refunds at the gateway: %+v", p.Refunds)
 	}
 	if n := g.fake.calls("payment"); n != 2 {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"reflect"
 	"slices"
 	"strconv"
 )
@@ -23,13 +24,15 @@ const (
 )
 
 const (
-	messageNoSuchOrder   = "해당 주문내역이 존재하지 않습니다"
-	messageOrderUnknown  = "해당 주문 내역이 없습니다"
-	messageCancelling    = "결제 취소가 진행 중입니다"
-	messageConfirming    = "결제를 확인하는 중입니다. 잠시 후 다시 시도해 주세요"
-	messageDeleted       = "결제 오류로 임시 주문서를 삭제했습니다"
-	messageTooManyOrders = "주문을 너무 자주 만들었습니다. 잠시 후 다시 시도해 주세요"
-	messageRefundPending = "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"
+	messageNoSuchOrder     = "해당 주문내역이 존재하지 않습니다"
+	messageOrderUnknown    = "해당 주문 내역이 없습니다"
+	messageCancelling      = "결제 취소가 진행 중입니다"
+	messageConfirming      = "결제를 확인하는 중입니다. 잠시 후 다시 시도해 주세요"
+	messageDeleted         = "결제 오류로 임시 주문서를 삭제했습니다"
+	messageCancelled       = "해당 주문의 결제 취소가 완료되었습니다"
+	messageReturnRequested = "해당 주문의 반품 요청이 완료되었습니다"
+	messageTooManyOrders   = "주문을 너무 자주 만들었습니다. 잠시 후 다시 시도해 주세요"
+	messageRefundPending   = "결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다"
 )
 
 // ---- POST /api/orders
@@ -195,6 +198,7 @@ type orderDetail struct {
 	OrderItems      json.RawMessage `json:"orderItems"`
 	ShippingPrice   int64           `json:"shippingPrice"`
 	TotalPrice      int64           `json:"totalPrice"`
+	RefundedPrice   int64           `json:"refundedPrice,omitempty"`
 	orderDelivery
 }
 
@@ -242,9 +246,10 @@ func (s *server) showOrder(r *request, id string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	items, refunded := o.itemsNow()
 	return orderDetail{
 		Result: o.result(), DeliveryInfo: o.deliveryInfo, DeliveryDetails: o.deliveryDetailsJSON(), OrdererInfo: o.ordererInfo,
-		ID: o.id, User: o.userID, OrderItems: o.items, ShippingPrice: o.shippingPrice, TotalPrice: o.total, orderDelivery: o.delivery(),
+		ID: o.id, User: o.userID, OrderItems: items, ShippingPrice: o.shippingPrice, TotalPrice: o.total, RefundedPrice: refunded, orderDelivery: o.delivery(),
 	}, nil
 }
 
@@ -270,13 +275,14 @@ func (s *server) showLatest(r *request) (any, error) {
 
 // ---- DELETE /api/orders/{id}
 
-// deleteOrder answers DELETE /api/orders/{id}: delete an unpaid order, cancel a paid one, or ask for its return.
+// deleteOrder answers DELETE /api/orders/{id}: delete an unpaid order, cancel a paid one or some of its paintings, or ask for
+// their return.
 func (s *server) deleteOrder(r *request, id string) (any, error) {
 	change, err := changeBody(r)
 	if err != nil {
 		return nil, err
 	}
-	text, err := s.whileStale(func() (string, error) { return s.endOrder(r, id, change.status) })
+	text, err := s.whileStale(func() (string, error) { return s.endOrder(r, id, change) })
 	return message{text}, err
 }
 
@@ -291,23 +297,28 @@ func (s *server) whileStale(change func() (string, error)) (string, error) {
 	return "", statusError(http.StatusConflict, "주문이 변경되는 중입니다. 잠시 후 다시 시도해 주세요")
 }
 
-// endOrder does what DELETE with the wanted status (nil: none) means for the order as it is, and says so. It returns errStale
-// when the order is in another state by now.
-func (s *server) endOrder(r *request, id string, wanted *int) (string, error) {
+// endOrder does what DELETE means for the order as it is, and says so. It returns errStale when the order is in another state
+// by now.
+func (s *server) endOrder(r *request, id string, wanted orderChange) (string, error) {
 	state, err := s.store.findOrderState(r.Context(), id, r.caller, s.now())
 	if err != nil {
 		return "", err
 	}
 	s.settler.testHook("state read", id)
-	cancel := wanted == nil || *wanted == statusCancelled
+	cancel := wanted.status == nil || *wanted.status == statusCancelled
+	part, err := state.leavesSome(wanted.products, cancel)
 	switch {
 	case state.ended:
 		return messageDeleted, nil
+	case err != nil:
+		return "", err
+	case state.status == statusUnpaid && part:
+		return "", statusError(http.StatusConflict, "결제되지 않은 주문은 일부 작품만 취소할 수 없습니다")
 	case state.confirming:
 		return "", statusError(http.StatusConflict, messageConfirming)
 	case state.status == statusUnpaid:
 		return messageDeleted, s.deleteUnpaid(r, id)
-	case !cancel && *wanted != statusReturning:
+	case !cancel && *wanted.status != statusReturning:
 		return "", statusError(http.StatusBadRequest, "진행 단계를 알 수 없습니다")
 	case state.status == statusCancelled:
 		return "", statusError(http.StatusConflict, "이미 취소된 주문입니다")
@@ -315,16 +326,27 @@ func (s *server) endOrder(r *request, id string, wanted *int) (string, error) {
 		return "", statusError(http.StatusConflict, "이미 반품을 요청한 주문입니다")
 	case !cancel && state.cancelling:
 		return "", statusError(http.StatusConflict, messageCancelling)
+	case part && !cancel:
+		return messageReturnRequested, s.requestPartReturn(r, state, wanted.products)
+	case !cancel && wanted.products != nil:
+		return messageReturnRequested, s.store.changeReturning(r.Context(), r.actor(), state, statusReturning, nil, s.now())
 	case !cancel:
-		return "해당 주문의 반품 요청이 완료되었습니다", s.store.advance(r.Context(), r.actor(), id, state.status, statusReturning, nil, s.now())
+		return messageReturnRequested, s.store.advance(r.Context(), r.actor(), id, state.status, statusReturning, nil, s.now())
+	case part:
+		return messageCancelled, s.cancelPart(r, state, wanted.products)
 	case state.status == statusReturning && !r.caller.admin:
-		return "", statusError(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
+		return "", errReturnRequested
 	case state.status != statusPaid && state.status != statusReturning:
-		return "", statusError(http.StatusConflict, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다")
+		return "", errOnlyReturn
 	default:
-		return "해당 주문의 결제 취소가 완료되었습니다", s.cancelPaid(r, state)
+		return messageCancelled, s.cancelPaid(r, state)
 	}
 }
+
+var (
+	errReturnRequested = statusError(http.StatusConflict, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다")
+	errOnlyReturn      = statusError(http.StatusConflict, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다")
+)
 
 // deleteUnpaid ends an unpaid order, unless its money has arrived.
 func (s *server) deleteUnpaid(r *request, id string) error {
@@ -340,17 +362,21 @@ func (s *server) deleteUnpaid(r *request, id string) error {
 
 // cancelPaid gives the money of a paid or returned order back.
 func (s *server) cancelPaid(r *request, state orderState) error {
-	reason := reasonBuyerCancel
-	if r.caller.admin {
-		reason = reasonShopCancel
-	}
 	var err error
 	if !state.cancelling {
-		err = s.settler.refundOrder(r.Context(), r.actor(), state.id, state.status, reason)
+		err = s.settler.refundOrder(r.Context(), r.actor(), state.id, state.status, r.cancelReason())
 	} else if err = s.settler.retryOrderRefund(r.Context(), r.actor(), state.id); errors.Is(err, errStale) {
 		return s.whileCancelling(r, state)
 	}
 	return whyRefundPending(err)
+}
+
+// cancelReason returns why the money of an order goes back that the caller cancels.
+func (r *request) cancelReason() string {
+	if r.caller.admin {
+		return reasonShopCancel
+	}
+	return reasonBuyerCancel
 }
 
 // whyRefundPending returns what the client sees of a refund that did not succeed at once. Any other error stays as it is.
@@ -369,7 +395,7 @@ func whyRefundPending(err error) error {
 // whileCancelling answers a second cancel while the first is under way. It returns errStale when that has just ended.
 func (s *server) whileCancelling(r *request, state orderState) error {
 	now, err := s.store.findOrderState(r.Context(), state.id, r.caller, s.now())
-	if err == nil && now == state {
+	if err == nil && reflect.DeepEqual(now, state) {
 		return statusError(http.StatusConflict, messageCancelling)
 	}
 	return errStale
@@ -377,8 +403,9 @@ func (s *server) whileCancelling(r *request, state orderState) error {
 
 // orderChange is the body of DELETE and PATCH /api/orders/{id}.
 type orderChange struct {
-	status *int    // nil when none was sent
-	parcel *parcel // nil when none was sent
+	status   *int     // nil when none was sent
+	parcel   *parcel  // nil when none was sent
+	products []string // the paintings that it is about; nil: all
 }
 
 // parcel is how an order is sent.
@@ -396,6 +423,7 @@ func changeBody(r *request) (change orderChange, err error) {
 	var in struct {
 		Status   json.RawMessage `json:"status"`
 		Shipment *parcel         `json:"shipment"`
+		Products json.RawMessage `json:"products"`
 	}
 	if err := decodeObject(body, &in); err != nil {
 		return change, err
@@ -403,6 +431,11 @@ func changeBody(r *request) (change orderChange, err error) {
 	if in.Status != nil {
 		if err := decodeJSON(in.Status, "status", &change.status); err != nil || change.status == nil {
 			return change, fieldError("status", "정수여야 합니다")
+		}
+	}
+	if in.Products != nil {
+		if change.products, err = parseProducts(in.Products); err != nil {
+			return change, err
 		}
 	}
 	if change.parcel = in.Shipment; change.parcel != nil {
@@ -441,6 +474,7 @@ type myOrder struct {
 	User       string          `json:"user"`
 	OrderItems json.RawMessage `json:"orderItems"`
 	TotalPrice int64           `json:"totalPrice"`
+	Refunded   int64           `json:"refundedPrice,omitempty"`
 	orderDelivery
 }
 
@@ -466,7 +500,8 @@ func (s *server) listMine(r *request) (any, error) {
 	}
 	answer := myOrders{Orders: make([]myOrder, len(orders)), Page: page}
 	for i, o := range orders {
-		answer.Orders[i] = myOrder{Result: o.result(), ID: o.id, User: o.userID, OrderItems: o.items, TotalPrice: o.total, orderDelivery: o.delivery()}
+		items, refunded := o.itemsNow()
+		answer.Orders[i] = myOrder{Result: o.result(), ID: o.id, User: o.userID, OrderItems: items, TotalPrice: o.total, Refunded: refunded, orderDelivery: o.delivery()}
 	}
 	answer.Status.Paid, answer.Status.Ready = count[statusPaid], count[statusPreparing]
 	answer.Status.Coming, answer.Status.Done = count[statusShipping], count[statusDelivered]
@@ -490,6 +525,7 @@ type historyEntry struct {
 	Why       string   `json:"why"`
 	ImpUID    string   `json:"imp_uid,omitempty"`
 	Amount    *int64   `json:"amount,omitempty"`
+	Products  []string `json:"products,omitempty"`
 	RequestID string   `json:"requestId,omitempty"`
 }
 
@@ -510,7 +546,7 @@ func (s *server) showHistory(r *request, id string) (any, error) {
 			e.whoID = ""
 		}
 		answer.History[i] = historyEntry{At: jsonTime(e.at), Who: e.who, WhoID: e.whoID, From: e.from, To: e.to, Why: e.why,
-			ImpUID: e.impUID, Amount: e.amount, RequestID: e.requestID}
+			ImpUID: e.impUID, Amount: e.amount, Products: e.products, RequestID: e.requestID}
 	}
 	return answer, nil
 }

@@ -149,7 +149,7 @@ func (s *shop) fingerprint() string {
 	s.t.Helper()
 	books := queryText(s.t, s.config.databaseURL, `SELECT md5(concat(
 		(SELECT string_agg(o::text, ';' ORDER BY id) FROM orders o), (SELECT string_agg(p::text, ';' ORDER BY imp_uid) FROM payments p),
-		(SELECT string_agg(p::text, ';' ORDER BY id) FROM products p), (SELECT count(*) FROM history)))`)
+		(SELECT string_agg(p::text, ';' ORDER BY id) FROM products p), (SELECT string_agg(r::text, ';' ORDER BY id) FROM part_refunds r), (SELECT count(*) FROM history)))`)
 	return fmt.Sprint(books, s.fake.all())
 }
 

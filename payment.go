@@ -54,7 +54,7 @@ type gateway interface {
 	// A payment that cannot be read is yielded as an error, a gatewayError with unreadable set, and the others follow. Any other
 	// error is the last: what is listed after it is not known.
 	movedBetween(ctx context.Context, status gatewayStatus, from, to time.Time) iter.Seq2[gatewayPayment, error]
-	// cancelPayment gives back all that is left of a payment. Once begun it goes on when its caller goes away. After a
+	// cancelPayment gives back all that is left of a payment, or a part of it. Once begun it goes on when its caller goes away. After a
 	// gatewayError nobody knows whether the money went back: look the payment up before trying again.
 	cancelPayment(context.Context, cancelRequest) (gatewayPayment, error)
 	// endAccount ends an issued virtual account, so that nobody can pay into it any more. A gatewayRefusal: the payment is no
@@ -87,6 +87,12 @@ type settlement struct {
 	orderID string
 	state   paymentState // empty: no money moved with it (yet), or it was never ours to keep
 	reason  string       // why the money goes back
+	parts   []ledgerPart // the refunds of parts of it
+}
+
+// partEnded reports whether the part refund id is not under way any more.
+func (s settlement) partEnded(id string) bool {
+	return slices.ContainsFunc(s.parts, func(part ledgerPart) bool { return part.ID == id && part.State != partBooked })
 }
 
 var (
@@ -100,37 +106,56 @@ var (
 	errRefundPending = errors.New("the refund is not done yet")
 )
 
-// decide returns the whole rule of what becomes of payment p given the ledger of its order. What the ledger already says
-// of the payment comes first: an answer of the gateway may be older than that.
+// decide returns the whole rule of what becomes of payment p given the ledger of its order, and of the refund of a part of it
+// that is under way: it is done once the gateway lists it, and it ends with the whole payment.
 func decide(p gatewayPayment) func(orderLedger) decision {
 	return func(l orderLedger) decision {
 		known := l.payment(p.impUID)
+		decided := decideWhole(p, known, l)
+		part := known.bookedPart()
 		switch {
-		case !p.moved, known != nil && known.state == stateRefunded:
-			return decision{}
-		case p.fullyRefunded && known != nil:
-			ours := slices.Contains(cancelReasons, known.reason)
-			return decision{state: stateRefunded, reason: cmp.Or(known.reason, reasonAtTheGateway),
-				cancel: known.state == stateKept || ours, offSale: !ours && l.status >= statusShipping}
-		case p.fullyRefunded:
-			return decision{state: stateRefunded, reason: reasonAtTheGateway}
-		case known != nil && p.cancelled > known.refunded:
-			return decision{state: known.state, reason: known.reason}
-		case known != nil, p.status != gatewayPaid && p.status != gatewayCancelled:
-			return decision{}
-		case !p.isKRW() || p.amount != l.total || p.cancelled != 0 || p.refundPending:
-			return decision{state: stateRefunding, reason: reasonAmount}
-		case l.status == statusCancelled:
-			return decision{state: stateRefunding, reason: reasonCancelled}
-		case l.status >= statusPaid:
-			return decision{state: stateRefunding, reason: reasonDuplicate}
-		case !l.ended:
-			return decision{state: stateKept, pay: true}
-		case l.revivable:
-			return decision{state: stateKept, pay: true, revive: true}
-		default:
-			return decision{state: stateRefunding, reason: reasonSold}
+		case part == "":
+			return decided
+		case p.gaveBack(part):
+			decided.part, decided.partState = part, partDone
+		case known.state == stateRefunded || decided.state == stateRefunded:
+			decided.part, decided.partState = part, partUndone
 		}
+		if decided.part != "" && decided.state == "" {
+			decided.state, decided.reason = known.state, known.reason
+		}
+		return decided
+	}
+}
+
+// decideWhole is decide without the parts; known is the ledger's row of the payment. What the ledger already says of the payment
+// comes first: an answer of the gateway may be older than that.
+func decideWhole(p gatewayPayment, known *paymentRow, l orderLedger) decision {
+	switch {
+	case !p.moved, known != nil && known.state == stateRefunded:
+		return decision{}
+	case p.fullyRefunded && known != nil:
+		ours := slices.Contains(cancelReasons, known.reason)
+		return decision{state: stateRefunded, reason: cmp.Or(known.reason, reasonAtTheGateway),
+			cancel: known.state == stateKept || ours, offSale: !ours && l.status >= statusShipping}
+	case p.fullyRefunded:
+		return decision{state: stateRefunded, reason: reasonAtTheGateway}
+	case known != nil && p.cancelled > known.refunded:
+		return decision{state: known.state, reason: known.reason}
+	case known != nil, p.status != gatewayPaid && p.status != gatewayCancelled:
+		return decision{}
+	case !p.isKRW() || p.amount != l.total || p.cancelled != 0 || p.refundPending:
+		return decision{state: stateRefunding, reason: reasonAmount}
+	case l.status == statusCancelled:
+		return decision{state: stateRefunding, reason: reasonCancelled}
+	case l.status >= statusPaid:
+		return decision{state: stateRefunding, reason: reasonDuplicate}
+	case !l.ended:
+		return decision{state: stateKept, pay: true}
+	case l.revivable:
+		return decision{state: stateKept, pay: true, revive: true}
+	default:
+		return decision{state: stateRefunding, reason: reasonSold}
 	}
 }
 
@@ -219,6 +244,14 @@ func (t *settler) settle(ctx context.Context, by actor, p gatewayPayment) (settl
 	known := ledger.payment(p.impUID)
 	if known != nil && (decided.state == "" || decided.state == known.state) {
 		result.state, result.reason = known.state, known.reason
+	}
+	if known != nil {
+		result.parts = slices.Clone(known.parts)
+		for i, part := range result.parts {
+			if part.ID == decided.part {
+				result.parts[i].State = decided.partState
+			}
+		}
 	}
 	if decided.state != "" {
 		t.logTransition(by, ledger.orderID, p, known, decided)
@@ -325,7 +358,7 @@ func refused(err error) bool {
 
 // postponeRefund notes that a refund did not succeed and when it is tried again: after growing pauses, an hour at most.
 func (t *settler) postponeRefund(ctx context.Context, row paymentRow, cause error) error {
-	pause := min(t.interval<<min(row.attempts, 16), time.Hour)
+	pause := t.pauseAfter(row.attempts)
 	err := t.store.recordRefundFailure(context.WithoutCancel(ctx), row, cause, t.now(), pause)
 	level, what := slog.LevelWarn, "refund failed"
 	switch {

@@ -210,18 +210,21 @@ func (g *portoneClient) cancelPayment(ctx context.Context, c cancelRequest) (gat
 }
 
 func (g *portoneClient) sendCancel(ctx context.Context, c cancelRequest, before gatewayPayment) error {
-	request := map[string]any{"reason": c.reason} // without an amount: all that is left
+	request, taxFree := map[string]any{"reason": c.reason}, before.taxFree
+	if c.amount > 0 { // without an amount: all that is left
+		request["amount"], taxFree = c.amount, min(taxFree, c.amount)
+	}
 	if c.isKRW {
 		request["currentCancellableAmount"] = c.remaining
 	}
-	if before.taxFree > 0 {
-		request["taxFreeAmount"] = before.taxFree
+	if taxFree > 0 {
+		request["taxFreeAmount"] = taxFree
 	}
 	if a := c.account; a != nil {
 		request["refundAccount"] = map[string]string{"bank": a.Bank, "number": a.Number, "holderName": a.Holder}
 	}
 	// A refund that is tried again because its answer was lost has the same key. What was refused is asked for anew.
-	attempt := fmt.Sprintf("lumiere-refund-%s-%d-%d-%d", c.impUID, c.remaining, c.refusals, before.failedRefunds)
+	attempt := fmt.Sprintf("lumiere-refund-%s%s-%d-%d-%d", c.impUID, c.part, c.remaining, c.refusals, before.failedRefunds)
 	answer, err := g.change(ctx, "cancel", paymentPath(c.orderID, "/cancel"), attempt, request)
 	refusal, refused := errors.AsType[*gatewayRefusal](err)
 	switch {
@@ -337,8 +340,9 @@ type portonePayment struct {
 	} `json:"amount"`
 	PaidAt        *time.Time `json:"paidAt"`
 	Cancellations []struct {
-		Status      string `json:"status"`
-		TotalAmount int64  `json:"totalAmount"`
+		Status      string          `json:"status"`
+		TotalAmount int64           `json:"totalAmount"`
+		Reason      json.RawMessage `json:"reason"`
 	} `json:"cancellations"`
 }
 
@@ -398,10 +402,12 @@ func (o portonePayment) payment() gatewayPayment {
 		switch c.Status {
 		case "SUCCEEDED":
 			succeeded += c.TotalAmount
+			p.refundReasons += textOf(c.Reason) + "\n"
 		case "REQUESTED":
 			p.refundPending = true
 		case "FAILED":
 			p.failedRefunds++
+			p.failedReasons += textOf(c.Reason) + "\n"
 		}
 	}
 	if p.refundPending {
@@ -416,6 +422,7 @@ func (o portonePayment) payment() gatewayPayment {
 	p.awaitsDeposit = o.Status == "VIRTUAL_ACCOUNT_ISSUED" && !p.moved
 	p.sandbox = o.Channel != nil && o.Channel.Type != "LIVE" || o.Channel == nil && p.moved
 	if p.isKRW() {
+		p.refundsListed = succeeded
 		p.amount, p.cancelled, p.taxFree = total, cancelled, max(o.Amount.TaxFree-o.Amount.CancelledTaxFree, 0)
 	}
 	return p

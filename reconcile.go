@@ -45,7 +45,7 @@ func (t *settler) reconcile(ctx context.Context) {
 // reconcileRound does what is due now. It ends early when the database fails or the gateway does not respond, and leaves to
 // the next round what it does not get to within an interval: a backlog must not look like a reconciler that is stuck.
 func (t *settler) reconcileRound(ctx context.Context) error {
-	err := t.retryRefunds(ctx)
+	err := errors.Join(t.retryRefunds(ctx), t.retryParts(ctx))
 	for _, g := range t.gateways {
 		err = errors.Join(err, t.readList(ctx, g, gatewayPaid), t.readList(ctx, g, gatewayCancelled))
 	}

@@ -826,3 +826,255 @@ CREATE INDEX IF NOT EXISTS orders_ended_to_erase ON orders (updated_at) WHERE er
 
 ALTER TABLE orders VALIDATE CONSTRAINT orders_erased_are_over;
 ALTER TABLE orders VALIDATE CONSTRAINT orders_erased_are_empty;
+
+-- step 32: what the history says of single paintings
+
+ALTER TABLE history ADD COLUMN product_ids text[] COLLATE "C"; -- the paintings that a row is about; null: the whole order
+
+-- step 33: single paintings of an order
+
+-- The paintings whose return was asked for, and those that were cancelled, while others of the order are left. Once all that
+-- are left were asked back, the status says so (4) and the list is empty.
+ALTER TABLE orders
+	ADD COLUMN returning_ids text[] COLLATE "C" NOT NULL DEFAULT '{}',
+	ADD COLUMN cancelled_ids text[] COLLATE "C" NOT NULL DEFAULT '{}',
+	ADD CONSTRAINT orders_parts_are_theirs
+		CHECK (returning_ids || cancelled_ids <@ product_ids AND NOT returning_ids && cancelled_ids) NOT VALID,
+	ADD CONSTRAINT orders_have_paintings_left
+		CHECK (cardinality(returning_ids) + cardinality(cancelled_ids) < cardinality(product_ids)) NOT VALID,
+	ADD CONSTRAINT orders_parts_are_paid
+		CHECK ((cardinality(returning_ids) = 0 OR status BETWEEN 0 AND 3) AND (cardinality(cancelled_ids) = 0 OR status >= 0)) NOT VALID,
+	DROP CONSTRAINT orders_cancelling_are_paid, -- a part may go back at 1, 2 and 3, too
+	ADD CONSTRAINT orders_cancelling_are_paid CHECK (cancelling_since IS NULL OR status BETWEEN 0 AND 4) NOT VALID;
+
+CREATE OR REPLACE FUNCTION orders_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF NOT ((OLD.status = -1 AND NEW.status = 0)
+		OR (OLD.status IN (0, 1, 2) AND NEW.status = OLD.status + 1)
+		OR (OLD.status IN (1, 2, 3) AND NEW.status = OLD.status - 1)
+		OR (OLD.status IN (0, 1, 2, 3) AND NEW.status = 4)
+		OR (OLD.status = 4 AND NEW.status IN (0, 1, 2, 3))
+		OR (OLD.status IN (0, 1, 2, 3, 4) AND NEW.status = 5)) THEN
+		RAISE EXCEPTION 'order % cannot go from % to %', OLD.id, OLD.status, NEW.status
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_status_may_follow';
+	END IF;
+	NEW.confirming_until := NULL;
+	IF NEW.status > 3 THEN
+		NEW.returning_ids := '{}'; -- whichever release writes it: the status says it of all that are left
+	END IF;
+	RETURN NEW;
+END $$;
+
+-- Which paintings' return was asked for, or is no longer, while others of the order are left. That some were cancelled is
+-- written with their refund.
+CREATE FUNCTION orders_parts_history() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+	before text[] := CASE WHEN OLD.status = 4 THEN OLD.product_ids ELSE OLD.returning_ids END;
+	asked  text[] := ARRAY(SELECT i FROM unnest(NEW.returning_ids) AS i WHERE i <> ALL (before));
+	back   text[] := ARRAY(SELECT i FROM unnest(before) AS i WHERE i <> ALL (NEW.returning_ids || NEW.cancelled_ids));
+BEGIN
+	INSERT INTO history (order_id, at, why, product_ids)
+		SELECT NEW.id, NEW.updated_at, why, ids
+		FROM (VALUES ('part return requested', asked), ('part return withdrawn', back)) AS v (why, ids) WHERE cardinality(ids) > 0;
+	RETURN NULL;
+END $$;
+CREATE TRIGGER orders_parts_history AFTER UPDATE OF returning_ids ON orders FOR EACH ROW
+	WHEN (NEW.status BETWEEN 0 AND 3 AND OLD.returning_ids <> NEW.returning_ids AND OLD.cancelled_ids = NEW.cancelled_ids)
+	EXECUTE FUNCTION orders_parts_history();
+
+-- step 34: refunds of a part of a payment
+
+-- A refund of some of an order's paintings, booked before the gateway is asked for exactly that amount. The reason given to the
+-- gateway has the id, so that the gateway's own list of refunds tells ours from those made in its console. What went back of a
+-- payment in all, by whomever, is its row's refunded.
+CREATE TABLE part_refunds (
+	id               text COLLATE "C" NOT NULL CONSTRAINT part_refunds_pkey PRIMARY KEY,
+	imp_uid          text COLLATE "C" NOT NULL CONSTRAINT part_refunds_payment_exists REFERENCES payments (imp_uid),
+	order_id         text COLLATE "C" NOT NULL,
+	product_ids      text[] COLLATE "C" NOT NULL,
+	amount           bigint NOT NULL, -- won
+	remaining_before bigint NOT NULL, -- won of the payment that had not gone back when this was booked
+	reason           text   NOT NULL,
+	state            text   NOT NULL,
+	created_at       timestamptz NOT NULL,
+	updated_at       timestamptz NOT NULL,
+	attempts         integer NOT NULL DEFAULT 1,
+	refusals         integer NOT NULL DEFAULT 0, -- times that the gateway answered with a refusal
+	next_attempt_at  timestamptz NOT NULL,       -- by the reconciler
+	leased_until     timestamptz NOT NULL,       -- until then whoever tries it is alone
+	last_error       text,
+	CONSTRAINT part_refunds_id_is_objectid CHECK (id ~ '^[0-9a-f]{24}$'),
+	CONSTRAINT part_refunds_have_paintings CHECK (cardinality(product_ids) > 0),
+	CONSTRAINT part_refunds_are_positive CHECK (amount > 0 AND remaining_before > 0),
+	CONSTRAINT part_refunds_state_is_known CHECK (state IN ('booked', 'done', 'undone'))
+);
+CREATE UNIQUE INDEX part_refunds_one_booked_per_payment ON part_refunds (imp_uid) WHERE state = 'booked';
+CREATE INDEX part_refunds_by_payment ON part_refunds (imp_uid);
+CREATE INDEX part_refunds_by_order ON part_refunds (order_id);
+CREATE INDEX part_refunds_to_do ON part_refunds (next_attempt_at) WHERE state = 'booked';
+CREATE TRIGGER part_refunds_are_kept BEFORE DELETE ON part_refunds FOR EACH ROW EXECUTE FUNCTION books_keep_everything();
+CREATE TRIGGER part_refunds_are_never_emptied BEFORE TRUNCATE ON part_refunds
+	FOR EACH STATEMENT EXECUTE FUNCTION books_keep_everything();
+
+-- What a part refund is never changes, and it ends once.
+CREATE FUNCTION part_refunds_guard() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF (OLD.id, OLD.imp_uid, OLD.order_id, OLD.product_ids, OLD.amount, OLD.remaining_before)
+			IS DISTINCT FROM (NEW.id, NEW.imp_uid, NEW.order_id, NEW.product_ids, NEW.amount, NEW.remaining_before)
+		OR OLD.state <> 'booked' AND NEW.state <> OLD.state THEN
+		RAISE EXCEPTION 'part refund % cannot go from % to %', OLD.id, OLD.state, NEW.state
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'part_refunds_state_may_follow';
+	END IF;
+	RETURN NEW;
+END $$;
+CREATE TRIGGER part_refunds_guard BEFORE UPDATE ON part_refunds FOR EACH ROW EXECUTE FUNCTION part_refunds_guard();
+
+-- One that ends because the whole payment went back is not worth a row: the order's says it.
+CREATE FUNCTION part_refunds_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF NEW.state <> 'undone' OR EXISTS (SELECT FROM payments p WHERE p.imp_uid = NEW.imp_uid AND p.state = 'kept') THEN
+		INSERT INTO history (order_id, at, why, product_ids, imp_uid, amount) VALUES (NEW.order_id, NEW.updated_at,
+			CASE NEW.state WHEN 'booked' THEN 'part cancel requested' WHEN 'done' THEN 'part cancelled' ELSE 'refund refused' END,
+			NEW.product_ids, NEW.imp_uid, NEW.amount);
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE TRIGGER part_refunds_history_insert AFTER INSERT ON part_refunds FOR EACH ROW EXECUTE FUNCTION part_refunds_history();
+CREATE TRIGGER part_refunds_history_update AFTER UPDATE OF state ON part_refunds FOR EACH ROW
+	WHEN (OLD.state <> NEW.state) EXECUTE FUNCTION part_refunds_history();
+
+CREATE OR REPLACE FUNCTION orders_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF TG_OP = 'INSERT' THEN
+		INSERT INTO history (order_id, at, to_status, why) VALUES (NEW.id, NEW.created_at, NEW.status, 'created');
+		IF NEW.status >= 0 THEN
+			INSERT INTO order_tally VALUES (NEW.status, 1);
+		END IF;
+		RETURN NULL;
+	END IF;
+	IF NEW.status = OLD.status AND NEW.status >= 0 THEN
+		IF EXISTS (SELECT FROM part_refunds r WHERE r.order_id = NEW.id AND r.state = 'booked') THEN
+			RETURN NULL; -- its row says what is cancelled
+		END IF;
+	END IF;
+	INSERT INTO history (order_id, at, from_status, to_status, why) VALUES (NEW.id,
+		CASE WHEN NEW.updated_at = OLD.updated_at THEN clock_timestamp() ELSE NEW.updated_at END, OLD.status, NEW.status,
+		CASE
+			WHEN NEW.ended IS NOT NULL AND OLD.ended IS NULL THEN NEW.ended
+			WHEN NEW.status = OLD.status THEN 'cancel requested'
+			WHEN OLD.ended IS NOT NULL THEN 'revived'
+			ELSE (ARRAY['paid', 'preparing', 'shipping', 'delivered', 'return requested', 'cancelled'])[NEW.status + 1]
+		END);
+	IF NEW.status <> OLD.status THEN
+		INSERT INTO order_tally SELECT s, n FROM (VALUES (OLD.status, -1), (NEW.status, 1)) t (s, n) WHERE s >= 0;
+	END IF;
+	RETURN NULL;
+END $$;
+
+-- orders_parts_agree says whether an order and its part refunds agree: the paintings that are cancelled are those that were
+-- refunded; each refund is of the prices of its paintings; while something is left, what was taken less what we gave back is the
+-- price of what is left and the shipping; and one that is under way is of paintings that are left, of a payment that is kept.
+CREATE FUNCTION orders_parts_agree(an_order text) RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+	RETURN (SELECT coalesce(bool_and(
+		coalesce((SELECT array_agg(i ORDER BY i) FROM part_refunds r CROSS JOIN unnest(r.product_ids) AS i
+				WHERE r.order_id = o.id AND r.state = 'done'), '{}')
+			= coalesce((SELECT array_agg(i ORDER BY i) FROM unnest(o.cancelled_ids) AS i), '{}')
+		AND NOT EXISTS (SELECT FROM part_refunds r WHERE r.order_id = o.id AND r.state <> 'undone' AND r.amount IS DISTINCT FROM
+				(SELECT sum((i ->> 'price')::bigint) FROM json_array_elements(o.items) AS i WHERE i ->> 'product' = ANY (r.product_ids)))
+		AND (o.status NOT BETWEEN 0 AND 4 OR o.total_price - coalesce((SELECT sum(r.amount) FROM part_refunds r
+				WHERE r.order_id = o.id AND r.state = 'done'), 0)
+			= o.shipping_price + (SELECT sum((i ->> 'price')::bigint) FROM json_array_elements(o.items) AS i
+				WHERE i ->> 'product' <> ALL (o.cancelled_ids)))
+		AND NOT EXISTS (SELECT FROM part_refunds r JOIN payments p ON p.imp_uid = r.imp_uid
+			WHERE r.order_id = o.id AND (p.order_id <> o.id
+				OR r.state = 'booked' AND o.status BETWEEN 0 AND 4 AND (p.state <> 'kept' OR o.cancelling_since IS NULL
+					OR r.product_ids && o.cancelled_ids OR NOT r.product_ids <@ o.product_ids)))
+		AND NOT EXISTS (SELECT FROM payments p WHERE p.order_id = o.id AND p.refunded
+			< (SELECT coalesce(sum(r.amount), 0) FROM part_refunds r WHERE r.imp_uid = p.imp_uid AND r.state = 'done'))), true)
+	FROM orders o WHERE o.id = an_order);
+END $$;
+
+CREATE FUNCTION orders_and_parts_agree() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF NOT orders_parts_agree(NEW.order_id) THEN
+		RAISE EXCEPTION 'order % and its part refunds do not agree', NEW.order_id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_parts_agree';
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER part_refunds_agree_with_orders AFTER INSERT OR UPDATE OF state ON part_refunds
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION orders_and_parts_agree();
+
+-- As in step 11, of the paintings that are left. An order of which nothing was cancelled costs no more than before.
+CREATE OR REPLACE FUNCTION orders_are_whole() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+	usual boolean := false;
+BEGIN
+	IF TG_OP = 'INSERT' THEN
+		IF NEW.status <> -1 THEN
+			RAISE EXCEPTION 'order % is made paid', NEW.id
+				USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_are_made_unpaid';
+		END IF;
+		IF NEW.ended IS NULL THEN
+			usual := (SELECT count(*) FROM products p WHERE p.id = ANY ((SELECT NEW.product_ids)::text[]) AND p.order_id = NEW.id) = cardinality(NEW.product_ids);
+		END IF;
+	ELSIF OLD.ended IS NULL AND NEW.status BETWEEN 0 AND 4 AND OLD.cancelling_since IS NULL AND NEW.cancelling_since IS NULL
+		AND OLD.cancelled_ids = '{}' AND NEW.cancelled_ids = '{}' THEN
+		-- The order was live before and had its paintings; no statement takes one away unseen (paintings_agree_with_orders).
+		usual := EXISTS (SELECT FROM payments p WHERE p.order_id = NEW.id AND p.state = 'kept' AND p.currency = 'KRW' AND p.amount = NEW.total_price);
+	END IF;
+	IF usual THEN
+		RETURN NULL;
+	END IF;
+	IF EXISTS (SELECT FROM orders o CROSS JOIN LATERAL (
+				SELECT count(*) AS n, count(*) FILTER (WHERE p.id = ANY (o.cancelled_ids)) AS cancelled
+				FROM products p WHERE p.id = ANY (o.product_ids) AND p.order_id = o.id) AS held
+			WHERE o.id = NEW.id AND (held.cancelled > 0 OR held.n <>
+				CASE WHEN o.ended IS NULL AND o.status < 5 THEN cardinality(o.product_ids) - cardinality(o.cancelled_ids) ELSE 0 END)) THEN
+		RAISE EXCEPTION 'order % and its paintings do not agree', NEW.id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_paintings_agree';
+	END IF;
+	IF EXISTS (SELECT FROM orders o LEFT JOIN payments p ON p.order_id = o.id AND (p.state = 'kept'
+				OR p.state = 'refunding' AND o.cancelling_since IS NOT NULL AND p.reason IN ('buyer cancelled', 'shop cancelled'))
+			WHERE o.id = NEW.id
+			GROUP BY o.id
+			HAVING count(p.imp_uid) <> CASE WHEN o.status BETWEEN 0 AND 4 THEN 1 ELSE 0 END
+				OR NOT coalesce(bool_and(p.currency = 'KRW' AND p.amount = o.total_price), true)) THEN
+		RAISE EXCEPTION 'order % and its payments do not agree', NEW.id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_payments_agree';
+	END IF;
+	IF NEW.cancelled_ids <> '{}' OR EXISTS (SELECT FROM part_refunds r WHERE r.order_id = NEW.id) THEN
+		IF NOT orders_parts_agree(NEW.id) THEN
+			RAISE EXCEPTION 'order % and its part refunds do not agree', NEW.id
+				USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_parts_agree';
+		END IF;
+	END IF;
+	RETURN NULL;
+END $$;
+
+-- step 35: an order's parts are checked with the order
+
+-- As in step 12: a painting that was cancelled is not with its order any more.
+CREATE OR REPLACE FUNCTION orders_and_paintings_agree() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF EXISTS (SELECT FROM products p JOIN orders o ON o.id = ANY (ARRAY[OLD.order_id, p.order_id])
+			WHERE p.id = NEW.id
+				AND (p.order_id IS NOT DISTINCT FROM o.id)
+					<> (o.ended IS NULL AND o.status < 5 AND p.id = ANY (o.product_ids) AND p.id <> ALL (o.cancelled_ids))) THEN
+		RAISE EXCEPTION 'painting % and its order do not agree', NEW.id
+			USING ERRCODE = 'check_violation', CONSTRAINT = 'orders_and_paintings_agree';
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER orders_parts_are_whole AFTER UPDATE OF returning_ids, cancelled_ids ON orders
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (OLD.cancelled_ids <> NEW.cancelled_ids)
+	EXECUTE FUNCTION orders_are_whole();
+
+-- step 36: old rows are held to what was said above
+
+ALTER TABLE orders
+	VALIDATE CONSTRAINT orders_parts_are_theirs,
+	VALIDATE CONSTRAINT orders_have_paintings_left,
+	VALIDATE CONSTRAINT orders_parts_are_paid,
+	VALIDATE CONSTRAINT orders_cancelling_are_paid;

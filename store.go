@@ -87,8 +87,9 @@ type order struct {
 	items, deliveryInfo       []byte
 	deliveryDetails           []byte // nil when none was given
 	ordererInfo               []byte
-	ordererName, ordererEmail string // of ordererInfo, for the administrator's list
-	carrier, parcelNumber     string // empty: not known
+	returning, cancelled      []string // paintings, while others of the order are left
+	ordererName, ordererEmail string   // of ordererInfo, for the administrator's list
+	carrier, parcelNumber     string   // empty: not known
 	shippedAt, deliveredAt    *time.Time
 }
 
@@ -120,7 +121,7 @@ func (s *store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]o
 	}
 	rows, _ := s.pool.Query(ctx, `
 		SELECT k.buyer, k.admin, o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
-			o.items, o.delivery_info, o.delivery_details, o.orderer_info, `+deliveryColumns+`
+			o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.returning_ids, o.cancelled_ids, `+deliveryColumns+`
 		FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::boolean[])) AS k (id, buyer, admin)
 		JOIN orders o ON o.id = k.id AND (o.user_id = k.buyer OR k.admin)
 		WHERE o.ended IS NULL`, ids, buyers, admins)
@@ -128,7 +129,7 @@ func (s *store) readOrders(ctx context.Context, keys []orderKey) (map[orderKey]o
 	var key orderKey
 	var o order
 	_, err := pgx.ForEachRow(rows, []any{&key.buyer, &key.admin, &o.id, &o.userID, &o.number, &o.status, &o.updatedAt, &o.paidAt,
-		&o.shippingPrice, &o.total, &o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo,
+		&o.shippingPrice, &o.total, &o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo, &o.returning, &o.cancelled,
 		&o.carrier, &o.parcelNumber, &o.shippedAt, &o.deliveredAt}, func() error {
 		key.id = o.id
 		found[key] = o
@@ -475,6 +476,8 @@ type orderState struct {
 	ended      bool // unpaid, by the service: a tombstone
 	confirming bool // unpaid, and its payment is being confirmed
 	cameFrom   int  // the status in which its return was asked for, when it is statusReturning
+
+	products, returning, cancelled []string // returning is empty in statusReturning: all that are left are
 }
 
 // findOrderState returns the state of order id, and errNotFound when there is none that who may see. Orders that the service
@@ -486,9 +489,10 @@ func (s *store) findOrderState(ctx context.Context, id string, who caller, now t
 	err := s.pool.QueryRow(ctx, `
 		SELECT status, cancelling_since IS NOT NULL, ended IS NOT NULL, (confirming_until > $4) IS TRUE, CASE WHEN status = 4 THEN coalesce((
 			SELECT from_status FROM history WHERE order_id = orders.id AND to_status = 4 AND from_status <> 4 ORDER BY history.id DESC LIMIT 1), 3)
-			ELSE 0 END
+			ELSE 0 END, product_ids, returning_ids, cancelled_ids
 		FROM orders WHERE id = $1 AND (user_id = $2 OR $3) AND ended IS DISTINCT FROM 'deleted'`,
-		id, who.id, who.admin, now).Scan(&state.status, &state.cancelling, &state.ended, &state.confirming, &state.cameFrom)
+		id, who.id, who.admin, now).Scan(&state.status, &state.cancelling, &state.ended, &state.confirming, &state.cameFrom,
+		&state.products, &state.returning, &state.cancelled)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return state, errNotFound
 	}
@@ -507,14 +511,14 @@ func (s *store) orderExists(ctx context.Context, id string) (exists bool, err er
 
 // orderColumns are the columns that scanOrder reads.
 const orderColumns = `o.id, o.user_id, o.number, o.status, o.updated_at, o.paid_at, o.shipping_price, o.total_price,
-	o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.orderer_info ->> 'name', o.orderer_info ->> 'email', ` + deliveryColumns
+	o.items, o.delivery_info, o.delivery_details, o.orderer_info, o.returning_ids, o.cancelled_ids, o.orderer_info ->> 'name', o.orderer_info ->> 'email', ` + deliveryColumns
 
 // deliveryColumns are those of an order's delivery.
 const deliveryColumns = `coalesce(o.carrier, ''), coalesce(o.parcel_number, ''), o.shipped_at, o.delivered_at`
 
 func scanOrder(row pgx.CollectableRow) (o order, err error) {
 	err = row.Scan(&o.id, &o.userID, &o.number, &o.status, &o.updatedAt, &o.paidAt, &o.shippingPrice, &o.total,
-		&o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo, &o.ordererName, &o.ordererEmail,
+		&o.items, &o.deliveryInfo, &o.deliveryDetails, &o.ordererInfo, &o.returning, &o.cancelled, &o.ordererName, &o.ordererEmail,
 		&o.carrier, &o.parcelNumber, &o.shippedAt, &o.deliveredAt)
 	return o, err
 }
@@ -553,7 +557,8 @@ type historyRow struct {
 	from, to  *int   // nil where the row is about money
 	why       string
 	impUID    string
-	amount    *int64 // won
+	amount    *int64   // won
+	products  []string // nil: the whole order's
 	requestID string
 }
 
@@ -562,11 +567,11 @@ func (s *store) historyOf(ctx context.Context, id string, who caller) ([]history
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
-		SELECT h.at, h.who, coalesce(h.who_id, ''), h.from_status, h.to_status, h.why, coalesce(h.imp_uid, ''), h.amount, coalesce(h.request_id, '')
+		SELECT h.at, h.who, coalesce(h.who_id, ''), h.from_status, h.to_status, h.why, coalesce(h.imp_uid, ''), h.amount, h.product_ids, coalesce(h.request_id, '')
 		FROM orders o JOIN history h ON h.order_id = o.id
 		WHERE o.id = $1 AND (o.user_id = $2 OR $3) AND o.ended IS NULL ORDER BY h.id`, id, who.id, who.admin)
 	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e historyRow, err error) {
-		err = row.Scan(&e.at, &e.who, &e.whoID, &e.from, &e.to, &e.why, &e.impUID, &e.amount, &e.requestID)
+		err = row.Scan(&e.at, &e.who, &e.whoID, &e.from, &e.to, &e.why, &e.impUID, &e.amount, &e.products, &e.requestID)
 		return e, err
 	})
 	if err == nil && len(entries) == 0 {

@@ -178,7 +178,7 @@ func (s *store) compactStatusCounts(ctx context.Context) error {
 // openBalances is what stands open, for the metrics.
 type openBalances struct {
 	holds          int           // unpaid orders that hold paintings
-	refunds        int           // payments whose refund is booked and not done, and goes on by itself
+	refunds        int           // payments, or parts of one, whose refund is booked and not done, and goes on by itself
 	refundsStuck   int           // those that the gateway has refused so often that a person is needed
 	oldestRefund   time.Duration // since the oldest of refunds was booked
 	oldestUnknown  time.Duration // since the oldest hold ended of which the gateway has not said whether money came
@@ -198,7 +198,8 @@ const openBalancesQuery = `
 		SELECT count(*) FILTER (WHERE p.refusals < $3) AS n, count(*) FILTER (WHERE p.refusals >= $3) AS stuck,
 			coalesce(extract(epoch FROM $1::timestamptz - min(
 				CASE WHEN p.reason = ANY($2::text[]) THEN o.cancelling_since ELSE p.created_at END) FILTER (WHERE p.refusals < $3)), 0)::float8 AS oldest
-		FROM payments p JOIN orders o ON o.id = p.order_id WHERE p.state = 'refunding') r`
+		FROM (SELECT order_id, refusals, reason, created_at FROM payments WHERE state = 'refunding'
+			UNION ALL SELECT order_id, 0, reason, created_at FROM part_refunds WHERE state = 'booked') p JOIN orders o ON o.id = p.order_id) r`
 
 // readOpenBalances returns what stands open at now, where lists are those of the configured gateways.
 func (s *store) readOpenBalances(ctx context.Context, now time.Time, lists []gatewayList) (b openBalances, err error) {
@@ -226,6 +227,7 @@ func (s *store) ordersToAudit(ctx context.Context, since time.Time, listed []str
 	rows, _ := s.pool.Query(ctx, `
 		SELECT id FROM orders WHERE updated_at >= $1
 		UNION SELECT order_id FROM payments WHERE updated_at >= $1 OR state = 'refunding'
+		UNION SELECT order_id FROM part_refunds WHERE state = 'booked'
 		UNION SELECT id FROM orders WHERE id = ANY($2)
 		ORDER BY 1`, since, listed)
 	return pgx.CollectRows(rows, pgx.RowTo[string])
@@ -247,6 +249,16 @@ type auditPayment struct {
 	lastError    string
 	byHand       bool  // the rest was paid back by other means
 	byHandAmount int64 // won of that
+	part         *auditPart
+}
+
+// auditPart is the refund of a part of a payment that is under way.
+type auditPart struct {
+	id        string
+	amount    int64 // won
+	dueSince  time.Time
+	attempts  int
+	lastError string
 }
 
 // readLedger returns the money of order id in the ledger. It leaves out the accounts that refunds go to.
@@ -263,6 +275,19 @@ func (s *store) readLedger(ctx context.Context, id string) (l auditLedger, err e
 			err = row.Scan(&p.gateway, &p.impUID, &p.orderID, &p.state, &p.amount, &p.refunded, &p.attempts, &p.refusals,
 				&p.dueSince, &p.lastError, &p.byHand, &p.byHandAmount)
 			return p, err
+		})
+		return err
+	})
+	batch.Queue(`SELECT imp_uid, id, amount, created_at, attempts, coalesce(last_error, '') FROM part_refunds WHERE order_id = $1 AND state = 'booked'`, id).Query(func(rows pgx.Rows) error {
+		var impUID string
+		var part auditPart
+		_, err := pgx.ForEachRow(rows, []any{&impUID, &part.id, &part.amount, &part.dueSince, &part.attempts, &part.lastError}, func() error {
+			for i := range l.payments {
+				if l.payments[i].impUID == impUID {
+					l.payments[i].part = new(part)
+				}
+			}
+			return nil
 		})
 		return err
 	})
@@ -306,6 +331,16 @@ func (s *store) strayOrders(ctx context.Context) ([]strayOrder, error) {
 	})
 }
 
+// strayParts returns the orders that disagree with their part refunds, among all.
+func (s *store) strayParts(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
+	defer cancel()
+	rows, _ := s.pool.Query(ctx, `
+		SELECT id FROM (SELECT order_id AS id FROM part_refunds UNION SELECT id FROM orders WHERE cancelled_ids <> '{}') o
+		WHERE NOT orders_parts_agree(id) ORDER BY id`)
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
 // strayPainting is a painting that is not where its order says.
 type strayPainting struct {
 	paintingID, orderID string
@@ -318,10 +353,10 @@ func (s *store) strayPaintings(ctx context.Context) ([]strayPainting, error) {
 	defer cancel()
 	rows, _ := s.pool.Query(ctx, `
 		SELECT p.id, o.id, false FROM products p JOIN orders o ON o.id = p.order_id
-		WHERE o.ended IS NOT NULL OR o.status = 5 OR p.id <> ALL (o.product_ids)
+		WHERE o.ended IS NOT NULL OR o.status = 5 OR p.id <> ALL (o.product_ids) OR p.id = ANY (o.cancelled_ids)
 		UNION ALL
 		SELECT i.id, o.id, true FROM orders o CROSS JOIN unnest(o.product_ids) AS i (id) LEFT JOIN products p ON p.id = i.id
-		WHERE o.ended IS NULL AND o.status < 5 AND p.order_id IS DISTINCT FROM o.id`)
+		WHERE o.ended IS NULL AND o.status < 5 AND i.id <> ALL (o.cancelled_ids) AND p.order_id IS DISTINCT FROM o.id`)
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (p strayPainting, err error) {
 		err = row.Scan(&p.paintingID, &p.orderID, &p.missing)
 		return p, err

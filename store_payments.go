@@ -30,6 +30,7 @@ type paymentRow struct {
 	attempts        int            // of the refund
 	refusals        int            // of those, the ones that the gateway answered with a refusal
 	account         *refundAccount // where a virtual account's refund goes; nil: none was named
+	parts           []ledgerPart   // the refunds of parts of it; read by recordSettlement alone
 	failed          int            // refunds that the gateway took and that failed, as a caller has seen there; not a column
 }
 
@@ -37,6 +38,9 @@ type paymentRow struct {
 func (p paymentRow) key() paymentKey { return paymentKey{orderID: p.orderID, impUID: p.impUID} }
 
 const paymentColumns = `gateway, imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts, refusals, refund_account`
+
+// ledgerColumns are paymentColumns and the refunds of parts of the payment.
+const ledgerColumns = paymentColumns + `, (SELECT json_agg(json_build_object('ID', r.id, 'State', r.state)) FROM part_refunds r WHERE r.imp_uid = payments.imp_uid)`
 
 // scanTo returns where the columns of paymentColumns go.
 func (p *paymentRow) scanTo() []any {
@@ -74,6 +78,9 @@ type decision struct {
 	revive  bool         // before that the order, a tombstone, takes its paintings again
 	cancel  bool         // the order is cancelled with it and its paintings are free
 	offSale bool         // they have left the shop: they are off sale until an administrator says that they are back
+
+	part      string    // the refund of a part that ends; empty: none
+	partState partState // as what
 }
 
 // revivableFor is how long after its end late money may still pay for an order.
@@ -132,9 +139,12 @@ func (s *store) settleLocked(ctx context.Context, by actor, p gatewayPayment, no
 	read.Queue(`SELECT id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $1 FOR NO KEY UPDATE`, id).QueryRow(func(row pgx.Row) error {
 		return row.Scan(&ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
 	})
-	read.Queue(`SELECT `+paymentColumns+` FROM payments WHERE order_id = $1
-		UNION ALL SELECT `+paymentColumns+` FROM payments WHERE imp_uid = $2 AND order_id <> $1`, id, p.impUID).Query(func(rows pgx.Rows) (err error) {
-		ledger.payments, err = pgx.CollectRows(rows, scanPayment)
+	read.Queue(`SELECT `+ledgerColumns+` FROM payments WHERE order_id = $1
+		UNION ALL SELECT `+ledgerColumns+` FROM payments WHERE imp_uid = $2 AND order_id <> $1`, id, p.impUID).Query(func(rows pgx.Rows) (err error) {
+		ledger.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p paymentRow, err error) {
+			err = row.Scan(append(p.scanTo(), &p.parts)...)
+			return p, err
+		})
 		return err
 	})
 	if err := conn.SendBatch(ctx, read).Close(); errors.Is(err, pgx.ErrNoRows) {
@@ -192,6 +202,9 @@ func queueDecision(batch *pgx.Batch, p gatewayPayment, decided decision, id stri
 			last_error = CASE WHEN excluded.state = 'refunded' THEN NULL ELSE payments.last_error END
 		WHERE payments.order_id = excluded.order_id`,
 		p.impUID, id, decided.state, decided.reason, p.currency, p.amount, min(p.cancelled, p.amount), paidAt, now, now.Add(refundLease), p.gateway)
+	if decided.part != "" {
+		queuePart(batch, decided.part, decided.partState, now)
+	}
 	if decided.cancel {
 		batch.Queue(`WITH o AS (
 			UPDATE orders SET status = 5, cancelling_since = NULL, updated_at = $2 WHERE id = $1 AND status BETWEEN 0 AND 4

@@ -294,7 +294,7 @@ func TestSchemaDefendsItself(t *testing.T) {
 		// The books keep everything.
 		{`DELETE FROM orders`, "orders_are_kept"},
 		{`DELETE FROM payments WHERE imp_uid = '` + impUID + `'`, "payments_are_kept"},
-		{`TRUNCATE payments`, "payments_are_kept"},
+		{`TRUNCATE payments CASCADE`, "payments_are_kept"},
 		{`UPDATE history SET why = 'nothing'`, "history_are_kept"},
 		{`DELETE FROM history`, "history_are_kept"},
 		{`TRUNCATE history`, "history_are_kept"},
