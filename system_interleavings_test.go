@@ -22,9 +22,11 @@ type crossing struct {
 	*shop
 	buyer, rival      string
 	deleter           string // who may cancel the order: its buyer, or the administrator
-	painting, order   string
+	painting, other   string // of which the order is
+	order             string
 	body              map[string]any // that made the order
 	first             string         // the payment that pays for the order; the gateway has its money in most situations
+	present           int            // the order's status
 	forward, backward int            // the statuses one step on and back
 	paidBefore        int            // how many payments the gateway had already
 	begun             time.Time
@@ -37,7 +39,9 @@ var situations = []struct {
 }{
 	{"unpaid", func(c *crossing) {}},
 	{"unpaid, its money at the gateway", (*crossing).pay},
-	{accountIssued, func(c *crossing) { c.first = c.account(c.order) }},
+	{accountIssued, func(c *crossing) {
+		c.first = c.fake.pay(fakePayment{MerchantUID: c.order, Amount: 208000, Status: "ready", PayMethod: "vbank"})
+	}},
 	{"expired, its money at the gateway", func(c *crossing) {
 		check(c.t, c.settler.checkOrders(c.t.Context()))
 		c.pay()
@@ -47,12 +51,33 @@ var situations = []struct {
 		c.paid()
 		c.step(1)
 		c.step(2)
-		c.forward, c.backward = 3, 1
+		c.present, c.forward, c.backward = 2, 3, 1
 	}},
 	{"return requested", func(c *crossing) {
 		c.paid()
 		c.want(c.call(c.buyer, "DELETE", "/api/orders/"+c.order, `{"status":4}`), 200, "")
-		c.deleter = adminID
+		c.deleter, c.present = adminID, 4
+	}},
+	{"paid, the return of a painting requested", func(c *crossing) {
+		c.paid()
+		c.partReturning()
+	}},
+	{"shipping, the return of a painting requested", func(c *crossing) {
+		c.paid()
+		c.step(1)
+		c.step(2)
+		c.present, c.forward, c.backward = 2, 3, 1
+		c.partReturning()
+	}},
+	{"paid, a painting cancelled", func(c *crossing) {
+		c.paid()
+		c.want(c.part(c.buyer, "DELETE", 5), 200, messageCancelled)
+	}},
+	{"paid, the refund of a painting not done", func(c *crossing) {
+		c.paid()
+		c.fake.faultOnce("cancel", fault{before: answer500})
+		c.want(c.part(c.buyer, "DELETE", 5), 503, messageRefundPending)
+		c.clock.advance(time.Minute)
 	}},
 	{"cancelled, its refund not done", func(c *crossing) {
 		c.paid()
@@ -94,6 +119,11 @@ var actions = []struct {
 	}},
 	{"delete", false, func(c *crossing) (answer, string) { return c.delete("") }},
 	{"return", false, func(c *crossing) (answer, string) { return c.delete(`{"status":4}`) }},
+	{"cancel a painting", false, func(c *crossing) (answer, string) { return c.part(c.deleter, "DELETE", 5), c.order }},
+	{"return a painting", false, func(c *crossing) (answer, string) { return c.part(c.buyer, "DELETE", 4), c.order }},
+	{"take the return of a painting back", false, func(c *crossing) (answer, string) {
+		return c.part(c.buyer, "PATCH", c.present), c.order
+	}},
 	{"step", false, func(c *crossing) (answer, string) { return c.step(c.forward) }},
 	{"step back", false, func(c *crossing) (answer, string) { return c.step(c.backward) }},
 	{"withdraw", false, func(c *crossing) (answer, string) {
@@ -107,7 +137,7 @@ var actions = []struct {
 		return c.helpRefund(`"account":{"holder":"홍길동","bank":"04","number":"000-000-000000"}`)
 	}},
 	{"refund by hand", true, func(c *crossing) (answer, string) { return c.helpRefund(`"byHand":"계좌 이체"`) }},
-	{"second payment", true, func(c *crossing) (answer, string) { return c.reportNew(c.order, 109000) }},
+	{"second payment", true, func(c *crossing) (answer, string) { return c.reportNew(c.order, 208000) }},
 	{"wrong amount", false, func(c *crossing) (answer, string) { return c.reportNew(c.order, 1000) }},
 	{"refund in the console", false, func(c *crossing) (answer, string) {
 		c.payOnce()
@@ -126,7 +156,7 @@ var actions = []struct {
 
 const deposit = "deposit"
 
-func (c *crossing) pay() { c.first = c.charge(c.order, 109000) }
+func (c *crossing) pay() { c.first = c.charge(c.order, 208000) }
 
 func (c *crossing) payOnce() {
 	if c.first == "" {
@@ -142,6 +172,19 @@ func (c *crossing) paid() {
 // step has the administrator move the order to a status.
 func (c *crossing) step(to int) (answer, string) {
 	return c.call(adminID, "PATCH", "/api/orders/"+c.order, map[string]int{"status": to}), c.order
+}
+
+// part asks something for one painting of the order.
+func (c *crossing) part(user, method string, status int) answer {
+	c.t.Helper()
+	return c.call(user, method, "/api/orders/"+c.order, map[string]any{"status": status, "products": []string{c.painting}})
+}
+
+// partReturning has the buyer ask for the return of a painting, which the administrator may accept.
+func (c *crossing) partReturning() {
+	c.t.Helper()
+	c.want(c.part(c.buyer, "DELETE", 4), 200, messageReturnRequested)
+	c.deleter = adminID
 }
 
 // helpRefund has the administrator help the refund of the payment as the rest of the body says.
@@ -205,17 +248,23 @@ var trueWhen = map[string]struct {
 	"주문서 생성 성공":                                         {false, []string{"created"}},
 	"결제 오류로 임시 주문서를 삭제했습니다":                             {false, []string{"deleted", "replaced", "expired", "withdrawn"}},
 	"결제가 확인되어 주문이 완료되었습니다. 취소하려면 다시 요청해 주세요":            {false, []string{"paid", "revived"}},
-	"해당 주문의 결제 취소가 완료되었습니다":                             {false, []string{"cancelled"}},
-	"결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다":     {false, []string{"cancel requested", "refunding"}},
-	"결제 취소가 진행 중입니다":                                    {false, []string{"cancel requested", "refunding"}},
+	"해당 주문의 결제 취소가 완료되었습니다":                             {false, []string{"cancelled", "part cancelled"}},
+	"결제 취소를 접수했으나 환불이 아직 완료되지 않았습니다. 자동으로 다시 시도합니다":     {false, []string{"cancel requested", "part cancel requested", "refunding"}},
+	"결제 취소가 진행 중입니다":                                    {false, []string{"cancel requested", "part cancel requested", "refunding"}},
 	"환불이 처리되었습니다":                                       {false, []string{"refunded"}},
 	"이미 취소된 주문입니다":                                      {false, []string{"cancelled"}},
-	"해당 주문의 반품 요청이 완료되었습니다":                             {true, []string{"return requested"}},
+	"해당 주문의 반품 요청이 완료되었습니다":                             {true, []string{"return requested", "part return requested"}},
 	"이미 반품을 요청한 주문입니다":                                  {false, []string{"return requested"}},
-	"반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다":                     {false, []string{"return requested"}},
+	"반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다":                     {false, []string{"return requested", "part return requested"}},
 	"발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다":            {false, []string{"preparing"}},
-	"해당 주문이 결제 완료 단계로 변경되었습니다":                          {true, []string{"paid"}},
+	"해당 주문이 결제 완료 단계로 변경되었습니다":                          {true, []string{"paid", "part return withdrawn"}},
 	"해당 주문이 발송 준비 중 단계로 변경되었습니다":                        {true, []string{"preparing"}},
+	"해당 주문이 배송 중 단계로 변경되었습니다":                           {true, []string{"shipping", "part return withdrawn"}},
+	"결제사가 일부 금액의 환불을 거절하여 취소하지 못했습니다":                   {false, []string{"refund refused"}},
+	"products[0]: 이미 취소된 작품입니다":                         {false, []string{"part cancelled"}},
+	"products[0]: 이미 반품을 요청한 작품입니다":                     {false, []string{"part return requested"}},
+	"products[0]: 반품을 요청하지 않은 작품입니다":                    {},
+	"결제되지 않은 주문은 일부 작품만 취소할 수 없습니다":                     {},
 	"해당 주문이 배송 완료 단계로 변경되었습니다":                          {true, []string{"delivered"}},
 	"해당 주문내역이 존재하지 않습니다":                                {false, []string{"deleted", "replaced", "expired", "withdrawn"}},
 	"판매 상태가 변경되었습니다":                                    {}, // wantTrue looks at the painting
@@ -380,13 +429,13 @@ func TestInterleavings(t *testing.T) {
 		t.Run(situation.name, func(t *testing.T) {
 			t.Parallel()
 			s := newDirectShop(t)
-			paintings := s.paintings(1000, 99000)
+			paintings := s.paintings(8000, 99000)
 			next := func() *crossing {
 				s.clock.advance(time.Second) // what was done before is not audited again
-				c := &crossing{shop: s, buyer: newTestID(), rival: newTestID(), painting: paintings[0], forward: 1,
+				c := &crossing{shop: s, buyer: newTestID(), rival: newTestID(), painting: paintings[0], other: paintings[1], forward: 1,
 					paidBefore: len(s.fake.all()), begun: s.clock.Now()}
-				c.deleter, paintings = c.buyer, paintings[1:]
-				c.body = orderBody(newNumber(), c.painting)
+				c.deleter, paintings = c.buyer, paintings[2:]
+				c.body = orderBody(newNumber(), c.painting, c.other)
 				_, c.order = c.orderAgain()
 				s.clock.advance(s.config.hold)
 				situation.setUp(c)

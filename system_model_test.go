@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -111,6 +112,7 @@ var moves = []struct {
 	{18, "report", (*modelRun).playReport},
 	{12, "notice", (*modelRun).playNotice},
 	{18, "delete", (*modelRun).playDelete},
+	{14, "part", (*modelRun).playPart},
 	{14, "step", (*modelRun).playStep},
 	{6, "console", (*modelRun).playConsole},
 	{3, "chargeback", (*modelRun).playChargeback},
@@ -260,8 +262,11 @@ func (l *modelRun) compare() {
 	var want, orders, paintings []string
 	for _, o := range l.model.orders {
 		orders = append(orders, o.id)
-		want = append(want, fmt.Sprintf("order %s %d %s cancelling=%v held until %d: %s", o.id, o.status, o.ended, o.cancelling, o.until.Unix(),
-			strings.Join(o.history, ", ")))
+		want = append(want, fmt.Sprintf("order %s %d %s cancelling=%v held until %d, returning %s, cancelled %s: %s", o.id, o.status, o.ended, o.cancelling,
+			o.until.Unix(), joinIDs(o.returning), joinIDs(o.cancelled), strings.Join(o.history, ", ")))
+		for _, part := range o.parts {
+			want = append(want, fmt.Sprintf("part of %s: %s for %d, %s", o.id, joinIDs(part.paintings), part.amount, part.state))
+		}
 	}
 	for _, p := range l.model.paintings {
 		paintings = append(paintings, p.id)
@@ -279,9 +284,10 @@ func (l *modelRun) compare() {
 		want = append(want, fmt.Sprintf("the gateway gave back %d of %s", p.back, p.impUID))
 	}
 	rows, _ := l.store.pool.Query(context.Background(), `
-		SELECT format('order %s %s %s cancelling=%s held until %s: %s', id, status, ended, (cancelling_since IS NOT NULL)::text,
-			extract(epoch FROM held_until)::bigint, (SELECT string_agg(why, ', ' ORDER BY h.id) FROM history h WHERE h.order_id = o.id))
+		SELECT format('order %s %s %s cancelling=%s held until %s, returning %s, cancelled %s: %s', id, status, ended, (cancelling_since IS NOT NULL)::text,
+			extract(epoch FROM held_until)::bigint, array_to_string(returning_ids, '+'), array_to_string(cancelled_ids, '+'), (SELECT string_agg(why, ', ' ORDER BY h.id) FROM history h WHERE h.order_id = o.id))
 			FROM orders o WHERE id = ANY($1)
+		UNION ALL SELECT format('part of %s: %s for %s, %s', order_id, array_to_string(product_ids, '+'), amount, state) FROM part_refunds WHERE order_id = ANY($1)
 		UNION ALL SELECT format('painting %s for %s, on sale=%s, is with order %s', id, price, for_sale::text, order_id) FROM products WHERE id = ANY($2)
 		UNION ALL SELECT format('payment %s of order %s %s %s, %s back, %s by hand, account=%s, %s refusals', imp_uid, order_id, state, reason, refunded,
 			by_hand_amount, (refund_account IS NOT NULL)::text, refusals) FROM payments WHERE order_id = ANY($1)`, orders, paintings)
@@ -301,6 +307,9 @@ func (l *modelRun) compareOpen() {
 	for _, o := range l.model.orders {
 		if o.unpaid() {
 			want.holds++
+		}
+		if o.part() != nil {
+			want.refunds++
 		}
 	}
 	for _, p := range l.model.payments {
@@ -336,7 +345,7 @@ func (l *modelRun) wantSame(got, want []string) {
 // playCreate asks for an order: a new one, or under a number used before, perhaps with the very same body.
 func (l *modelRun) playCreate() {
 	o := &modelOrder{status: -1, buyer: pick(l, l.buyers), number: newNumber(), address: "101호"}
-	for _, i := range l.random.Perm(len(l.model.paintings))[:1+l.random.IntN(2)] {
+	for _, i := range l.random.Perm(len(l.model.paintings))[:1+l.random.IntN(3)] {
 		p := l.model.paintings[i]
 		o.paintings, o.prices = append(o.paintings, p), append(o.prices, p.price)
 	}
@@ -421,10 +430,22 @@ func (l *modelRun) playShow() {
 		}
 		a := l.call(user, "GET", "/api/orders/"+o.orderID(), nil)
 		l.say("%s looks at order %s → %d", user, o.orderID(), a.status)
-		var detail struct{ Result struct{ Status int } }
+		var detail struct {
+			Result     struct{ Status int }
+			OrderItems []struct{ State string }
+			Refunded   int64 `json:"refundedPrice"`
+		}
 		check(l.t, json.Unmarshal([]byte(a.body), &detail))
 		if want, got = status, a.status; status == 200 {
-			want, got = o.status, detail.Result.Status
+			var states []struct{ State string }
+			refunded := o.total()
+			for _, p := range o.paintings {
+				states = append(states, struct{ State string }{o.stateOf(p)})
+			}
+			if o.status < 5 {
+				refunded = o.price(o.cancelled)
+			}
+			want, got = fmt.Sprint(o.status, states, refunded), fmt.Sprint(detail.Result.Status, detail.OrderItems, detail.Refunded)
 		}
 	case 1:
 		l.say("%s looks at their newest order", buyer)
@@ -560,8 +581,60 @@ func (l *modelRun) playDelete() {
 		n = []int{4, 5, 5, 4, 4, 3}[n]
 		wanted, body = &n, map[string]int{"status": n}
 	}
-	want := l.model.delete(user, o, wanted)
+	want := l.model.delete(user, o, wanted, nil)
 	l.want(l.call(user, "DELETE", "/api/orders/"+o.orderID(), body), want, "%s deletes order %s with %v", user, o.orderID(), body)
+}
+
+// playPart cancels or returns some paintings of an order, or takes their return back.
+func (l *modelRun) playPart() {
+	o := l.lateOrder(func(o *modelOrder) bool { return len(o.paintings) > 1 && o.status >= 0 && o.status < 5 })
+	if o == nil || l.random.IntN(8) == 0 {
+		o = lately(l, l.model.orders)
+	}
+	if o == nil || slices.ContainsFunc(l.model.payments, func(p *modelPayment) bool { return p.ledger == o && p.fickle }) {
+		return // nobody knows what a gateway lists that has changed its mind
+	}
+	user, paintings := l.user(o), []*modelPainting(nil)
+	for _, i := range l.random.Perm(len(o.paintings))[:1+l.random.IntN(len(o.paintings))] {
+		paintings = append(paintings, o.paintings[i])
+	}
+	if p := o.part(); p != nil && l.random.IntN(2) == 0 {
+		paintings = p.paintings
+	}
+	if l.random.IntN(20) == 0 {
+		paintings = append(paintings, pick(l, l.model.paintings))
+	}
+	for i, p := range paintings {
+		if slices.Index(paintings, p) < i {
+			return
+		}
+	}
+	n := pick(l, []int{4, 4, 4, 5, 5, 5, 3})
+	method, wanted, body := "DELETE", &n, map[string]any{"status": n, "products": strings.Split(joinIDs(paintings), "+")}
+	if l.random.IntN(8) == 0 {
+		wanted = nil
+		delete(body, "status")
+	}
+	want := reply{}
+	if l.random.IntN(4) == 0 && len(o.returning) > 0 || l.random.IntN(12) == 0 {
+		if n = o.status; l.random.IntN(8) == 0 {
+			n = l.random.IntN(5)
+		}
+		method, body["status"] = "PATCH", n
+		want = l.model.withdraw(user, o, n, paintings)
+	} else {
+		want = l.model.delete(user, o, wanted, paintings)
+	}
+	l.want(l.call(user, method, "/api/orders/"+o.id, body), want, "%s sends %s of order %s with %v", user, method, o.id, body)
+}
+
+// joinIDs are the ids of paintings in one text.
+func joinIDs(paintings []*modelPainting) string {
+	var ids []string
+	for _, p := range paintings {
+		ids = append(ids, p.id)
+	}
+	return strings.Join(ids, "+")
 }
 
 // playStep moves an order on, back, or to any status.
@@ -645,7 +718,7 @@ func (l *modelRun) playCardCompany() {
 // playChangeOfMind has the gateway say something else of a payment than before. No list shows when that was.
 func (l *modelRun) playChangeOfMind() {
 	p := l.latePayment(func(p *modelPayment) bool {
-		return p.order != nil && !p.sandbox && !p.fickle && p.moved() && !p.unreadable()
+		return p.order != nil && !p.sandbox && !p.fickle && p.moved() && !p.unreadable() && (p.ledger == nil || p.ledger.part() == nil)
 	})
 	if p == nil {
 		return
@@ -752,6 +825,7 @@ func (l *modelRun) round() {
 	l.t.Helper()
 	l.say("the reconciler's round")
 	l.retryRefunds()
+	l.retryParts()
 	l.readLists()
 	l.checkOrders()
 }
@@ -771,6 +845,27 @@ func (l *modelRun) retryRefunds() {
 		l.say("  refunds %s again", p.impUID)
 		err = l.settler.attemptRefund(context.Background(), byReconciler, rows[0])
 		if status := l.model.refundAgain(p); (status == 200) != (err == nil) {
+			l.fail("%v, by the model %d", err, status)
+		}
+		l.compare()
+	}
+}
+
+func (l *modelRun) retryParts() {
+	l.t.Helper()
+	for {
+		due, err := l.store.claimDueParts(context.Background(), 1, l.model.now)
+		check(l.t, err)
+		if len(due) == 0 {
+			return
+		}
+		p := l.model.payment(due[0].payment.impUID)
+		if p == nil || p.ledger.part() == nil {
+			l.fail("a part refund of %s", due[0].payment.impUID)
+		}
+		l.say("  refunds a part of %s again", p.impUID)
+		err = l.settler.attemptPart(context.Background(), byReconciler, due[0])
+		if status := l.model.refundPartAgain(p); (status == 200) != (err == nil) || (status == 409) != errors.Is(err, errPartRefused) {
 			l.fail("%v, by the model %d", err, status)
 		}
 		l.compare()
@@ -945,11 +1040,21 @@ type modelOrder struct {
 	ended                      string // deleted, replaced, expired, withdrawn
 	endedAt                    time.Time
 	cancelling                 bool
-	until                      time.Time // when its hold ends
-	since                      time.Time // when the first of the holds began that it took paintings over from; its own beginning if none
-	tookOver                   bool      // a painting from the buyer's unpaid order
-	silent                     time.Time // when the gateway last gave the reconciler no usable answer about it
+	until                      time.Time        // when its hold ends
+	since                      time.Time        // when the first of the holds began that it took paintings over from; its own beginning if none
+	tookOver                   bool             // a painting from the buyer's unpaid order
+	silent                     time.Time        // when the gateway last gave the reconciler no usable answer about it
+	returning, cancelled       []*modelPainting // while others are left
+	parts                      []*modelPart
 	history                    []string
+}
+
+// modelPart is a refund of some paintings of an order.
+type modelPart struct {
+	paintings []*modelPainting
+	amount    int64
+	state     string // booked, done, undone
+	there     bool   // the gateway has made it
 }
 
 type modelPayment struct {
@@ -1082,6 +1187,42 @@ func (o *modelOrder) free() {
 			p.owner = nil
 		}
 	}
+}
+
+// part is the part refund that is under way, nil when there is none.
+func (o *modelOrder) part() *modelPart {
+	if i := slices.IndexFunc(o.parts, func(p *modelPart) bool { return p.state == "booked" }); i >= 0 {
+		return o.parts[i]
+	}
+	return nil
+}
+
+// minus is paintings without others.
+func minus(paintings, others []*modelPainting) []*modelPainting {
+	return slices.DeleteFunc(slices.Clone(paintings), func(p *modelPainting) bool { return slices.Contains(others, p) })
+}
+
+func (o *modelOrder) left() []*modelPainting { return minus(o.paintings, o.cancelled) }
+
+// price is what some of the order's paintings cost when they were ordered.
+func (o *modelOrder) price(of []*modelPainting) (price int64) {
+	for i, p := range o.paintings {
+		if slices.Contains(of, p) {
+			price += o.prices[i]
+		}
+	}
+	return price
+}
+
+// stateOf is what the order says of one of its paintings.
+func (o *modelOrder) stateOf(p *modelPainting) string {
+	switch {
+	case o.status == 5 || slices.Contains(o.cancelled, p):
+		return "cancelled"
+	case o.status == 4 || slices.Contains(o.returning, p):
+		return "returning"
+	}
+	return ""
 }
 
 func (o *modelOrder) take() {
@@ -1276,6 +1417,9 @@ func (m *model) settle(p *modelPayment) bool {
 			}
 			p.booked = p.seen()
 		}
+		if part := o.part(); p.state == "kept" && part != nil && part.there {
+			o.partDone(part)
+		}
 	case p.status != "paid" && p.status != "cancelled":
 	case p.foreign || p.amount != o.total() || p.back > 0:
 		m.refund(p, "amount differs")
@@ -1384,6 +1528,11 @@ func (m *model) refunded(p *modelPayment, reason string) {
 		p.booked = 0
 	}
 	p.ledger.note("refunded: " + p.reason)
+	if part := p.ledger.part(); cancels && part != nil && part.there {
+		p.ledger.partDone(part)
+	} else if cancels && part != nil {
+		part.state = "undone"
+	}
 	if cancels {
 		m.cancelled(p.ledger, !ours && p.ledger.status >= 2)
 	}
@@ -1391,11 +1540,28 @@ func (m *model) refunded(p *modelPayment, reason string) {
 
 // cancelled ends a paid order whose money is back.
 func (m *model) cancelled(o *modelOrder, offSale bool) {
-	o.status, o.cancelling = 5, false
+	o.status, o.cancelling, o.returning = 5, false, nil
 	o.note("cancelled")
-	o.free()
 	for _, p := range o.paintings {
-		p.forSale = p.forSale && !offSale
+		if p.owner == o {
+			p.forSale = p.forSale && !offSale
+		}
+	}
+	o.free()
+}
+
+// partDone cancels the paintings of a part refund that the gateway has made. Once all that are left were asked back, the order is
+// returning.
+func (o *modelOrder) partDone(part *modelPart) {
+	part.state, o.cancelling = "done", false
+	o.cancelled = append(o.cancelled, part.paintings...)
+	o.returning = minus(o.returning, part.paintings)
+	o.note("part cancelled")
+	for _, p := range part.paintings {
+		p.owner = nil
+	}
+	if o.status < 4 && len(minus(o.left(), o.returning)) == 0 {
+		o.move(4)
 	}
 }
 
@@ -1474,17 +1640,21 @@ func (m *model) check(o *modelOrder) (problem reply) {
 		}
 	}
 	switch {
-	case o.unpaid() && slices.ContainsFunc(paid, (*modelPayment).unreadable):
-		return gatewayBroken
 	case o.unpaid() && len(paid) == 0:
 		return noProblem
+	case o.unpaid() && !slices.ContainsFunc(paid, func(p *modelPayment) bool { return !p.unreadable() }):
+		return gatewayBroken
 	}
+	unpaid := o.unpaid()
 	for _, p := range append(paid, back...) {
 		if p.unreadable() {
 			problem = gatewayBroken
 			continue
 		}
 		m.settle(p)
+	}
+	if unpaid && !o.unpaid() {
+		return noProblem
 	}
 	return problem
 }
@@ -1502,8 +1672,155 @@ func (m *model) reconcile(o *modelOrder) {
 	}
 }
 
-// delete is DELETE /api/orders/:id; a nil wanted is no status.
-func (m *model) delete(user string, o *modelOrder, wanted *int) reply {
+// refusesProducts is why what was asked for these paintings of an order makes no sense.
+func (o *modelOrder) refusesProducts(paintings []*modelPainting) reply {
+	for i, p := range paintings {
+		switch {
+		case !o.has(p):
+			return reply{400, fmt.Sprintf("products[%d]: 주문에 없는 작품입니다", i)}
+		case slices.Contains(o.cancelled, p):
+			return reply{409, fmt.Sprintf("products[%d]: 이미 취소된 작품입니다", i)}
+		}
+	}
+	return noProblem
+}
+
+// deletePart is DELETE for some of an order's paintings, while others are left. False: it is about all that are left.
+func (m *model) deletePart(user string, o *modelOrder, wanted *int, paintings []*modelPainting) (answer reply, isPart bool) {
+	cancel := wanted == nil || *wanted == 5
+	rest := minus(o.left(), paintings)
+	again := len(minus(o.returning, paintings)) < len(o.returning)
+	switch {
+	case len(rest) == 0, !cancel && !again && len(minus(rest, o.returning)) == 0:
+		return noProblem, false
+	case o.unpaid():
+		return reply{409, "결제되지 않은 주문은 일부 작품만 취소할 수 없습니다"}, true
+	case !cancel && *wanted != 4 || o.status == 5 || !cancel && (o.status == 4 || o.cancelling):
+		return noProblem, false // as for the whole
+	case !cancel:
+		for i, p := range paintings {
+			if o.stateOf(p) == "returning" {
+				return reply{409, fmt.Sprintf("products[%d]: 이미 반품을 요청한 작품입니다", i)}, true
+			}
+		}
+		o.returning = append(o.returning, paintings...)
+		o.note("part return requested")
+		return reply{200, "해당 주문의 반품 요청이 완료되었습니다"}, true
+	}
+	if part := o.part(); o.cancelling && (part == nil || len(minus(part.paintings, paintings))+len(minus(paintings, part.paintings)) > 0) {
+		return reply{409, "결제 취소가 진행 중입니다"}, true
+	}
+	for _, p := range paintings {
+		switch {
+		case o.cancelling:
+		case o.stateOf(p) == "returning" && user != adminID:
+			return reply{409, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다"}, true
+		case o.stateOf(p) == "" && o.status != 0:
+			return reply{409, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다"}, true
+		}
+	}
+	switch status := m.cancelPart(o, paintings); status {
+	case 200:
+		return reply{200, "해당 주문의 결제 취소가 완료되었습니다"}, true
+	case 409:
+		return reply{409, "결제사가 일부 금액의 환불을 거절하여 취소하지 못했습니다"}, true
+	default:
+		return refundPending(status), true
+	}
+}
+
+// cancelPart gives back the price of some paintings, or goes on with that. It returns our answer's status.
+func (m *model) cancelPart(o *modelOrder, paintings []*modelPainting) (status int) {
+	i := slices.IndexFunc(m.payments, func(p *modelPayment) bool { return p.ledger == o && p.state == "kept" })
+	p := m.payments[i]
+	if o.cancelling {
+		return m.refundPartAgain(p)
+	}
+	o.cancelling = true
+	o.parts = append(o.parts, &modelPart{paintings: paintings, amount: o.price(paintings), state: "booked"})
+	o.note("part cancel requested")
+	return m.requestPart(p, p.booked)
+}
+
+// refundPartAgain is a further attempt at a part refund: it looks first.
+func (m *model) refundPartAgain(p *modelPayment) (status int) {
+	part := p.ledger.part()
+	switch {
+	case m.trouble.lookUp:
+		return 503
+	case p.unreadable() || !m.settle(p):
+		return 502
+	case part.state != "booked":
+		return 200
+	}
+	return m.requestPart(p, p.seen())
+}
+
+// requestPart is one attempt at a part refund that is booked. 409: it was refused, and is undone.
+func (m *model) requestPart(p *modelPayment, believed int64) (status int) {
+	o := p.ledger
+	part := o.part()
+	for again := true; ; again = false {
+		refused := !p.refundable() || believed != p.back || part.amount > p.amount-p.back || p.vbank || p.refused
+		if m.trouble.cancel.before == nil && !refused {
+			p.giveBack(part.amount, m.now)
+			part.there = true
+		}
+		if m.trouble.status != 0 {
+			refused = m.trouble.status == 502
+		}
+		status = cmp.Or(m.trouble.status, map[bool]int{true: 502, false: 200}[refused])
+		switch {
+		case status != 200 && (m.trouble.after || m.trouble.lookUp || p.unreadable()):
+			return status
+		case !m.settle(p):
+			return 502
+		case part.state != "booked":
+			return 200
+		case refused && again && p.seen() != believed:
+			believed = p.seen()
+		case refused:
+			part.state, o.cancelling = "undone", false
+			o.note("refund refused")
+			return 409
+		default:
+			return status
+		}
+	}
+}
+
+// withdraw is PATCH /api/orders/:id for some of an order's paintings: their return is taken back.
+func (m *model) withdraw(user string, o *modelOrder, status int, paintings []*modelPainting) reply {
+	if user == "" {
+		return nobodyAsks
+	} else if !o.seenBy(user) {
+		return noSuchOrder
+	}
+	if status != o.status || status < 0 || status > 4 || o.cancelling {
+		return reply{400, "변경실패, 진행 단계가 알맞지 않습니다"}
+	} else if refused := o.refusesProducts(paintings); refused != noProblem {
+		return refused
+	}
+	for i, p := range paintings {
+		if o.stateOf(p) != "returning" {
+			return reply{409, fmt.Sprintf("products[%d]: 반품을 요청하지 않은 작품입니다", i)}
+		}
+	}
+	if o.status < 4 {
+		o.returning = minus(o.returning, paintings)
+		o.note("part return withdrawn")
+		return reply{200, stepMessages[o.status]}
+	}
+	rest := minus(o.left(), paintings)
+	o.move(o.cameFrom)
+	if o.returning = rest; len(rest) > 0 {
+		o.note("part return withdrawn")
+	}
+	return reply{200, stepMessages[o.status]}
+}
+
+// delete is DELETE /api/orders/:id; a nil wanted is no status, and nil paintings are all.
+func (m *model) delete(user string, o *modelOrder, wanted *int, paintings []*modelPainting) reply {
 	switch {
 	case user == "":
 		return nobodyAsks
@@ -1511,7 +1828,16 @@ func (m *model) delete(user string, o *modelOrder, wanted *int) reply {
 		return noSuchOrder
 	case o.ended != "":
 		return orderDeleted
-	case !o.unpaid():
+	}
+	if refused := o.refusesProducts(paintings); refused != noProblem {
+		return refused
+	}
+	if paintings != nil {
+		if answer, isPart := m.deletePart(user, o, wanted, paintings); isPart {
+			return answer
+		}
+	}
+	if !o.unpaid() {
 		return m.deletePaid(user, o, wanted)
 	}
 	if problem := m.check(o); problem != noProblem {
@@ -1541,6 +1867,9 @@ func (m *model) deletePaid(user string, o *modelOrder, wanted *int) reply {
 		return reply{409, "반품을 요청한 주문입니다. 반품이 확인되면 환불됩니다"}
 	case o.status != 0 && o.status != 4:
 		return reply{409, "발송 준비가 시작된 주문은 취소할 수 없고 반품만 신청할 수 있습니다"}
+	}
+	if o.part() != nil {
+		return reply{409, "결제 취소가 진행 중입니다"}
 	}
 	if status := m.cancelOrder(user, o); status != 200 {
 		return refundPending(status)
@@ -1627,8 +1956,6 @@ func (m *model) changeSale(user string, p *modelPainting, forSale bool) reply {
 
 // advance is PATCH /api/orders/:id: one step on or back, a return, or a return taken back.
 func (m *model) advance(user string, o *modelOrder, to int) reply {
-	messages := []string{"해당 주문이 결제 완료 단계로 변경되었습니다", "해당 주문이 발송 준비 중 단계로 변경되었습니다",
-		"해당 주문이 배송 중 단계로 변경되었습니다", "해당 주문이 배송 완료 단계로 변경되었습니다", "해당 주문의 반품 요청 단계로 변경되었습니다"}
 	if user == "" {
 		return nobodyAsks
 	} else if !o.seenBy(user) {
@@ -1651,12 +1978,15 @@ func (m *model) advance(user string, o *modelOrder, to int) reply {
 		return reply{400, "변경실패, 진행 단계가 알맞지 않습니다"}
 	}
 	o.move(to)
-	return reply{200, messages[to]}
+	return reply{200, stepMessages[to]}
 }
+
+var stepMessages = []string{"해당 주문이 결제 완료 단계로 변경되었습니다", "해당 주문이 발송 준비 중 단계로 변경되었습니다",
+	"해당 주문이 배송 중 단계로 변경되었습니다", "해당 주문이 배송 완료 단계로 변경되었습니다", "해당 주문의 반품 요청 단계로 변경되었습니다"}
 
 func (o *modelOrder) move(to int) {
 	if to == 4 {
-		o.cameFrom = o.status
+		o.cameFrom, o.returning = o.status, nil
 	}
 	o.status = to
 	o.note([]string{"paid", "preparing", "shipping", "delivered", "return requested"}[to])
