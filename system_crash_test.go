@@ -69,10 +69,11 @@ type crash struct {
 
 // crashOrder is what was asked of an order.
 type crashOrder struct {
-	deleted     bool // the service said so
-	charged     bool // money was paid for it
-	refundAsked bool // by its buyer, the shop, or in the gateway's console
-	steppedBack bool // it was asked to go back, so that what was said of its status need not last
+	deleted     bool     // the service said so
+	charged     bool     // money was paid for it
+	refundAsked bool     // by its buyer, the shop, or in the gateway's console
+	steppedBack bool     // it was asked to go back, so that what was said of its status need not last
+	cancelled   []string // paintings that the service said to be cancelled
 }
 
 func TestCrash(t *testing.T) {
@@ -518,6 +519,8 @@ func (b *crashBuyer) giveBack() {
 		switch {
 		case b.rng.IntN(3) == 0:
 			continue
+		case o.Result.Status >= statusPaid && b.rng.IntN(3) == 0:
+			b.changePart(user, b.rng, o.ID, o.Result.Status, o.OrderItems, "")
 		case o.Result.Status == statusReturning:
 			b.stepBack(user, b.rng, o.ID, b.rng.IntN(statusReturning)) // the list does not say where it came from
 		case o.Result.Status >= statusPaid && o.Result.Status <= statusDelivered:
@@ -526,6 +529,43 @@ func (b *crashBuyer) giveBack() {
 			}
 			b.remove(user, b.rng, o.ID, body)
 		}
+	}
+}
+
+// changePart cancels or returns one painting of an order, or takes its return back. With a state it is one in that state. A part
+// that goes back may be the last one.
+func (c *crash) changePart(user string, rng *rand.Rand, order string, status int, items json.RawMessage, state string) {
+	var shown []shownItem
+	json.Unmarshal(items, &shown)
+	var products []string
+	for _, item := range shown {
+		if state == "" && item.State != "cancelled" || state == item.State {
+			products = append(products, item.Product)
+		}
+	}
+	if len(products) == 0 {
+		return
+	}
+	what := []string{"cancel", "return", "return", "withdraw"}[rng.IntN(4)]
+	if state == "returning" {
+		what = "cancel"
+	}
+	product := products[rng.IntN(len(products))]
+	body := map[string]any{"status": map[string]int{"cancel": 5, "return": 4, "withdraw": status}[what], "products": []string{product}}
+	method := "DELETE"
+	switch what {
+	case "withdraw":
+		method = "PATCH"
+		c.change(order, func(o *crashOrder) { o.steppedBack = true })
+	case "cancel":
+		c.change(order, func(o *crashOrder) { o.refundAsked = true })
+	}
+	if c.call(rng, user, method, "/api/orders/"+order, body).status != 200 {
+		return
+	}
+	c.count("paintings: "+what+" answered 200", 1)
+	if what == "cancel" {
+		c.change(order, func(o *crashOrder) { o.cancelled = append(o.cancelled, product) })
 	}
 }
 
@@ -564,6 +604,8 @@ func (c *crash) runAdmin(rng *rand.Rand) {
 		json.Unmarshal([]byte(a.body), &list)
 		for _, o := range list.Orders {
 			switch status := o.Result.Status; {
+			case rng.IntN(3) == 0:
+				c.changePart(adminID, rng, o.ID, status, o.OrderItems, "returning")
 			case status == statusReturning && rng.IntN(4) > 0, status == statusPaid && rng.IntN(20) == 0:
 				c.remove(adminID, rng, o.ID, "")
 			case status == statusReturning:
@@ -708,6 +750,7 @@ func (c *crash) change(order string, do func(*crashOrder)) {
 // saves time: the holders of the leases are dead, what is due later would come by itself, and what is not planned stays so.
 func (c *crash) endLeases() {
 	execSQL(c.t, c.postgres.url, `UPDATE payments SET next_attempt_at = now(), leased_until = now() WHERE state = 'refunding'`)
+	execSQL(c.t, c.postgres.url, `UPDATE part_refunds SET next_attempt_at = now(), leased_until = now() WHERE state = 'booked'`)
 	execSQL(c.t, c.postgres.url, `UPDATE orders SET next_look_at = now() WHERE next_look_at IS NOT NULL`)
 	c.endListLeases()
 }
@@ -724,9 +767,11 @@ func (c *crash) settleDown(ahead string) {
 	rng, listed := c.newRNG(5), c.calmAt.Add(crashListDelay+time.Second).UTC().Format(time.RFC3339Nano)
 	c.wait(func() string {
 		execSQL(c.t, c.postgres.url, `UPDATE payments SET next_attempt_at = now() WHERE state = 'refunding' AND leased_until <= now()`)
+		execSQL(c.t, c.postgres.url, `UPDATE part_refunds SET next_attempt_at = now() WHERE state = 'booked' AND leased_until <= now()`)
 		c.helpRefunds(rng)
 		return queryText(c.t, c.postgres.url, `SELECT concat_ws(', ',
 			(SELECT count(*) || ' refunds' FROM payments WHERE state = 'refunding' HAVING count(*) > 0),
+			(SELECT count(*) || ' part refunds' FROM part_refunds WHERE state = 'booked' HAVING count(*) > 0),
 			(SELECT count(*) || ' unpaid orders' FROM orders WHERE status = -1 AND ended IS NULL HAVING count(*) > 0),
 			(SELECT 'a list' FROM gateway_lists HAVING count(*) FILTER (WHERE read_until > '`+listed+`') < 2),
 			(SELECT count(*) || ' cancels' FROM orders WHERE cancelling_since IS NOT NULL HAVING count(*) > 0),
@@ -755,6 +800,15 @@ func (c *crash) wantProof() {
 	}
 	for order, problem := range broken(given, statuses) {
 		c.mismatch(order, "%s", problem)
+	}
+	var cancelled map[string][]string
+	check(c.t, json.Unmarshal([]byte(queryText(c.t, c.postgres.url,
+		`SELECT coalesce(json_object_agg(id, cancelled_ids), '{}')::text FROM orders WHERE cancelled_ids <> '{}'`)), &cancelled))
+	c.count("orders of which a part was cancelled", len(cancelled))
+	for order, o := range c.orders {
+		if rest := without(o.cancelled, cancelled[order]); len(rest) > 0 && statuses[order] != statusCancelled {
+			c.mismatch(order, "lost that %q are cancelled", rest)
+		}
 	}
 	for order, status := range statuses {
 		asked := cmp.Or(c.orders[order], &crashOrder{})
