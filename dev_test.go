@@ -261,6 +261,22 @@ func TestPage(t *testing.T) {
 	choose("^이 계좌로 환불$", "결제취소")
 	b.resize(wide)
 
+	// Of two paintings one is asked back, kept after all, and then cancelled alone.
+	b.click("^나래$")
+	order("잠식", "첫눈")
+	choose("^결제하기$", "결제완료")
+	b.click("^이 작품만 반품 신청 ‘잠식’$")
+	b.see(".item", "반품 신청됨")
+	b.resize(phone)
+	b.click("^이 작품 반품 철회 ‘잠식’$")
+	b.see(".history", "작품 반품 철회")
+	b.click("^이 작품만 취소 ‘잠식’$")
+	b.see(".item", "취소됨")
+	b.see(".sums", "환불된 금액")
+	b.see(".history", "작품 취소 · ")
+	b.see(".status", "결제완료")
+	b.resize(phone)
+
 	// An order that is deleted is gone.
 	b.click("^나래$")
 	order("흐르는 것들")
@@ -269,17 +285,17 @@ func TestPage(t *testing.T) {
 	// What the page said is what the books say: the orders by age, the payments by amount and end, what the gateway keeps.
 	books := queryText(t, s.config.databaseURL,
 		`SELECT string_agg(concat_ws(' ', total_price, status, ended), ', ' ORDER BY created_at, ended) FROM orders`)
-	if want := "171000 5, 109000 -1 deleted, 109000 5, 550000 5, 109000 0, 550000 5, 1690000 5, 1690000 -1 deleted"; books != want {
+	if want := "171000 5, 109000 -1 deleted, 109000 5, 550000 5, 109000 0, 550000 5, 1690000 5, 649000 0, 1690000 -1 deleted"; books != want {
 		t.Errorf("orders: %s\nwant %s", books, want)
 	}
 	books = queryText(t, s.config.databaseURL,
 		`SELECT string_agg(concat_ws(' ', amount, refunded, reason), ', ' ORDER BY amount, reason) FROM payments`)
 	if want := "109000 109000 shop cancelled, 109000 0, 170000 170000 amount differs, 171000 171000 buyer cancelled, " +
-		"550000 550000 buyer cancelled, 550000 550000 refunded at the gateway, 1690000 1690000 buyer cancelled"; books != want {
+		"550000 550000 buyer cancelled, 550000 550000 refunded at the gateway, 649000 99000, 1690000 1690000 buyer cancelled"; books != want {
 		t.Errorf("payments: %s\nwant %s", books, want)
 	}
 	s.wantMismatches()
-	if report := s.audit(); report.Ledger.Kept != 109000 || report.Ledger.ByHand != 550000 || report.Gateway.Kept != 109000+550000 {
+	if report := s.audit(); report.Ledger.Kept != 109000+550000 || report.Ledger.ByHand != 550000 || report.Gateway.Kept != 109000+550000+550000 {
 		t.Errorf("the books have %+v, the gateway %+v", report.Ledger, report.Gateway)
 	}
 
