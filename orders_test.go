@@ -78,6 +78,16 @@ var callTable = []struct {
 		order, _, _ := s.paid(owner)
 		return "/api/orders/" + order, nil
 	}},
+	// Its owner cancels one painting of several, and takes the return of one back.
+	{"DELETE /api/orders/{id}", [6]int{401, 401, 401, 404, 200, 200}, messageNoSuchOrder, func(s *shop, owner string) (string, any) {
+		order, paintings := s.paidFor(owner, 2)
+		return "/api/orders/" + order, map[string]any{"status": 5, "products": paintings[:1]}
+	}},
+	{"PATCH /api/orders/{id}", [6]int{401, 401, 401, 404, 200, 200}, messageNoSuchOrder, func(s *shop, owner string) (string, any) {
+		order, paintings := s.paidFor(owner, 2)
+		s.want(s.call(owner, "DELETE", "/api/orders/"+order, map[string]any{"status": 4, "products": paintings[:1]}), 200, "")
+		return "/api/orders/" + order, map[string]any{"status": 0, "products": paintings[:1]}
+	}},
 	// The administrator advances an order; its buyer may only ask to return it.
 	{"PATCH /api/orders/{id}", [6]int{401, 401, 401, 404, 403, 200}, messageNoSuchOrder, func(s *shop, owner string) (string, any) {
 		order, _, _ := s.paid(owner)

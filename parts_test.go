@@ -23,10 +23,9 @@ const splitTotal = 3*99000 + 10000
 // split brings a new order of three paintings to a status.
 func (s *shop) split(status int) *splitOrder {
 	s.t.Helper()
-	o := &splitOrder{shop: s, buyer: newTestID(), paintings: s.paintings(3, 99000)}
-	o.id = s.order(o.buyer, o.paintings...)
-	o.impUID = s.charge(o.id, splitTotal)
-	s.want(s.report(o.impUID), 200, "결제 성공")
+	o := &splitOrder{shop: s, buyer: newTestID()}
+	o.id, o.paintings = s.paidFor(o.buyer, 3)
+	o.impUID = queryText(s.t, s.config.databaseURL, `SELECT imp_uid FROM payments WHERE order_id = '`+o.id+`'`)
 	for step := 1; step <= min(status, statusDelivered); step++ {
 		s.want(s.call(adminID, "PATCH", "/api/orders/"+o.id, map[string]int{"status": step}), 200, "")
 	}
@@ -34,6 +33,15 @@ func (s *shop) split(status int) *splitOrder {
 		s.want(s.call(o.buyer, "DELETE", "/api/orders/"+o.id, `{"status":4}`), 200, "")
 	}
 	return o
+}
+
+// paidFor is a paid order of user's for so many new paintings.
+func (s *shop) paidFor(user string, n int) (order string, paintings []string) {
+	s.t.Helper()
+	paintings = s.paintings(n, 99000)
+	order = s.order(user, paintings...)
+	s.want(s.report(s.charge(order, int64(10000+n*99000))), 200, "결제 성공")
+	return order, paintings
 }
 
 // ask sends a DELETE or PATCH for the paintings with these numbers.

@@ -68,8 +68,13 @@ func TestPortoneLooksUpAndCancels(t *testing.T) {
 			t.Errorf("%s of none: %+v, %v", name, all, err)
 		}
 	}
-	want.status, want.cancelled, want.fullyRefunded = gatewayCancelled, 5900, true
-	request := cancelRequest{orderID: order, impUID: key.impUID, remaining: 5900, isKRW: true, reason: `위조 "결제" <&>`}
+	want.status, want.cancelled, want.refundsListed, want.refundReasons = gatewayCancelled, 900, 900, "a part\n"
+	part := cancelRequest{orderID: order, impUID: key.impUID, amount: 900, part: "part", remaining: 5900, isKRW: true, reason: "a part"}
+	if p, err := g.cancelPayment(t.Context(), part); p != want || err != nil {
+		t.Errorf("cancel of a part = %+v, %v, want %+v", p, err, want)
+	}
+	want.cancelled, want.fullyRefunded, want.refundsListed, want.refundReasons = 5900, true, 5900, "a part\n위조 \"결제\" <&>\n"
+	request := cancelRequest{orderID: order, impUID: key.impUID, remaining: 5000, isKRW: true, reason: `위조 "결제" <&>`}
 	if p, err := g.cancelPayment(t.Context(), request); p != want || err != nil {
 		t.Errorf("cancel = %+v, %v, want %+v", p, err, want)
 	}
