@@ -84,7 +84,7 @@ func TestPortoneLooksUpAndCancels(t *testing.T) {
 	if all, err := g.paidPaymentsOf(t.Context(), order); len(all) != 0 || err != nil {
 		t.Errorf("paidPaymentsOf = %+v, %v", all, err)
 	}
-	if p, _ := g.fake.get(key.impUID); len(p.Refunds) != 1 || p.Refunds[0].Reason != request.reason {
+	if p, _ := g.fake.get(key.impUID); len(p.Refunds) != 2 || p.Refunds[1].Reason != request.reason {
 		t.Errorf("refunds at the gateway: %+v", p.Refunds)
 	}
 }
