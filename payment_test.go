@@ -259,11 +259,15 @@ func TestLateMoney(t *testing.T) {
 		status int
 		kept   bool
 	}{
-		"deleted, free":    {func(s *shop, o, _ string) { s.want(s.call(buyerA, "DELETE", "/api/orders/"+o, nil), 200, "") }, 200, true},
-		"expired, free":    {func(s *shop, _, _ string) { s.later(time.Hour) }, 200, true},
-		"replaced, own":    {func(s *shop, _, p string) { s.order(buyerA, p) }, 200, true},
-		"expired, held":    {func(s *shop, _, p string) { s.later(time.Hour); s.order(buyerB, p) }, 409, false},
-		"sold elsewhere":   {func(s *shop, _, p string) { s.later(time.Hour); s.sell(p) }, 409, false},
+		"deleted, free":  {func(s *shop, o, _ string) { s.want(s.call(buyerA, "DELETE", "/api/orders/"+o, nil), 200, "") }, 200, true},
+		"expired, free":  {func(s *shop, _, _ string) { s.later(time.Hour) }, 200, true},
+		"replaced, own":  {func(s *shop, _, p string) { s.order(buyerA, p) }, 200, true},
+		"expired, held":  {func(s *shop, _, p string) { s.later(time.Hour); s.order(buyerB, p) }, 409, false},
+		"sold elsewhere": {func(s *shop, _, p string) { s.later(time.Hour); s.sell(p) }, 409, false},
+		"expired, one sold": {func(s *shop, _, p string) {
+			s.later(time.Hour)
+			s.want(s.report(s.charge(s.order(buyerB, p), 109000)), 200, "")
+		}, 409, false},
 		"replaced and own": {func(s *shop, _, p string) { s.order(buyerA, s.painting(99000)) }, 200, true},
 	} {
 		t.Run(name, func(t *testing.T) {
