@@ -5,7 +5,7 @@
 -- change are in no UPDATE; a lock (FOR UPDATE) needs one column that may. Replicas of the release before still run when this does:
 -- what they need is taken away by the release after.
 
-REVOKE ALL ON schema_steps, products, orders, payments, history, order_tally, gateway_lists, notify_targets, notifications
+REVOKE ALL ON schema_steps, products, orders, payments, part_refunds, history, order_tally, gateway_lists, notify_targets, notifications
 	FROM PUBLIC, lumiere_service;
 
 GRANT USAGE ON SCHEMA public TO lumiere_service;
@@ -13,10 +13,12 @@ GRANT SELECT ON schema_steps TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (artist_id, artist_name, title, image, size, canvas, price, for_sale, order_id)
 	ON products TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (status, ended, cancelling_since, updated_at, paid_at, held_until, next_look_at, confirming_until,
-	carrier, parcel_number, erased_at, delivery_info, delivery_details, orderer_info)
+	carrier, parcel_number, erased_at, delivery_info, delivery_details, orderer_info, returning_ids, cancelled_ids)
 	ON orders TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (state, reason, refunded, updated_at, attempts, next_attempt_at, leased_until, last_error, refusals,
 	refund_account, by_hand, by_hand_amount) ON payments TO lumiere_service;
+GRANT SELECT, INSERT, UPDATE (state, updated_at, attempts, refusals, next_attempt_at, leased_until, last_error)
+	ON part_refunds TO lumiere_service;
 GRANT SELECT, INSERT ON history TO lumiere_service;
 GRANT SELECT, INSERT, DELETE ON order_tally TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (read_until, leased_until) ON gateway_lists TO lumiere_service;
