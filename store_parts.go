@@ -54,7 +54,7 @@ func (s *store) changeReturning(ctx context.Context, by actor, state orderState,
 	batch.Queue(`UPDATE orders SET status = $3, returning_ids = coalesce($4::text[], '{}'), updated_at = $5
 		WHERE id = $1 AND status = $2 AND returning_ids = $6 AND cancelled_ids = $7 AND ended IS NULL AND cancelling_since IS NULL
 		RETURNING id`, state.id, state.status, to, returning, now, state.returning, state.cancelled).QueryRow(exactlyOne)
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, state.id)
 }
 
 // claimedParts is the end of a statement whose CTE claimed has part refunds as they are now: its rows are those that scanPart
@@ -90,21 +90,21 @@ func (s *store) bookPart(ctx context.Context, by actor, state orderState, part p
 			FROM o`+partReturning+`)`+claimedParts,
 		state.id, state.status, state.returning, state.cancelled, now, part.id, part.products, part.reason, now.Add(refundLease),
 	).QueryRow(oneRow(booked.scanTo()...))
-	err = s.transact(ctx, batch)
+	err = s.change(ctx, batch, state.id)
 	return booked, err
 }
 
 // claimPart takes the refund of exactly these paintings of an order, for a caller who asks once more. It returns errStale when
 // there is none, or another caller is at it.
 func (s *store) claimPart(ctx context.Context, order string, products []string, now time.Time) (part partRefund, err error) {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	row := s.pool.QueryRow(ctx, `
+	batch := &pgx.Batch{}
+	batch.Queue(`SELECT ` + shortLockWait)
+	batch.Queue(`
 		WITH claimed AS (
 			UPDATE part_refunds SET attempts = attempts + 1, next_attempt_at = $4, leased_until = $4
 			WHERE order_id = $1 AND state = 'booked' AND product_ids @> $2 AND product_ids <@ $2 AND leased_until <= $3`+partReturning+`)`+claimedParts,
-		order, products, now, now.Add(refundLease))
-	err = oneRow(part.scanTo()...)(row)
+		order, products, now, now.Add(refundLease)).QueryRow(oneRow(part.scanTo()...))
+	err = s.change(ctx, batch, order)
 	return part, err
 }
 
@@ -127,12 +127,9 @@ func (s *store) claimDueParts(ctx context.Context, most int, now time.Time) ([]p
 
 // recordPartFailure notes why a part refund did not succeed, and that the reconciler tries it again after pause.
 func (s *store) recordPartFailure(ctx context.Context, id string, cause error, now time.Time, pause time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
-	defer cancel()
-	_, err := s.pool.Exec(ctx, `
+	return s.exec(ctx, `
 		UPDATE part_refunds SET last_error = $2, refusals = refusals + $5, updated_at = $3, next_attempt_at = $4, leased_until = $3
 		WHERE id = $1 AND state = 'booked'`, id, cause.Error(), now, now.Add(pause), oneIf(refused(cause)))
-	return err
 }
 
 // undoPart ends a part refund that the gateway refused: its order is as before. It returns errStale when the refund has ended
@@ -150,7 +147,7 @@ func (s *store) undoPart(ctx context.Context, by actor, part partRefund, cause e
 			UPDATE orders SET cancelling_since = NULL, updated_at = $3 FROM r WHERE orders.id = r.order_id
 		)
 		SELECT order_id FROM r`, part.id, cause.Error(), now).QueryRow(exactlyOne)
-	return s.transact(ctx, batch)
+	return s.change(ctx, batch, part.payment.orderID)
 }
 
 // queuePart ends a part refund whose order is locked. When it is done, its paintings are cancelled and free. Once all that are
