@@ -66,8 +66,8 @@ func forgetCommand(ctx context.Context, c config, order string, out io.Writer) e
 // after its last change.
 func (o orderData) mayForget(now time.Time, keep time.Duration) error {
 	switch until := o.updatedAt.Add(keep); {
-	case o.refunding:
-		return errors.New("a refund is not done")
+	case o.open:
+		return errors.New("a return or refund is not done")
 	case o.ended, o.status == statusCancelled, o.status == statusDelivered && !now.Before(until):
 		return nil
 	case o.status == statusUnpaid:

@@ -61,6 +61,15 @@ func TestForgetDue(t *testing.T) {
 		{"shipping", paid(statusShipping), 0},
 		{"returning", paid(statusReturning), 0},
 		{"delivered", paid(statusDelivered), s.config.keep},
+		{"delivered, one painting returning", func() string { o := s.split(statusDelivered); o.askBack(0); return o.id }, 0},
+		{"delivered, one painting cancelled", func() string {
+			o := s.split(statusPaid)
+			s.want(o.cancel(o.buyer, 0), 200, "")
+			for step := 1; step <= statusDelivered; step++ {
+				s.want(s.call(adminID, "PATCH", "/api/orders/"+o.id, map[string]int{"status": step}), 200, "")
+			}
+			return o.id
+		}, s.config.keep},
 		{"cancelled", paid(statusCancelled), s.config.keep},
 		{"deleted", ended(func(order string) { s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "") }), keepUnpaid},
 		{"expired", ended(func(string) { s.later(s.config.hold) }), keepUnpaid},
@@ -207,6 +216,7 @@ func TestForgetCommand(t *testing.T) {
 			s.fake.setFaults(nil)
 			return order
 		}, "refund is not done"},
+		{"one painting returning", func() string { o := s.split(statusDelivered); o.askBack(0); return o.id }, "refund is not done"},
 		{"delivered long ago", func() string {
 			order, _, _ := s.orderIn(statusDelivered)
 			execSQL(t, s.config.databaseURL, `UPDATE orders SET updated_at = updated_at - interval '6 years' WHERE id = '`+order+`'`)

@@ -61,7 +61,8 @@ type soldPainting struct {
 func (s *store) eachSoldPainting(ctx context.Context, from, to time.Time, each func(soldPainting) error) error {
 	const query = `
 		SELECT o.id, o.number, i.item ->> 'product', i.item ->> 'artist', i.item ->> 'title', (i.item ->> 'price')::bigint,
-			coalesce(p.paid_at, o.paid_at), o.shipped_at, o.delivered_at, o.status
+			coalesce(p.paid_at, o.paid_at), o.shipped_at, o.delivered_at,
+			CASE WHEN i.item ->> 'product' = ANY (o.cancelled_ids) THEN 5 WHEN i.item ->> 'product' = ANY (o.returning_ids) THEN 4 ELSE o.status END
 		FROM orders o LEFT JOIN LATERAL (
 				SELECT paid_at FROM payments WHERE order_id = o.id AND created_at = o.paid_at AND amount = o.total_price
 				ORDER BY state = 'kept' DESC LIMIT 1) AS p ON true,

@@ -22,8 +22,9 @@ const erasing = `, o AS (
 	)
 	SELECT count(*) FROM o`
 
-// noRefundDue is the condition that no payment of an order is on its way back.
-const noRefundDue = `NOT EXISTS (SELECT FROM payments WHERE order_id = orders.id AND state = 'refunding')`
+// noneOpen is the condition that no money of an order is on its way back, and none of its paintings.
+const noneOpen = `NOT EXISTS (SELECT FROM payments WHERE order_id = orders.id AND state = 'refunding')
+	AND cancelling_since IS NULL AND returning_ids = '{}'`
 
 // eraseDue erases the personal data of up to most orders that were paid, are over and did not change after paid, and of up to
 // most orders that ended unpaid and did not change after unpaid. It returns how many they are.
@@ -37,10 +38,10 @@ func (s *store) eraseDue(ctx context.Context, by actor, paid, unpaid, now time.T
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
 	batch.Queue(`WITH due AS MATERIALIZED (
-		SELECT id FROM orders WHERE erased_at IS NULL AND status IN (3, 5) AND updated_at <= $2 AND `+noRefundDue+`
+		SELECT id FROM orders WHERE erased_at IS NULL AND status IN (3, 5) AND updated_at <= $2 AND `+noneOpen+`
 		ORDER BY updated_at LIMIT (SELECT $3::bigint) FOR NO KEY UPDATE SKIP LOCKED)`+erasing, now, paid, most).QueryRow(add)
 	batch.Queue(`WITH due AS MATERIALIZED (
-		SELECT id FROM orders WHERE erased_at IS NULL AND ended IS NOT NULL AND updated_at <= $2 AND `+noRefundDue+`
+		SELECT id FROM orders WHERE erased_at IS NULL AND ended IS NOT NULL AND updated_at <= $2 AND `+noneOpen+`
 		ORDER BY updated_at LIMIT (SELECT $3::bigint) FOR NO KEY UPDATE SKIP LOCKED)`+erasing, now, unpaid, most).QueryRow(add)
 	return erased, s.transact(ctx, batch)
 }
@@ -50,7 +51,7 @@ func (s *store) erase(ctx context.Context, by actor, o orderData, now time.Time)
 	batch := &pgx.Batch{}
 	batch.Queue(setActor, by.setting())
 	batch.Queue(`WITH due AS MATERIALIZED (
-		SELECT id FROM orders WHERE id = $2 AND erased_at IS NULL AND status = $3 AND updated_at = $4 AND (ended IS NOT NULL) = $5 AND `+noRefundDue+`
+		SELECT id FROM orders WHERE id = $2 AND erased_at IS NULL AND status = $3 AND updated_at = $4 AND (ended IS NOT NULL) = $5 AND `+noneOpen+`
 		FOR NO KEY UPDATE)`+erasing, now, o.id, o.status, o.updatedAt, o.ended).QueryRow(func(row pgx.Row) error {
 		var n int
 		if err := row.Scan(&n); err != nil || n == 1 {
@@ -66,7 +67,7 @@ type orderData struct {
 	id        string
 	status    int
 	ended     bool // unpaid
-	refunding bool // a refund is not done
+	open      bool // a refund or the return of a painting is not done
 	updatedAt time.Time
 	erasedAt  *time.Time
 }
@@ -75,8 +76,8 @@ type orderData struct {
 func (s *store) readOrderData(ctx context.Context, id string) (o orderData, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
-	err = s.pool.QueryRow(ctx, `SELECT id, status, ended IS NOT NULL, NOT `+noRefundDue+`, updated_at, erased_at FROM orders WHERE id = $1`, id).
-		Scan(&o.id, &o.status, &o.ended, &o.refunding, &o.updatedAt, &o.erasedAt)
+	err = s.pool.QueryRow(ctx, `SELECT id, status, ended IS NOT NULL, NOT (`+noneOpen+`), updated_at, erased_at FROM orders WHERE id = $1`, id).
+		Scan(&o.id, &o.status, &o.ended, &o.open, &o.updatedAt, &o.erasedAt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = errNotFound
 	}
