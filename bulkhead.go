@@ -20,7 +20,7 @@ type bulkhead struct {
 type line struct {
 	places chan struct{} // one for each change in the database
 	length int
-	locked chan struct{} // closed once a change has found the row locked by somebody else
+	locked chan struct{} // closed once a change has found the row locked by another session
 	err    error         // of that change
 }
 

@@ -113,7 +113,7 @@ func TestManualApprovalRefusals(t *testing.T) {
 	s.wantNaming(s.call("", "PATCH", "/api/orders/pay", map[string]any{"paymentId": order, "paymentToken": 1}), 400, "paymentToken: 형식")
 }
 
-// While a confirmation is under way its order neither ends nor gets another, whoever asks.
+// While a confirmation is under way its order neither ends nor gets another, whatever asks for it.
 func TestNothingEndsAnOrderThatIsConfirmed(t *testing.T) {
 	for name, try := range map[string]func(s *shop, order, painting string){
 		"delete": func(s *shop, order, _ string) {

@@ -319,7 +319,7 @@ func manyPayments(t testing.TB, databaseURL string, n int) {
 		ANALYZE`, n))
 }
 
-// An export that is not whole ends with an error: whoever reads it has gone, or it was interrupted.
+// An export that is not whole ends with an error: its reader has gone, or it was interrupted.
 func TestExportEndsEarly(t *testing.T) {
 	s := newDirectShop(t)
 	manyPayments(t, s.config.databaseURL, 5000)

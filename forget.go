@@ -14,7 +14,7 @@ import (
 const (
 	// keepUnpaid is how long after its end an order that was never paid keeps personal data.
 	keepUnpaid = 30 * 24 * time.Hour
-	// forgetBatch is how many orders of each kind one round of the reconciler erases at most: whoever changes one of them
+	// forgetBatch is how many orders of each kind one round of the reconciler erases at most: a caller who changes one of them
 	// meanwhile waits no longer than that takes.
 	forgetBatch = 100
 )

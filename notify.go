@@ -193,7 +193,7 @@ func (n *notifier) run(ctx context.Context) {
 }
 
 // keepTargets says at start and then each hour which addresses this replica has. It runs without any, too: an address that was
-// taken out of the configuration is forgotten by whoever still runs.
+// taken out of the configuration is forgotten by the replicas that still run.
 func (n *notifier) keepTargets(ctx context.Context) {
 	for ctx.Err() == nil {
 		next := notifyUpkeep

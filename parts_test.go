@@ -365,7 +365,7 @@ func TestPartRefundAskedForAgain(t *testing.T) {
 	s.want(o.cancel(o.buyer, 0, 1), 409, "products[0]: 이미 취소된 작품입니다")
 }
 
-// The cancelled amount has grown before we have booked our own answer: whoever sees it first books it, once.
+// The cancelled amount has grown before we have booked our own answer: what sees it first books it, once.
 func TestPartRefundSeenFirstByOthers(t *testing.T) {
 	for name, see := range map[string]func(*splitOrder){
 		"a notice":  func(o *splitOrder) { o.want(o.notice(o.impUID), 200, "") },

@@ -580,7 +580,7 @@ func TestVirtualAccount(t *testing.T) {
 		t.Fatalf("another shop's account is %s", p.Status)
 	}
 
-	// Somebody has just paid in: the account is not ended, and its money counts.
+	// The buyer has just paid in: the account is not ended, and its money counts.
 	deposited := s.account(order)
 	s.fake.faultOnce("account", fault{before: func(http.ResponseWriter, *http.Request) bool { check(t, s.fake.deposit(deposited)); return false }})
 	s.want(s.report(deposited), 409, refused)

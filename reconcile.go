@@ -104,7 +104,7 @@ func (t *settler) readList(ctx context.Context, g gateway, status gatewayStatus)
 
 // settleMoved settles what moved in a window of a list and is not in the ledger. A payment that cannot be read or settled is
 // logged and does not stand in the way of the others; the audit reports it. The error is one of lockedOut when a payment is
-// left for the next round because somebody has its order's row locked.
+// left for the next round because another session has its order's row locked.
 func (t *settler) settleMoved(ctx context.Context, g gateway, status gatewayStatus, from, to time.Time) error {
 	var chunk []gatewayPayment
 	var locked error
@@ -199,7 +199,7 @@ func (t *settler) checkOrders(ctx context.Context) error {
 		var failed error
 		responded := forEachParallel(due, func(c paymentCheck) bool {
 			answer, err := t.checkOrder(ctx, c)
-			if lockedOut(err) { // by somebody's session: the lease ends by itself
+			if lockedOut(err) { // by another session: the lease ends by itself
 				t.log.Warn("order not checked yet", "order", c.id, "cause", err)
 				err = nil
 			}

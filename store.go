@@ -222,7 +222,7 @@ func (s *store) exec(ctx context.Context, sql string, args ...any) error {
 
 const (
 	// shortLockWait has each statement of the transaction fail when it does not get a lock within a second, so that a row
-	// which somebody else has locked does not keep a connection for long.
+	// which another session has locked does not keep a connection for long.
 	shortLockWait = `set_config('lock_timeout', '1000', true)`
 	// setActor has shortLockWait, and tells the database who makes the change; $1 is actor.setting.
 	setActor = `SELECT set_config('lumiere.change', $1, true), ` + shortLockWait
