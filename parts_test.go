@@ -729,3 +729,32 @@ func TestPartRefundV2(t *testing.T) {
 		o.wantParts(statusPaid, "cancelled - -", 99000)
 	}
 }
+
+// An order of which a painting is returning keeps its personal data; the accountant's list has the state of each painting.
+func TestPartsElsewhere(t *testing.T) {
+	s := newDirectShop(t)
+	o := s.split(statusDelivered)
+	o.askBack(0, 1)
+	s.want(o.cancel(adminID, 0), 200, "")
+	var states []int
+	check(t, s.store.eachSoldPainting(t.Context(), s.now().Add(-time.Hour), s.now().Add(time.Hour), func(p soldPainting) error {
+		states = append(states, p.status)
+		return nil
+	}))
+	if want := []int{statusCancelled, statusReturning, statusDelivered}; !slices.Equal(states, want) {
+		t.Errorf("states %d, want %d", states, want)
+	}
+	erase := func() int {
+		n, err := s.store.eraseDue(t.Context(), byReconciler, s.now().Add(time.Hour), s.now().Add(time.Hour), s.now(), 10)
+		check(t, err)
+		return n
+	}
+	if n := erase(); n != 0 {
+		t.Errorf("%d orders were erased while a painting was returning", n)
+	}
+	s.want(o.cancel(adminID, 1), 200, "")
+	if n := erase(); n != 1 {
+		t.Errorf("%d orders were erased after that", n)
+	}
+	o.wantParts(statusDelivered, "cancelled cancelled -", 198000)
+}

@@ -1412,9 +1412,7 @@ func (m *model) settle(p *modelPayment) bool {
 		m.refunded(p, "refunded at the gateway")
 	case p.state != "":
 		if p.seen() > p.booked {
-			if p.state == "kept" {
-				o.note("partly refunded")
-			}
+			o.note("partly refunded")
 			p.booked = p.seen()
 		}
 		if part := o.part(); p.state == "kept" && part != nil && part.there {
@@ -1466,6 +1464,9 @@ func (m *model) pay(o *modelOrder, p *modelPayment) {
 func (m *model) refund(p *modelPayment, reason string) {
 	p.state, p.reason, p.ledger, p.booked = "refunding", reason, p.order, p.seen()
 	p.ledger.note("refunding: " + reason)
+	if p.booked > 0 {
+		p.ledger.note("partly refunded")
+	}
 	m.cancel(p, p.booked)
 }
 
