@@ -163,3 +163,49 @@ func parseOrderItem(raw []byte, name string) (id string, price int64, err error)
 	}
 	return id, *item.Price, nil
 }
+
+// orderChange is the body of DELETE and PATCH /api/orders/{id}.
+type orderChange struct {
+	status   *int     // nil when none was sent
+	parcel   *parcel  // nil when none was sent
+	products []string // the paintings that it is about; nil: all
+}
+
+// parcel is how an order is sent.
+type parcel struct {
+	Carrier string `json:"carrier"`
+	Number  string `json:"number"`
+}
+
+// changeBody returns the change in the body. No body is one without a status.
+func changeBody(r *request) (change orderChange, err error) {
+	body, err := readBody(r)
+	if err != nil || len(bytes.TrimSpace(body)) == 0 {
+		return change, err
+	}
+	var in struct {
+		Status   json.RawMessage `json:"status"`
+		Shipment *parcel         `json:"shipment"`
+		Products json.RawMessage `json:"products"`
+	}
+	if err := decodeObject(body, &in); err != nil {
+		return change, err
+	}
+	if in.Status != nil {
+		if err := decodeJSON(in.Status, "status", &change.status); err != nil || change.status == nil {
+			return change, fieldError("status", "정수여야 합니다")
+		}
+	}
+	if in.Products != nil {
+		if change.products, err = parseProducts(in.Products); err != nil {
+			return change, err
+		}
+	}
+	if change.parcel = in.Shipment; change.parcel != nil {
+		if change.status == nil || *change.status != statusShipping {
+			return change, fieldError("shipment", "배송 중(2) 단계와 함께 보내야 합니다")
+		}
+		return change, validateStrings("shipment", stringField{"carrier", &change.parcel.Carrier, false}, stringField{"number", &change.parcel.Number, false})
+	}
+	return change, nil
+}

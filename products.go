@@ -224,3 +224,44 @@ func parsePainting(entry []byte) (painting, error) {
 	p.forSale = *item.InStock
 	return p, nil
 }
+
+// errSold says that a paid order has the painting.
+var errSold = errors.New("a paid order has the painting")
+
+// changeSale puts a painting on sale or takes it off sale. An unpaid order that holds a painting taken off sale ends,
+// unless its money is at the gateway: then it is paid. It returns errSold when a paid order has the painting, errNotFound when
+// there is no such painting, and errStale when it kept changing hands.
+func (t *settler) changeSale(ctx context.Context, by actor, id string, forSale bool) error {
+	end, err := t.limits.begin(ctx, by.client)
+	if err != nil {
+		return err
+	}
+	defer end()
+	// Each change names the order that has the painting. When that has changed, the painting is looked at anew.
+	for range 5 {
+		order, err := t.store.findPaintingOrder(ctx, id)
+		if err != nil {
+			return err
+		}
+		t.testHook("painting read", id)
+		switch {
+		case order.paid:
+			return errSold
+		case forSale || order.id == "":
+			err = t.store.setForSale(context.WithoutCancel(ctx), id, order.id, forSale)
+		default:
+			if err = t.confirmUnpaid(ctx, by, order.id); err != nil {
+				break // errStale: it is paid, and looked at anew
+			}
+			t.testHook("withdrawing", order.id)
+			err = t.store.withdrawPainting(context.WithoutCancel(ctx), by, id, order.id, t.now())
+		}
+		if err == nil {
+			t.log.Info("sale state changed", "painting", id, "for_sale", forSale, "administrator", by.id, "request", by.request)
+		}
+		if !errors.Is(err, errStale) {
+			return err
+		}
+	}
+	return errStale
+}
