@@ -95,12 +95,19 @@ func newBaseline(t *testing.T) *baseline {
 	fmt.Printf("%d cores, %d GB, of them %d in huge pages, %s, %s with %v\n", runtime.NumCPU(), memoryOfMachine(t)>>30,
 		kilobytes(t, "/proc/meminfo", "Hugetlb")>>30, runtime.Version(),
 		queryText(t, f.server.url, "SELECT split_part(version(), ' on ', 1)"), settings)
-	build := exec.Command("go", "build", "-o", filepath.Join(f.dir, "lumiere"), ".")
+	buildProgram(t, f.dir)
+	return f
+}
+
+// buildProgram builds the program into a directory and returns its file.
+func buildProgram(t testing.TB, dir string) (file string) {
+	file = filepath.Join(dir, "lumiere")
+	build := exec.Command("go", "build", "-o", file, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	return f
+	return file
 }
 
 // row says what was measured, and whether that is what was aimed at.
