@@ -255,6 +255,12 @@ func answerRefusal(code int, message string) faultHook {
 	}
 }
 
+// refuseV2 is V2's answer when the card company refuses.
+func refuseV2(w http.ResponseWriter, _ *http.Request) bool {
+	writeFakeJSON(w, http.StatusBadGateway, map[string]string{"type": "PG_PROVIDER"})
+	return true
+}
+
 // waitFor runs wait and goes on; the context is the call's own.
 func waitFor(wait func(context.Context)) faultHook {
 	return func(_ http.ResponseWriter, r *http.Request) bool {

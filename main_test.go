@@ -858,8 +858,8 @@ func (m simulation) order(user string, paintings ...string) (id string, a answer
 }
 
 // report tells the service of a payment for an order.
-func (m simulation) report(order, impUID string) answer {
-	a := m.call("", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID})
+func (m simulation) report(order string, report map[string]string) answer {
+	a := m.call("", "PATCH", "/api/orders/pay", report)
 	if a.status == http.StatusOK {
 		m.said(order, statusPaid)
 	}

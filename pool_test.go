@@ -88,7 +88,7 @@ func (b *buyers) walk(painting string, cancels bool) {
 		b.shop.t.Errorf("order: %d %s", a.status, a.body)
 		return
 	}
-	if a := b.report(order, b.shop.charge(order, 109000)); a.status != 200 {
+	if a := b.report(order, map[string]string{"imp_uid": b.shop.charge(order, 109000)}); a.status != 200 {
 		b.shop.t.Errorf("payment: %d %s", a.status, a.body)
 		return
 	}

@@ -26,6 +26,7 @@ import (
 var (
 	crashFor  = flag.Duration("crash", 2*time.Second, "how long TestCrash lets things break")
 	crashSeed = flag.Uint64("crash.seed", 0, "the choices TestCrash makes; 0: new ones")
+	crashVia  = flag.String("crash.via", "", "how TestCrash's buyers pay: v1, v2 or approval; empty: each chooses")
 )
 
 const (
@@ -37,6 +38,8 @@ const (
 	crashInterval  = 100 * time.Millisecond // RECONCILE_INTERVAL
 	crashListDelay = 3 * time.Second        // how late the gateway's lists show what moved
 	crashAccount   = "000-1234-567890"      // where a virtual account's refund goes
+	crashConsole   = "콘솔에서 취소"              // why the console gives back
+	crashTakenBack = "카드사 승인취소"             // why card companies do
 )
 
 // crash is a shop in which everything breaks: two replicas of the real binary before a PostgreSQL that really writes,
@@ -61,11 +64,18 @@ type crash struct {
 	promises
 	mu       sync.Mutex
 	orders   map[string]*crashOrder
-	verdicts map[string]bool // by imp_uid: what PATCH pay said of the money, true that it is kept, false that it goes back
-	answers  map[int]int     // by status
-	faults   map[string]int  // by kind
+	verdicts map[string]string // by imp_uid: what PATCH pay said of the money
+	answers  map[int]int       // by status
+	faults   map[string]int    // by kind
 	figures  map[string]int
 }
+
+// What PATCH pay may say of a payment's money.
+const (
+	saidKept       = "kept"
+	saidBack       = "goes back"
+	saidNotCharged = "not charged"
+)
 
 // crashOrder is what was asked of an order.
 type crashOrder struct {
@@ -109,10 +119,10 @@ func TestCrash(t *testing.T) {
 func openCrash(t *testing.T) *crash {
 	c := &crash{
 		t: t, seed: cmp.Or(*crashSeed, rand.Uint64N(1e9)), binary: filepath.Join(t.TempDir(), "lumiere"), calm: make(chan struct{}),
-		orders: map[string]*crashOrder{}, verdicts: map[string]bool{}, answers: map[int]int{}, faults: map[string]int{}, figures: map[string]int{"mismatches": 0},
+		orders: map[string]*crashOrder{}, verdicts: map[string]string{}, answers: map[int]int{}, faults: map[string]int{}, figures: map[string]int{"mismatches": 0},
 		replicas: [2]*crashReplica{{}, {}},
 	}
-	t.Logf("-crash %v -crash.seed %d", *crashFor, c.seed)
+	t.Logf("-crash %v -crash.seed %d -crash.via %q", *crashFor, c.seed, *crashVia)
 	c.openLog()
 	built := make(chan error, 1)
 	go func() {
@@ -132,7 +142,8 @@ func openCrash(t *testing.T) *crash {
 	gateway := httptest.NewServer(c.fake)
 	t.Cleanup(gateway.Close)
 	c.env = append(os.Environ(), "DATABASE_URL="+makeServiceRole(t, c.postgres.url), "JWT_SECRET="+testSecret, "IAMPORT_URL="+gateway.URL,
-		"IAMPORT_KEY="+c.fake.key, "IAMPORT_SECRET="+c.fake.secret, "PORT=0", "LOG_LEVEL=info", "TRUSTED_PROXIES=127.0.0.1",
+		"IAMPORT_KEY="+c.fake.key, "IAMPORT_SECRET="+c.fake.secret,
+		"PORTONE_URL="+gateway.URL+fakePortonePrefix, "PORTONE_API_SECRET="+c.fake.apiSecret, "PORTONE_STORE_ID="+c.fake.storeID, "PORT=0", "LOG_LEVEL=info", "TRUSTED_PROXIES=127.0.0.1",
 		"ORDER_HOLD="+crashHold.String(), "RECONCILE_INTERVAL="+crashInterval.String())
 
 	var entries []string
@@ -341,15 +352,20 @@ func (c *crash) chooseFault(rng *rand.Rand, call string) fault {
 		{"did it and dropped the answer", fault{before: slow, after: dropConnection}},
 		{"did it and hung", fault{before: slow, after: hang}},
 		{"turned the token down", fault{before: inTurn(slow, answer401)}},
-		{"refused", fault{before: inTurn(slow, answerRefusal(-1, "결제취소에 실패하였습니다."))}},
+		{"refused", fault{before: inTurn(slow, refusals[call])}},
 	}
-	if roll >= len(kinds) || kinds[roll].name == "refused" && call != "cancel" {
+	if roll >= len(kinds) || kinds[roll].name == "refused" && refusals[call] == nil {
 		return fault{before: slow}
 	}
 	c.mu.Lock()
 	c.faults[kinds[roll].name]++
 	c.mu.Unlock()
 	return kinds[roll].fault
+}
+
+// refusals are how the gateway refuses those calls that it may.
+var refusals = map[string]faultHook{
+	"cancel": answerRefusal(-1, "결제취소에 실패하였습니다."), "v2 cancel": refuseV2, "v2 confirm": refuseV2,
 }
 
 func (c *crash) count(figure string, n int) {
@@ -365,6 +381,7 @@ type crashBuyer struct {
 	*crash
 	id    string
 	ids   []string // all so far
+	via   payVia   // how the buyer pays under this id
 	made  int      // orders
 	rng   *rand.Rand
 	pages int // of the buyer's list of orders
@@ -378,6 +395,7 @@ func (b *crashBuyer) live() {
 		if len(b.ids) <= b.made/crashOrdersOfABuyer {
 			b.id = newTestID()
 			b.ids = append(b.ids, b.id)
+			b.via = cmp.Or(payVia(*crashVia), waysToPay[b.rng.IntN(len(waysToPay))])
 		}
 		b.visit()
 		b.giveBack()
@@ -433,8 +451,12 @@ func (b *crashBuyer) order() (id string, total int64) {
 		}
 		return a
 	}}
-	if id, _ = shop.order(b.id, cart...); id != "" {
+	id, a := shop.order(b.id, cart...)
+	switch {
+	case id != "":
 		b.made++
+	case a.message() == messageConfirming: // for as long as confirmationLease, when an answer was lost
+		b.made = crashOrdersOfABuyer * len(b.ids)
 	}
 	return id, int64(10000 + 99000*len(cart))
 }
@@ -456,19 +478,22 @@ func (c *crash) notify(rng *rand.Rand, impUID string) {
 	if rng.IntN(2) == 0 {
 		return
 	}
-	body := []string{`{"imp_uid":"` + impUID + `"}`, "imp_uid=" + impUID + "&status=paid"}[rng.IntN(2)]
-	c.call(rng, "", "POST", "/api/payments/webhook", body)
+	p, _ := c.fake.get(impUID)
+	_, body := c.fake.noticeOf(p)
+	c.call(rng, "", "POST", "/api/payments/webhook", []string{string(body), formOf(p)}[rng.IntN(2)])
 }
 
 // pay pays in the gateway's window. The browser may report it, once or more, and notices may come, late or never. Now and then
-// nobody reports a payment. The refund of some is refused for good.
+// nobody reports a payment. The refund of some is refused for good. When there is no further payment for the order, impUID is "".
 func (b *crashBuyer) pay(order string, p fakePayment) (impUID string) {
 	b.change(order, func(o *crashOrder) { o.charged = true })
-	p.MerchantUID = order
 	if p.Status == "" && b.rng.IntN(10) == 0 {
 		p.RefundsRefused = "거래가 정지된 카드입니다."
 	}
-	impUID = b.fake.pay(p)
+	impUID = b.via.window(b.fake, order, p)
+	if impUID == "" {
+		return ""
+	}
 	if b.rng.IntN(5) == 0 {
 		b.count("payments nobody reported", 1)
 		return impUID
@@ -494,16 +519,23 @@ func (c *crash) simulation(rng *rand.Rand) simulation {
 
 // report tells the service of a payment, and keeps what it says of the money.
 func (c *crash) report(rng *rand.Rand, order, impUID string) {
-	a := c.simulation(rng).report(order, impUID)
-	paid := a.status == 200
-	if paid {
+	p, _ := c.fake.get(impUID)
+	a, verdict := c.simulation(rng).report(order, reportOf(p)), ""
+	switch text := a.message(); {
+	case a.status == 200:
+		verdict = saidKept
 		c.count("reports answered 200", 1)
+	case strings.Contains(text, "결제하지 않았습니다"):
+		verdict = saidNotCharged
+		c.count("reports answered that nothing was charged", 1)
+	case text == messageConfirming, strings.HasPrefix(text, "가상계좌"):
+	case a.status == 409, strings.HasPrefix(text, "금액 불일치"):
+		verdict = saidBack
 	}
-	awaitsDeposit := strings.HasPrefix(a.message(), "가상계좌")
-	if paid || a.status == 409 && !awaitsDeposit || strings.HasPrefix(a.message(), "금액 불일치") {
-		c.mu.Lock()
-		c.verdicts[impUID] = paid
-		c.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if verdict != "" && c.verdicts[impUID] != saidNotCharged { // which is so for ever
+		c.verdicts[impUID] = verdict
 	}
 }
 
@@ -666,7 +698,7 @@ func (c *crash) runConsole(rng *rand.Rand) {
 		}
 		c.change(p.MerchantUID, func(o *crashOrder) { o.refundAsked = true })
 		name, amount := "refunds in the console", left
-		act := func(p *fakePayment) string { return c.fake.refund(p, amount, "콘솔에서 취소") }
+		act := func(p *fakePayment) string { return c.fake.refund(p, amount, crashConsole) }
 		switch rng.IntN(3) {
 		case 0:
 			name, act = "chargebacks", c.fake.takeBack
@@ -751,6 +783,7 @@ func (c *crash) change(order string, do func(*crashOrder)) {
 func (c *crash) endLeases() {
 	execSQL(c.t, c.postgres.url, `UPDATE payments SET next_attempt_at = now(), leased_until = now() WHERE state = 'refunding'`)
 	execSQL(c.t, c.postgres.url, `UPDATE part_refunds SET next_attempt_at = now(), leased_until = now() WHERE state = 'booked'`)
+	execSQL(c.t, c.postgres.url, `UPDATE orders SET confirming_until = now() WHERE confirming_until > now()`)
 	execSQL(c.t, c.postgres.url, `UPDATE orders SET next_look_at = now() WHERE next_look_at IS NOT NULL`)
 	c.endListLeases()
 }
@@ -773,7 +806,7 @@ func (c *crash) settleDown(ahead string) {
 			(SELECT count(*) || ' refunds' FROM payments WHERE state = 'refunding' HAVING count(*) > 0),
 			(SELECT count(*) || ' part refunds' FROM part_refunds WHERE state = 'booked' HAVING count(*) > 0),
 			(SELECT count(*) || ' unpaid orders' FROM orders WHERE status = -1 AND ended IS NULL HAVING count(*) > 0),
-			(SELECT 'a list' FROM gateway_lists HAVING count(*) FILTER (WHERE read_until > '`+listed+`') < 2),
+			(SELECT 'a list' FROM gateway_lists HAVING count(*) FILTER (WHERE read_until > '`+listed+`') < 4),
 			(SELECT count(*) || ' cancels' FROM orders WHERE cancelling_since IS NOT NULL HAVING count(*) > 0),
 			(SELECT count(*) || ' looks' FROM orders WHERE next_look_at < now() + interval '`+ahead+`' HAVING count(*) > 0))`)
 	})
@@ -831,8 +864,24 @@ func (c *crash) wantProof() {
 	for at, n := range paintings {
 		c.count(at, n)
 	}
+	var reasons map[string]string // of what went back because it paid for nothing
+	check(c.t, json.Unmarshal([]byte(queryText(c.t, c.postgres.url, `SELECT coalesce(json_object_agg(imp_uid, reason), '{}')::text FROM payments
+		WHERE reason IN ('`+strings.Join([]string{reasonAmount, reasonSold, reasonDuplicate, reasonCancelled}, "', '")+`')`)), &reasons))
 	for _, p := range c.fake.all() {
 		c.wantVerdict(p, byHand[p.ImpUID])
+		c.wantApproved(p, reasons[p.ImpUID])
+	}
+}
+
+// wantApproved fails the test for a payment under manual approval that was charged though it could pay for nothing: the service
+// gave it back for that reason. What went back elsewhere first did pay for something.
+func (c *crash) wantApproved(p fakePayment, reason string) {
+	if viaOf(p) != viaApproval || p.PaidAt.IsZero() {
+		return
+	}
+	elsewhere := len(p.Refunds) > 0 && slices.Contains([]string{crashConsole, crashTakenBack}, p.Refunds[0].Reason)
+	if reason != "" && !elsewhere {
+		c.mismatch(p.MerchantUID, "%s was charged under manual approval, and went back: %s", p.ImpUID, reason)
 	}
 }
 
@@ -844,15 +893,19 @@ func (c *crash) wantVerdict(p fakePayment, byHand bool) {
 	}
 	if !p.PaidAt.IsZero() {
 		c.count("payments taken", 1)
+		c.count("payments taken via "+string(viaOf(p)), 1)
 		if back == p.Amount {
 			c.count("payments given back", 1)
 		}
 	}
-	kept, said := c.verdicts[p.ImpUID]
-	switch {
-	case said && kept && back > 0 && !c.orders[p.MerchantUID].refundAsked:
+	switch verdict := c.verdicts[p.ImpUID]; {
+	case verdict == saidKept && p.PaidAt.IsZero():
+		c.mismatch(p.MerchantUID, "%s was said to be kept and was never paid", p.ImpUID)
+	case verdict == saidNotCharged && !p.PaidAt.IsZero():
+		c.mismatch(p.MerchantUID, "%s was said not to be charged and was", p.ImpUID)
+	case verdict == saidKept && back > 0 && !c.orders[p.MerchantUID].refundAsked:
 		c.mismatch(p.MerchantUID, "%s was said to be kept, and nobody cancelled its order, but it went back", p.ImpUID)
-	case said && !kept && back < p.Amount:
+	case verdict == saidBack && !p.PaidAt.IsZero() && back < p.Amount:
 		c.mismatch(p.MerchantUID, "%s was said to go back and did not", p.ImpUID)
 	}
 }
