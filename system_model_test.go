@@ -31,7 +31,7 @@ const (
 	// runMoves is how many moves a run has before all is settled. The next one begins with new buyers and paintings.
 	runMoves = 60
 	// runsPerShop is how many runs share a shop. Its lists and its clock grow with them.
-	runsPerShop = 12
+	runsPerShop = 6
 	// maxListDelay is how late a payment shows up in the gateway's lists.
 	maxListDelay = 50 * time.Minute
 )
@@ -41,24 +41,32 @@ func TestModel(t *testing.T) {
 	t.Parallel()
 	seed := cmp.Or(*modelSeed, rand.Uint64()>>32)
 	first, counts, steps := seed, map[string]int{}, 0
-	for steps < *modelSteps && !t.Failed() {
-		t.Run(fmt.Sprintf("from seed %d", seed), func(t *testing.T) {
-			s := newDirectShop(t)
-			s.later(time.Second) // the service has read the gateway's lists once
-			for runs := 0; runs < runsPerShop && steps < *modelSteps; runs++ {
-				l := newModelRun(s, seed)
-				for range runMoves {
-					l.move()
+	for calm := false; steps < *modelSteps && !t.Failed(); calm = !calm {
+		ends := map[string][]string{}
+		for _, way := range modelWays {
+			t.Run(fmt.Sprintf("%s from seed %d", way.name, seed), func(t *testing.T) {
+				s := newDirectShop(t, way.configure)
+				s.later(time.Second) // the service has read the gateway's lists once
+				for run := range uint64(runsPerShop) {
+					l := newModelRun(s, seed+run)
+					l.via, l.model.via, l.single, l.calm = way.via, way.via, way.single, calm && way.single
+					for range runMoves {
+						l.move()
+					}
+					l.settleDown()
+					for move, n := range l.counts {
+						counts[move] += n
+					}
+					ends[way.name] = append(ends[way.name], l.end()...)
+					s.logged.Reset()
+					steps += runMoves
 				}
-				l.settleDown()
-				for move, n := range l.counts {
-					counts[move] += n
-				}
-				s.logged.Reset()
-				steps += runMoves
-				seed++
-			}
-		})
+			})
+		}
+		if one, other := ends["v1 as v2"], ends["v2"]; calm && !t.Failed() && !slices.Equal(one, other) {
+			t.Errorf("from seed %d on, V1 ends with\n%s\nV2 with\n%s", seed, strings.Join(one, "\n"), strings.Join(other, "\n"))
+		}
+		seed += runsPerShop
 	}
 	var played []string
 	for _, move := range slices.Sorted(maps.Keys(counts)) {
@@ -67,10 +75,27 @@ func TestModel(t *testing.T) {
 	t.Logf("%d moves from seed %d on: %s", steps, first, strings.Join(played, ", "))
 }
 
+// modelWays are the ways to pay that the same random moves are played with. In a single one at most one payment of an order is
+// ever paid, as at V2. When the gateway has no trouble, V1 and V2 must then end the same way.
+var modelWays = []struct {
+	name      string
+	via       payVia
+	single    bool
+	configure func(*config)
+}{
+	{"v1", viaV1, false, func(*config) {}},
+	{"v1 as v2", viaV1, true, func(*config) {}},
+	{"v2", viaV2, true, withV2Alone},
+	{"approval", viaApproval, true, withV2Alone},
+}
+
 // modelRun is one run of a shop: the model beside the service, and what has been done so far.
 type modelRun struct {
 	*shop
 	model  model
+	via    payVia
+	single bool // at most one payment of an order is paid, and a report is of what the order's paymentId shows
+	calm   bool // the gateway has no trouble
 	seed   uint64
 	random *rand.Rand
 	buyers []string
@@ -132,7 +157,9 @@ func (l *modelRun) move() {
 	l.tick(5 * time.Second) // a look-up repeated within 3 seconds may be answered from the one before
 	l.model.trouble = noTrouble
 	if l.random.IntN(5) == 0 {
-		l.model.trouble = pick(l, troubles)
+		if t := pick(l, troubles); !l.calm {
+			l.model.trouble = t
+		}
 	}
 	l.fake.setFaults(l.faults(l.model.trouble))
 	all := 0
@@ -154,11 +181,18 @@ func (l *modelRun) move() {
 func (l *modelRun) faults(t trouble) func(call, id string) fault {
 	cancelled := map[string]bool{}
 	return func(call, id string) fault {
+		call, isV2 := strings.CutPrefix(call, "v2 ")
 		switch {
 		case call == "cancel":
 			cancelled[id] = true
+			if isV2 && t.status == http.StatusBadGateway {
+				return fault{before: refuseV2}
+			}
 			return t.cancel
 		case call == "account" && t.deposit:
+			if isV2 {
+				id = l.model.shown(l.model.order(id)).impUID
+			}
 			return fault{before: func(http.ResponseWriter, *http.Request) bool {
 				l.fake.deposit(id) // the bank may refuse it, too late
 				return false
@@ -259,29 +293,13 @@ func (l *modelRun) fail(format string, args ...any) {
 // compare fails unless the ledger, the history and the gateway are as the model says.
 func (l *modelRun) compare() {
 	l.t.Helper()
-	var want, orders, paintings []string
+	want := l.model.lines()
+	var orders, paintings []string
 	for _, o := range l.model.orders {
 		orders = append(orders, o.id)
-		want = append(want, fmt.Sprintf("order %s %d %s cancelling=%v held until %d, returning %s, cancelled %s: %s", o.id, o.status, o.ended, o.cancelling,
-			o.until.Unix(), joinIDs(o.returning), joinIDs(o.cancelled), strings.Join(o.history, ", ")))
-		for _, part := range o.parts {
-			want = append(want, fmt.Sprintf("part of %s: %s for %d, %s", o.id, joinIDs(part.paintings), part.amount, part.state))
-		}
 	}
 	for _, p := range l.model.paintings {
 		paintings = append(paintings, p.id)
-		owner := ""
-		if p.owner != nil {
-			owner = p.owner.id
-		}
-		want = append(want, fmt.Sprintf("painting %s for %d, on sale=%v, is with order %s", p.id, p.price, p.forSale, owner))
-	}
-	for _, p := range l.model.payments {
-		if p.state != "" {
-			want = append(want, fmt.Sprintf("payment %s of order %s %s %s, %d back, %d by hand, account=%v, %d refusals",
-				p.impUID, p.ledger.id, p.state, p.reason, p.booked, p.byHand, p.account, p.refusals))
-		}
-		want = append(want, fmt.Sprintf("the gateway gave back %d of %s", p.back, p.impUID))
 	}
 	rows, _ := l.store.pool.Query(context.Background(), `
 		SELECT format('order %s %s %s cancelling=%s held until %s, returning %s, cancelled %s: %s', id, status, ended, (cancelling_since IS NOT NULL)::text,
@@ -298,6 +316,32 @@ func (l *modelRun) compare() {
 	}
 	l.wantSame(got, want)
 	l.compareOpen()
+}
+
+// lines are what the service must have of the shop.
+func (m *model) lines() (lines []string) {
+	for _, o := range m.orders {
+		lines = append(lines, fmt.Sprintf("order %s %d %s cancelling=%v held until %d, returning %s, cancelled %s: %s", o.id, o.status, o.ended, o.cancelling,
+			o.until.Unix(), joinIDs(o.returning), joinIDs(o.cancelled), strings.Join(o.history, ", ")))
+		for _, part := range o.parts {
+			lines = append(lines, fmt.Sprintf("part of %s: %s for %d, %s", o.id, joinIDs(part.paintings), part.amount, part.state))
+		}
+	}
+	for _, p := range m.paintings {
+		owner := ""
+		if p.owner != nil {
+			owner = p.owner.id
+		}
+		lines = append(lines, fmt.Sprintf("painting %s for %d, on sale=%v, is with order %s", p.id, p.price, p.forSale, owner))
+	}
+	for _, p := range m.payments {
+		if p.state != "" {
+			lines = append(lines, fmt.Sprintf("payment %s of order %s %s %s, %d back, %d by hand, account=%v, %d refusals",
+				p.impUID, p.ledger.id, p.state, p.reason, p.booked, p.byHand, p.account, p.refusals))
+		}
+		lines = append(lines, fmt.Sprintf("the gateway gave back %d of %s", p.back, p.impUID))
+	}
+	return lines
 }
 
 // compareOpen fails unless the service counts as many holds and refunds that are not done as the model.
@@ -326,6 +370,15 @@ func (l *modelRun) compareOpen() {
 		l.fail("the service has %d holds, %d refunds and %d stuck ones, the model %d, %d and %d",
 			got.holds, got.refunds, got.refundsStuck, want.holds, want.refunds, want.refundsStuck)
 	}
+}
+
+// end is what the run has come to, in words that are the same for every run.
+func (l *modelRun) end() (lines []string) {
+	names := strings.NewReplacer(l.names...)
+	for _, line := range l.model.lines() {
+		lines = append(lines, names.Replace(line))
+	}
+	return lines
 }
 
 // wantSame fails unless the service has the same lines as the model, in any order.
@@ -500,7 +553,7 @@ func (l *modelRun) playShow() {
 
 // playCharge has a payment window end in one of the ways there are. Mostly the service is not told yet.
 func (l *modelRun) playCharge() {
-	if p := l.latePayment(func(p *modelPayment) bool { return p.status == "ready" && !p.vbank }); p != nil && l.random.IntN(4) == 0 {
+	if p := l.latePayment(func(p *modelPayment) bool { return p.status == "ready" && !p.vbank && l.mayPay(p) }); p != nil && l.random.IntN(4) == 0 {
 		p.pay(l.model.now)
 		l.fake.set(p.impUID, func(p *fakePayment) { p.Status, p.PaidAt = "paid", l.model.now })
 		l.say("%s is paid after all", p.impUID)
@@ -511,7 +564,9 @@ func (l *modelRun) playCharge() {
 		p.order = ended
 	}
 	merchant, kind := pick(l, otherShops), l.random.IntN(24)
-	if kind < 2 {
+	if l.single && (p.order == nil || !l.mayPay(p)) {
+		return
+	} else if kind < 2 && !l.single {
 		p.order = nil
 	}
 	if p.order != nil {
@@ -534,18 +589,30 @@ func (l *modelRun) playCharge() {
 	case kind == 9:
 		p.amount = 0 // a card that was registered
 	}
-	if kind < 2 && l.random.IntN(2) == 0 || kind > 9 && kind < 14 {
+	if p.order == nil && l.random.IntN(2) == 0 || kind > 9 && kind < 14 {
 		p.status, p.vbank, method = "ready", true, payMethodVirtualAccount
 		p.until = l.model.now.AddDate(0, 0, 7)
 	}
+	if p.token = l.via == viaApproval && p.status == "paid"; p.token {
+		p.status = "ready"
+	}
 	p.paid = p.status == "paid"
-	p.impUID = l.fake.pay(fakePayment{MerchantUID: merchant, Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: p.status, PayMethod: method})
+	status := p.status
+	if p.token {
+		status = ""
+	}
+	p.impUID = l.via.window(l.fake, merchant, fakePayment{Amount: p.amount, Currency: currency, Sandbox: p.sandbox, Status: status, PayMethod: method})
 	l.model.payments = append(l.model.payments, p)
 	l.names = append(l.names, p.impUID, fmt.Sprintf("payment%d", len(l.model.payments)))
 	l.say("%s: %d %s for order %s, %s %s, sandbox=%v", p.impUID, p.amount, currency, merchant, p.status, method, p.sandbox)
 	if l.random.IntN(3) == 0 {
 		l.playReportOf(p)
 	}
+}
+
+// mayPay reports whether the gateway lets a payment be paid now.
+func (l *modelRun) mayPay(p *modelPayment) bool {
+	return !p.token && (!l.single || !slices.ContainsFunc(l.model.payments, func(x *modelPayment) bool { return x.order == p.order && x.paid }))
 }
 
 // otherShops are merchant_uids of other shops that use the gateway's account; one of them looks like ours.
@@ -555,20 +622,51 @@ var otherShops = []string{"another-shops-order", "61a7adc903b7708e5dbba694"}
 func (l *modelRun) playReport() { l.playReportOf(lately(l, l.model.payments)) }
 
 func (l *modelRun) playReportOf(p *modelPayment) {
-	l.playSeen(p, "the browser reports", l.model.report, l.shop.report)
+	report := l.model.report
+	if p = l.shown(p); p != nil && p.token {
+		report = l.model.approve
+		if l.model.trouble.lookUp { // else the order would be reserved for longer: TestManualApprovalThroughTrouble
+			l.model.trouble = noTrouble
+			l.fake.setFaults(nil)
+		}
+	}
+	l.playSeen(p, "the browser reports", report, func(impUID string) answer {
+		there, ok := l.fake.get(impUID)
+		if !ok {
+			there = fakePayment{ImpUID: impUID}
+		}
+		return l.call("", "PATCH", "/api/orders/pay", reportOf(there))
+	})
 }
 
 // playNotice is the gateway's notice of a payment: late, repeated, in any order.
 func (l *modelRun) playNotice() {
-	l.playSeen(lately(l, l.model.payments), "the gateway gives notice of", l.model.noticed, l.notice)
+	notice := l.notice
+	if l.via != viaV1 {
+		notice = l.noticeV2
+	}
+	l.playSeen(l.shown(lately(l, l.model.payments)), "the gateway gives notice of", l.model.noticed, notice)
+}
+
+// shown is the payment that the gateway shows for p's order, if it is asked for that.
+func (l *modelRun) shown(p *modelPayment) *modelPayment {
+	if p == nil || !l.single {
+		return p
+	}
+	return l.model.shown(p.order)
 }
 
 func (l *modelRun) playSeen(p *modelPayment, what string, model func(*modelPayment) reply, service func(string) answer) {
 	impUID := "imp_unknown"
 	if p != nil {
 		impUID = p.impUID
+	} else if l.via != viaV1 {
+		return
 	}
 	want := model(p)
+	if l.via != viaV1 {
+		want.message = strings.Replace(want.message, "imp_uid:", "paymentId:", 1)
+	}
 	l.want(service(impUID), want, what+" %s", impUID)
 }
 
@@ -686,7 +784,7 @@ func (l *modelRun) playChargeback() {
 
 // playAccount is a deposit into a virtual account, or the account's end.
 func (l *modelRun) playAccount() {
-	p := l.latePayment(func(p *modelPayment) bool { return p.awaitsDeposit() })
+	p := l.latePayment(func(p *modelPayment) bool { return p.awaitsDeposit() && l.mayPay(p) })
 	switch {
 	case p == nil:
 	case l.random.IntN(3) == 0:
@@ -703,7 +801,7 @@ func (l *modelRun) playAccount() {
 // playCardCompany has a card company refuse to refund a payment from now on, or no longer.
 func (l *modelRun) playCardCompany() {
 	p := lately(l, l.model.payments)
-	if p == nil {
+	if p == nil || l.single && p.refused { // V2 goes on to answer for hours what it has answered before
 		return
 	}
 	p.refused = !p.refused
@@ -718,7 +816,7 @@ func (l *modelRun) playCardCompany() {
 // playChangeOfMind has the gateway say something else of a payment than before. No list shows when that was.
 func (l *modelRun) playChangeOfMind() {
 	p := l.latePayment(func(p *modelPayment) bool {
-		return p.order != nil && !p.sandbox && !p.fickle && p.moved() && !p.unreadable() && (p.ledger == nil || p.ledger.part() == nil)
+		return !l.single && p.order != nil && !p.sandbox && !p.fickle && p.moved() && !p.unreadable() && (p.ledger == nil || p.ledger.part() == nil)
 	})
 	if p == nil {
 		return
@@ -993,6 +1091,8 @@ func (l *modelRun) wantSettled() {
 		want = append(want, found...)
 		odd = odd || len(found) > 0 || p.fickle || p.handed
 		switch {
+		case p.token && slices.Contains([]string{reasonAmount, reasonSold, reasonDuplicate, reasonCancelled}, p.reason):
+			l.fail("payment %s was charged under manual approval, and went back", p.impUID)
 		case p.fickle || p.order == nil || p.sandbox || !p.moved():
 		case p.state == "kept" && p.booked == p.back && p.ledger.status >= 0 && p.ledger.status <= 4:
 		case p.state == "refunded" && (p.back == p.amount || p.handed):
@@ -1022,6 +1122,7 @@ type model struct {
 	orders    []*modelOrder   // the oldest first
 	payments  []*modelPayment // in the order in which their windows were opened
 	trouble   trouble
+	via       payVia
 }
 
 type modelPainting struct {
@@ -1066,6 +1167,7 @@ type modelPayment struct {
 	foreign, sandbox bool
 	paid             bool // it has been, whatever the status says now
 	amount, back     int64
+	token            bool      // it is paid by our confirmation
 	vbank            bool      // a virtual account
 	until            time.Time // the last moment for a deposit into it
 	refused          bool      // the card company refuses to give it back
@@ -1273,6 +1375,21 @@ func (m *model) payment(impUID string) *modelPayment {
 	return m.payments[i]
 }
 
+// order is the order of an id, which there is.
+func (m *model) order(id string) *modelOrder {
+	return m.orders[slices.IndexFunc(m.orders, func(o *modelOrder) bool { return o.id == id })]
+}
+
+// shown is the payment of an order that a paymentId shows: the one that was paid, or else the last.
+func (m *model) shown(o *modelOrder) (shown *modelPayment) {
+	for _, p := range m.payments {
+		if p.order == o && (shown == nil || p.paid || !shown.paid) {
+			shown = p
+		}
+	}
+	return shown
+}
+
 // paidUnder reports whether the buyer has an order of that number that was ever paid.
 func (m *model) paidUnder(buyer, number string) bool {
 	return m.live(buyer, func(o *modelOrder) bool { return o.number == number && o.status >= 0 }) != nil
@@ -1473,6 +1590,9 @@ func (m *model) refund(p *modelPayment, reason string) {
 // cancel is one attempt at a refund that is booked: the gateway compares what we believe is back already. It returns our
 // answer's status: 200 when all is back. A refusal because something else is back than we believed is followed by one more.
 func (m *model) cancel(p *modelPayment, believed int64) (status int) {
+	if m.looksFirst() {
+		return 503
+	}
 	for again := true; ; again = false {
 		refused := m.refusesCancel(p, believed)
 		if m.trouble.cancel.before == nil && !refused {
@@ -1498,6 +1618,9 @@ func (m *model) cancel(p *modelPayment, believed int64) (status int) {
 		return status
 	}
 }
+
+// looksFirst reports whether a cancel fails because a look-up does: V2 is asked for the payment before anything goes back.
+func (m *model) looksFirst() bool { return m.via != viaV1 && m.trouble.lookUp }
 
 // refusesCancel reports whether the gateway gives back none of a payment.
 func (m *model) refusesCancel(p *modelPayment, believed int64) bool {
@@ -1601,6 +1724,26 @@ func (m *model) report(p *modelPayment) reply {
 	default:
 		return reply{400, "imp_uid: 취소된 결제입니다"}
 	}
+}
+
+// approve is a payment under manual approval that the browser reports: it is charged if it pays for the order and the order can
+// be had.
+func (m *model) approve(p *modelPayment) reply {
+	o := p.order
+	switch {
+	case p.state != "":
+		return m.report(p)
+	case o.status == 5:
+		return reply{409, "이미 취소된 주문이므로 결제하지 않았습니다"}
+	case o.status >= 0:
+		return reply{409, "이미 결제된 주문이므로 결제하지 않았습니다"}
+	case o.ended != "":
+		return reply{409, "주문 시간이 지나 결제하지 않았습니다. 다시 주문해 주세요"}
+	case p.foreign || p.sandbox || p.amount != o.total():
+		return reply{400, "금액 불일치, 위조된 결제 시도"}
+	}
+	p.pay(m.now)
+	return m.report(p)
 }
 
 // endAccount ends a virtual account, unless a deposit comes first.
@@ -1761,6 +1904,9 @@ func (m *model) refundPartAgain(p *modelPayment) (status int) {
 func (m *model) requestPart(p *modelPayment, believed int64) (status int) {
 	o := p.ledger
 	part := o.part()
+	if m.looksFirst() {
+		return 503
+	}
 	for again := true; ; again = false {
 		refused := !p.refundable() || believed != p.back || part.amount > p.amount-p.back || p.vbank || p.refused
 		if m.trouble.cancel.before == nil && !refused {
