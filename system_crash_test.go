@@ -122,6 +122,9 @@ func openCrash(t *testing.T) *crash {
 		orders: map[string]*crashOrder{}, verdicts: map[string]string{}, answers: map[int]int{}, faults: map[string]int{}, figures: map[string]int{"mismatches": 0},
 		replicas: [2]*crashReplica{{}, {}},
 	}
+	if *crashVia != "" && !slices.Contains(waysToPay, payVia(*crashVia)) {
+		t.Fatalf("-crash.via is none of %q", waysToPay)
+	}
 	t.Logf("-crash %v -crash.seed %d -crash.via %q", *crashFor, c.seed, *crashVia)
 	c.openLog()
 	built := make(chan error, 1)
