@@ -309,7 +309,8 @@ func TestAuditTellsHowFarItIs(t *testing.T) {
 // auditCommand runs the command against the shop.
 func (s *shop) auditCommand(args ...string) (out string, err error) {
 	environment := map[string]string{"DATABASE_URL": s.asService, "IAMPORT_URL": s.config.iamportURL,
-		"IAMPORT_KEY": s.config.iamportKey, "IAMPORT_SECRET": s.config.iamportSecret}
+		"IAMPORT_KEY": s.config.iamportKey, "IAMPORT_SECRET": s.config.iamportSecret,
+		"PORTONE_URL": s.config.portoneURL, "PORTONE_API_SECRET": s.config.portoneSecret, "PORTONE_STORE_ID": s.config.portoneStoreID}
 	var text bytes.Buffer
 	err = run(s.t.Context(), append([]string{"audit"}, args...), func(name string) string { return environment[name] }, nil, &text, io.Discard)
 	return text.String(), err

@@ -74,7 +74,8 @@ func (g *fakeGateway) isPaidV2(paymentID string) bool {
 }
 
 // listPayments lists the payments of an order as a call, for local development: GET ?merchant_uid=… → an array of them as the API
-// shows them, the oldest first. "refunds_refused" says besides what the card company answers to every refund, "" if it makes them.
+// shows them, the oldest first. "version" says besides through which of V1 and V2 each was made, "refunds_refused" what the card
+// company answers to every refund, "" if it makes them, "refunds_late" that it takes its time, "refund_requested" how much waits.
 func (g *fakeGateway) listPayments(w http.ResponseWriter, r *http.Request) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -82,7 +83,8 @@ func (g *fakeGateway) listPayments(w http.ResponseWriter, r *http.Request) {
 	for _, p := range g.payments {
 		if p.MerchantUID == r.URL.Query().Get("merchant_uid") {
 			shown := p.object()
-			shown["refunds_refused"] = p.RefundsRefused
+			shown["version"] = cmp.Or(p.Version, "V1")
+			shown["refunds_refused"], shown["refunds_late"], shown["refund_requested"] = p.RefundsRefused, p.RefundsLate, p.requested()
 			list = append(list, shown)
 		}
 	}

@@ -24,8 +24,7 @@ import (
 func TestPage(t *testing.T) {
 	heavy(t)
 	s := newShop(t, func(c *config) { c.local = true })
-	house := &devEnv{gateway: s.fake.fakeGateway}
-	check(t, house.setUp(t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))
+	s.addPage()
 	const odd = `<img src="/odd" onerror="alert(1)"> & "따옴표"`
 	s.importPaintings(painting{id: newTestID(), artistID: newTestID(), artistName: "<b>화가</b>", title: odd,
 		image: "/images/odd.jpg", size: "73x61cm", canvas: 20, price: 99000, forSale: true})
@@ -38,13 +37,7 @@ func TestPage(t *testing.T) {
 	order := func(titles ...string) {
 		t.Helper()
 		s.clock.advance(time.Second)
-		b.click("^갤러리$")
-		for _, title := range titles {
-			b.click("^담기 ‘" + title + "’$")
-			b.see("#notice", "담았습니다")
-		}
-		b.click("^장바구니")
-		b.see("h1", "장바구니")
+		b.fillCart(titles...)
 		b.resize(phone)
 		b.click("주문하기$")
 	}
@@ -310,6 +303,13 @@ func TestPage(t *testing.T) {
 	if len(b.problems) > 0 {
 		t.Errorf("the page did what no page should:\n%s", strings.Join(b.problems, "\n"))
 	}
+}
+
+// addPage adds to the shop what only local development has.
+func (s *shop) addPage() {
+	s.t.Helper()
+	env := &devEnv{gateway: s.fake.fakeGateway}
+	check(s.t, env.setUp(s.t.Context(), s.server, strings.TrimPrefix(s.url, "http://"), io.Discard))
 }
 
 // The page sees an order's payments as the gateway has them, those too that the service knows nothing of.
@@ -674,6 +674,18 @@ func (b *browser) press(key string) {
 	text := map[string]string{"Enter": "\r", " ": " "}[key]
 	b.do("Input.dispatchKeyEvent", object{"type": "keyDown", "key": key, "windowsVirtualKeyCode": code, "text": text})
 	b.do("Input.dispatchKeyEvent", object{"type": "keyUp", "key": key, "windowsVirtualKeyCode": code})
+}
+
+// fillCart puts paintings of the gallery into the cart, and shows it.
+func (b *browser) fillCart(titles ...string) {
+	b.t.Helper()
+	b.click("^갤러리$")
+	for _, title := range titles {
+		b.click("^담기 ‘" + title + "’$")
+		b.see("#notice", "담았습니다")
+	}
+	b.click("^장바구니")
+	b.see("h1", "장바구니")
 }
 
 // tabTo presses Tab until the thing whose name matches the pattern has the focus. On the way the focus must be seen.
