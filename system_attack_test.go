@@ -277,7 +277,7 @@ func (b *honestBuyer) visit() error {
 		return wrong("order", a)
 	}
 	p := purchase{b.id, order, b.fake.pay(fakePayment{MerchantUID: order, Amount: attackTotal})}
-	if a := b.as("pay").report(order, p.impUID); a.status != 200 || a.message() != "결제 성공" {
+	if a := b.as("pay").report(order, map[string]string{"imp_uid": p.impUID}); a.status != 200 || a.message() != "결제 성공" {
 		return wrong("pay", a)
 	}
 	b.bought[painting] = p
