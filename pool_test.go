@@ -550,13 +550,15 @@ func testBatchHangs(t *testing.T) {
 	began := time.Now()
 	var answers []<-chan any
 	hung := make([]chan func([]int) (map[int]string, error), maxQueries)
+	for n := range hung {
+		hung[n] = make(chan func([]int) (map[int]string, error))
+	}
 	f.batcher.query = func(_ context.Context, keys []int) (map[int]string, error) {
 		f.started <- keys
 		n := keys[0] / 2
 		if n >= len(hung) {
 			return (<-f.answers)(keys)
 		}
-		hung[n] = make(chan func([]int) (map[int]string, error))
 		return (<-hung[n])(keys)
 	}
 	for n := range maxQueries + 2 {
