@@ -55,11 +55,15 @@ func (t *settler) confirmReported(ctx context.Context, by actor, report paymentR
 	settled, err := t.confirmPayment(ctx, by, report.gateway.(confirmer), c)
 	switch {
 	case errors.Is(err, errOrderEnded), errors.Is(err, errOrderPaid), errors.Is(err, errOrderCancelled), errors.Is(err, errOrderConfirming):
+		// There is such an order, so a report that comes too late is no stranger's: it is charged to the order, if at all.
+		by.client = client{order: c.orderID}
 		made, problem := t.settleInTurn(ctx, by, report)
 		if problem != nil && !errors.Is(problem, errNoPayment) || made.state != "" {
 			return made, problem
 		}
-	case errors.Is(err, errNotFound), errors.Is(err, errNoPayment), refused(err):
+	case refused(err):
+		t.limits.penalize(client{order: c.orderID})
+	case errors.Is(err, errNotFound), errors.Is(err, errNoPayment):
 		t.limits.penalize(by.client)
 	}
 	return settled, err
