@@ -96,6 +96,52 @@ func newTestDatabase(t testing.TB) string {
 	return withDatabase(t, server, name)
 }
 
+// newMigratedDatabase is newTestDatabase with the schema in it. It copies a database that is made once: the steps of the schema
+// take longer than most tests.
+func newMigratedDatabase(t testing.TB) string {
+	t.Helper()
+	server := testDatabaseURL(t)
+	template := migratedTemplate(t)
+	name := "test_" + strings.ToLower(rand.Text())
+	execSQL(t, server, "CREATE DATABASE "+name+" TEMPLATE "+template)
+	t.Cleanup(func() { execSQL(t, server, "DROP DATABASE "+name+" WITH (FORCE)") })
+	return withDatabase(t, server, name)
+}
+
+var template struct {
+	mu   sync.Mutex
+	name string // empty: not made yet
+}
+
+// migratedTemplate returns the name of the database that newMigratedDatabase copies.
+func migratedTemplate(t testing.TB) string {
+	t.Helper()
+	template.mu.Lock()
+	defer template.mu.Unlock()
+	if template.name != "" {
+		return template.name
+	}
+	server := testDatabaseURL(t)
+	name := "test_template_" + strings.ToLower(rand.Text())
+	execSQL(t, server, "CREATE DATABASE "+name)
+	stop := stopTestPostgres
+	stopTestPostgres = func() error {
+		conn, err := pgx.Connect(context.Background(), server)
+		if err == nil {
+			_, err = conn.Exec(context.Background(), "DROP DATABASE "+name)
+			conn.Close(context.Background())
+		}
+		return errors.Join(err, stop())
+	}
+	databaseURL := withDatabase(t, server, name)
+	makeServiceRole(t, databaseURL)
+	owner, err := openMigratedStore(context.Background(), databaseURL)
+	check(t, err)
+	owner.close()
+	template.name = name
+	return name
+}
+
 // withDatabase returns the connection string, an URL or keywords and values, with another database's name.
 func withDatabase(t testing.TB, connString, name string) string {
 	t.Helper()
@@ -378,12 +424,14 @@ func (s *shop) open(gatewayURL string, transport http.RoundTripper, change ...fu
 		f(&c)
 	}
 	if c.databaseURL == "" {
-		c.databaseURL = newTestDatabase(s.t)
+		c.databaseURL = newMigratedDatabase(s.t)
+		s.asService = makeServiceRole(s.t, c.databaseURL)
+	} else {
+		s.asService = makeServiceRole(s.t, c.databaseURL)
+		owner, err := openMigratedStore(context.Background(), c.databaseURL)
+		check(s.t, err)
+		owner.close()
 	}
-	s.asService = makeServiceRole(s.t, c.databaseURL)
-	owner, err := openMigratedStore(context.Background(), c.databaseURL)
-	check(s.t, err)
-	owner.close()
 	s.traced = &tracer{}
 	store, err := openStore(context.Background(), s.asService, s.traced)
 	check(s.t, err)
