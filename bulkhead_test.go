@@ -210,12 +210,13 @@ func TestReconcilerPassesLockedOrders(t *testing.T) {
 	s.later(2 * s.config.hold)
 	s.want(s.ready(), 200, "")
 	release()
+	s.later(s.settler.interval)
+	if !s.inStock(buyerB, held) {
+		t.Errorf("the painting of order %s is held", expiring)
+	}
 	s.later(refundLease)
 	if got := s.row(payments[1]); got != "kept" {
 		t.Errorf("the payment is %s", got)
-	}
-	if !s.inStock(buyerB, held) {
-		t.Errorf("the painting of order %s is held", expiring)
 	}
 	s.wantBalanced()
 }

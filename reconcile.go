@@ -199,9 +199,11 @@ func (t *settler) checkOrders(ctx context.Context) error {
 		var failed error
 		responded := forEachParallel(due, func(c paymentCheck) bool {
 			answer, err := t.checkOrder(ctx, c)
-			if lockedOut(err) { // by another session: the lease ends by itself
+			if lockedOut(err) { // by another session
 				t.log.Warn("order not checked yet", "order", c.id, "cause", err)
-				err = nil
+				if err = t.checkAgainAt(ctx, c, t.now().Add(t.interval)); lockedOut(err) {
+					err = nil // the order's row is locked, too: it is asked about again when the lease ends
+				}
 			}
 			mu.Lock()
 			failed = errors.Join(failed, err)
