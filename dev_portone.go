@@ -384,7 +384,8 @@ func (g *fakeGateway) noticeOf(p fakePayment) (http.Header, []byte) {
 	return signedNotice(g.webhookSecret, "msg_"+rand.Text(), g.now(), body), body
 }
 
-// signedNotice returns the headers of a notice, as Standard Webhooks has them.
+// signedNotice returns the headers of a notice, as Standard Webhooks has them. It signs by itself, so that an error in our own
+// signatures is not made twice.
 func signedNotice(secret []byte, id string, at time.Time, body []byte) http.Header {
 	seconds := strconv.FormatInt(at.Unix(), 10)
 	mac := hmac.New(sha256.New, secret)

@@ -125,6 +125,14 @@ func decodeNotice(body []byte) (paymentNotice, error) {
 // noticeAge is how far a signed notice's time may be from ours.
 const noticeAge = 5 * time.Minute
 
+// webhookSignature returns the signature that Standard Webhooks asks for, before it is encoded.
+func webhookSignature(key []byte, id, timestamp string, body []byte) []byte {
+	mac := hmac.New(sha256.New, key)
+	mac.Write([]byte(id + "." + timestamp + "."))
+	mac.Write(body)
+	return mac.Sum(nil)
+}
+
 // signedWithOneOf reports whether a notice has a signature with one of keys that is right and of now, as Standard Webhooks
 // makes them. The comparison takes the same time for every wrong signature.
 func signedWithOneOf(keys [][]byte, header http.Header, body []byte, now time.Time) bool {
@@ -134,10 +142,7 @@ func signedWithOneOf(keys [][]byte, header http.Header, body []byte, now time.Ti
 		return false
 	}
 	for _, key := range keys {
-		mac := hmac.New(sha256.New, key)
-		mac.Write([]byte(id + "." + timestamp + "."))
-		mac.Write(body)
-		want := mac.Sum(nil)
+		want := webhookSignature(key, id, timestamp, body)
 		for signature := range strings.FieldsSeq(header.Get("Webhook-Signature")) {
 			text, isV1 := strings.CutPrefix(signature, "v1,")
 			given, err := base64.StdEncoding.DecodeString(text)

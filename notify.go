@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/base64"
@@ -308,7 +307,7 @@ func (n *notifier) send(ctx context.Context, a *notifyAddress, id string, body n
 	request.Header.Set("User-Agent", "lumiere")
 	request.Header.Set("webhook-id", id)
 	request.Header.Set("webhook-timestamp", timestamp)
-	request.Header.Set("webhook-signature", signNotification(n.key, id, timestamp, text))
+	request.Header.Set("webhook-signature", "v1,"+base64.StdEncoding.EncodeToString(webhookSignature(n.key, id, timestamp, []byte(text))))
 	response, err := n.transport.RoundTrip(request)
 	if err != nil {
 		return 0, err
@@ -316,13 +315,6 @@ func (n *notifier) send(ctx context.Context, a *notifyAddress, id string, body n
 	defer response.Body.Close()
 	io.CopyN(io.Discard, response.Body, notifyAnswerRead)
 	return response.StatusCode, nil
-}
-
-// signNotification returns the signature that Standard Webhooks asks for.
-func signNotification(key []byte, id, timestamp, body string) string {
-	mac := hmac.New(sha256.New, key)
-	io.WriteString(mac, id+"."+timestamp+"."+body)
-	return "v1," + base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
 
 // notifyCause says in words how an attempt ended. Errors that may quote the answer, which may repeat the address, are not quoted.
