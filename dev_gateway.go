@@ -166,6 +166,7 @@ const (
 	fakeChecksum        = "취소 가능 잔액(checksum)이 일치하지 않습니다."
 	fakeNoRefundAccount = "환불계좌 정보가 필요합니다."
 	fakeNoAccount       = "입금을 기다리는 가상계좌가 아닙니다."
+	fakePaidAlready     = "paymentId: 이미 결제되었습니다"
 )
 
 // refund needs the lock, and answers what speaks against it, or "". A payment is "cancelled" after a partial

@@ -40,7 +40,7 @@ func (g *fakeGateway) window(w http.ResponseWriter, r *http.Request) {
 	case p.Amount <= 0:
 		problem = "amount는 0보다 큰 정수여야 합니다"
 	case p.Version == fakeV2 && g.isPaidV2(p.MerchantUID):
-		problem = "paymentId: 이미 결제되었습니다"
+		problem = fakePaidAlready
 	case p.Version == fakeV2 && p.Status == "approved":
 		p.Status, p.PaymentToken = "ready", "token_"+rand.Text()
 	case !slices.Contains([]string{"paid", "failed", "ready", "vbank"}, p.Status):
@@ -180,10 +180,14 @@ func (g *fakeGateway) delayRefunds(p *fakePayment) (problem string) {
 	return ""
 }
 
-// payIn is the buyer's deposit into a virtual account. The bank takes none after the account's last moment. It needs the lock.
+// payIn is the buyer's deposit into a virtual account. The bank takes none after the account's last moment, and none through V2
+// once another attempt with the same paymentId was paid. It needs the lock.
 func (g *fakeGateway) payIn(p *fakePayment) (problem string) {
 	if p == nil || p.Status != "ready" || p.Account == "" || g.now().After(p.AccountUntil) {
 		return fakeNoAccount
+	}
+	if p.Version == fakeV2 && !g.v2Payment(p.MerchantUID).PaidAt.IsZero() {
+		return fakePaidAlready
 	}
 	p.Status, p.PaidAt, p.LastChanged = "paid", g.now(), g.now()
 	g.save()
