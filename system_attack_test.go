@@ -569,7 +569,7 @@ func (a *attack) watchHolds(over context.Context) {
 
 // wantProof fails the test unless all holds end, all that buyers were told is true, and the books balance.
 func (a *attack) wantProof() {
-	// What the session kept the reconciler from is tried again when the lease of the first try has ended.
+	// What the session kept the reconciler from is tried again at each round, and may be locked again then.
 	if a.overdue > attackOverdue || a.overdueLocked > refundLease+attackOverdue {
 		a.t.Errorf("a hold outlasted its end by %v, one of the locked painting by %v", a.overdue, a.overdueLocked)
 	}
