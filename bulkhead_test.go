@@ -326,6 +326,8 @@ func TestHangUp(t *testing.T) {
 	s := newDirectShop(t)
 	painting := s.painting(99000)
 	order := s.order(buyerB, s.painting(99000))
+	whole, _ := s.paidFor(newTestID(), 2)
+	split, paintings := s.paidFor(newTestID(), 2)
 	for name, row := range map[string]struct {
 		lock   string
 		method string
@@ -336,6 +338,9 @@ func TestHangUp(t *testing.T) {
 		"a change": {`SELECT FROM products WHERE id = '` + painting + `' FOR UPDATE`, "POST", "/api/orders", orderBody(newNumber(), painting), 201},
 		"a read":   {`LOCK TABLE history`, "GET", "/api/orders/" + order + "/history", nil, statusClientClosed},
 		"a batch":  {`LOCK TABLE order_tally`, "GET", "/api/orders", nil, statusClientClosed},
+		"a cancel": {`SELECT FROM orders WHERE id = '` + whole + `' FOR UPDATE`, "DELETE", "/api/orders/" + whole, nil, 200},
+		"a cancel of a painting": {`SELECT FROM orders WHERE id = '` + split + `' FOR UPDATE`, "DELETE", "/api/orders/" + split,
+			map[string]any{"status": 5, "products": paintings[:1]}, 200},
 	} {
 		release := s.lockElsewhere(row.lock)
 		before := s.store.pool.Stat().NewConnsCount()
