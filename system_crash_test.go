@@ -415,7 +415,7 @@ func (b *crashBuyer) visit() {
 	if b.rng.IntN(8) == 0 { // too late, or nearly
 		pause(b.over, time.Duration(b.rng.Int64N(int64(3*crashHold))))
 	}
-	switch roll := b.rng.IntN(21); {
+	switch roll := b.rng.IntN(23); {
 	case roll < 9:
 		b.pay(order, fakePayment{Amount: total})
 	case roll < 11:
@@ -435,7 +435,11 @@ func (b *crashBuyer) visit() {
 		b.remove(b.id, b.rng, order, "")
 	case roll < 18:
 		b.remove(b.id, b.rng, order, "")
-	case roll < 19:
+	case roll < 20: // and pays in a window that was left open, when others may have the paintings
+		b.remove(b.id, b.rng, order, "")
+		pause(b.over, time.Duration(b.rng.Int64N(int64(crashHold))))
+		b.pay(order, fakePayment{Amount: total})
+	case roll < 21:
 		b.payByAccount(order, total)
 	default: // closes the tab
 	}
