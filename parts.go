@@ -280,14 +280,14 @@ func (t *settler) requestPart(ctx context.Context, by actor, part partRefund) er
 }
 
 // settlePart settles the part's payment p and reports whether the part has ended: it is done, or all of the payment went back. An
-// error says that it was postponed, or undone because the gateway took it and it failed there. When the gateway gave back more than it lists, nobody knows whether the part is among it, and
-// it must not be asked for again.
+// error says that it was postponed, or undone because the gateway took it and it failed there. When the gateway gave back more than
+// it lists, nobody knows whether the part is among it, and it must not be asked for again.
 func (t *settler) settlePart(ctx context.Context, by actor, part partRefund, p gatewayPayment) (ended bool, err error) {
 	settled, err := t.settle(ctx, by, p)
 	switch {
 	case err != nil:
 		return false, t.postponePart(ctx, part, err)
-	case settled.state == stateRefunded || settled.partEnded(part.id):
+	case settled.partEnded(part.id):
 		return true, nil
 	case p.refundPending:
 		return false, t.postponePart(ctx, part, errRefundTaken)
