@@ -3,8 +3,11 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -502,6 +505,17 @@ func TestPartRefundThatIsNotListed(t *testing.T) {
 	o.wantParts(statusPaid, "cancelled cancelled -", 198000)
 
 	o = s.split(statusPaid)
+	s.fake.faultOnce("cancel", fault{after: func(w http.ResponseWriter, r *http.Request) bool {
+		forget(o)
+		unlisted := httptest.NewRequest("GET", "/payments/"+o.impUID, nil)
+		unlisted.Header = r.Header
+		s.fake.fakeGateway.ServeHTTP(w, unlisted)
+		return true
+	}})
+	s.want(o.cancel(o.buyer, 0), 200, messageCancelled)
+	o.wantParts(statusPaid, "cancelled - -", 99000)
+
+	o = s.split(statusPaid)
 	s.fake.faultOnce("cancel", fault{after: dropConnection})
 	s.settler.onTestHook = func(point, _ string) {
 		if point == "cancelled" {
@@ -560,6 +574,36 @@ func TestPartRefundThatWaits(t *testing.T) {
 	}
 	s.wantMismatches()
 }
+
+// What was done to another painting of the order since it was read stays done.
+func TestPartsChangedMeanwhile(t *testing.T) {
+	s := newShop(t)
+	for _, row := range []struct {
+		first, meanwhile func(*splitOrder) answer
+		want             string
+		back             int64 // won
+	}{
+		{(*splitOrder).returnFirst, (*splitOrder).returnSecond, "returning returning -", 0},
+		{(*splitOrder).returnFirst, (*splitOrder).cancelSecond, "returning cancelled -", 99000},
+		{(*splitOrder).cancelFirst, (*splitOrder).returnSecond, "cancelled returning -", 99000},
+		{(*splitOrder).cancelFirst, (*splitOrder).cancelSecond, "cancelled cancelled -", 198000},
+	} {
+		o := s.split(statusPaid)
+		var met atomic.Bool
+		s.settler.onTestHook = func(point, _ string) {
+			if point == "state read" && met.CompareAndSwap(false, true) {
+				s.want(row.meanwhile(o), 200, "")
+			}
+		}
+		s.want(row.first(o), 200, "")
+		o.wantParts(statusPaid, row.want, row.back)
+	}
+}
+
+func (o *splitOrder) returnFirst() answer  { return o.ask(o.buyer, "DELETE", 4, 0) }
+func (o *splitOrder) returnSecond() answer { return o.ask(o.buyer, "DELETE", 4, 1) }
+func (o *splitOrder) cancelFirst() answer  { return o.cancel(o.buyer, 0) }
+func (o *splitOrder) cancelSecond() answer { return o.cancel(o.buyer, 1) }
 
 func TestPartsAtOnce(t *testing.T) {
 	s := newShop(t)
@@ -709,10 +753,11 @@ func TestPartRefundV2(t *testing.T) {
 	for name, done := range map[string]bool{"done later": true, "failed later": false} {
 		o = split()
 		s.fake.set(o.impUID, func(p *fakePayment) { p.RefundsLate = true })
+		before := s.fake.calls("v2 cancel")
 		s.want(o.cancel(o.buyer, 0), 502, messageRefundPending)
 		s.later(time.Minute)
-		if s.back(o.impUID) != 0 {
-			t.Fatalf("%s: back already", name)
+		if asked := s.fake.calls("v2 cancel") - before; asked != 1 || s.back(o.impUID) != 0 {
+			t.Fatalf("%s: asked for %d times, %d won are back", name, asked, s.back(o.impUID))
 		}
 		check(t, s.fake.act(o.impUID, false, func(p *fakePayment) string { return s.fake.endRefund(p, done) }))
 		s.fake.set(o.impUID, func(p *fakePayment) { p.RefundsLate = false })
