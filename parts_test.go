@@ -578,15 +578,23 @@ func TestPartRefundThatWaits(t *testing.T) {
 // What was done to another painting of the order since it was read stays done.
 func TestPartsChangedMeanwhile(t *testing.T) {
 	s := newShop(t)
+	returning := func(paintings ...int) func(*splitOrder) answer {
+		return func(o *splitOrder) answer { return o.ask(o.buyer, "DELETE", 4, paintings...) }
+	}
+	cancel := func(paintings ...int) func(*splitOrder) answer {
+		return func(o *splitOrder) answer { return o.cancel(o.buyer, paintings...) }
+	}
 	for _, row := range []struct {
 		first, meanwhile func(*splitOrder) answer
+		status           int
 		want             string
 		back             int64 // won
 	}{
-		{(*splitOrder).returnFirst, (*splitOrder).returnSecond, "returning returning -", 0},
-		{(*splitOrder).returnFirst, (*splitOrder).cancelSecond, "returning cancelled -", 99000},
-		{(*splitOrder).cancelFirst, (*splitOrder).returnSecond, "cancelled returning -", 99000},
-		{(*splitOrder).cancelFirst, (*splitOrder).cancelSecond, "cancelled cancelled -", 198000},
+		{returning(0), returning(1), statusPaid, "returning returning -", 0},
+		{returning(0), cancel(1), statusPaid, "returning cancelled -", 99000},
+		{returning(0, 2), cancel(1), statusReturning, "returning cancelled returning", 99000},
+		{cancel(0), returning(1), statusPaid, "cancelled returning -", 99000},
+		{cancel(0), cancel(1), statusPaid, "cancelled cancelled -", 198000},
 	} {
 		o := s.split(statusPaid)
 		var met atomic.Bool
@@ -596,14 +604,9 @@ func TestPartsChangedMeanwhile(t *testing.T) {
 			}
 		}
 		s.want(row.first(o), 200, "")
-		o.wantParts(statusPaid, row.want, row.back)
+		o.wantParts(row.status, row.want, row.back)
 	}
 }
-
-func (o *splitOrder) returnFirst() answer  { return o.ask(o.buyer, "DELETE", 4, 0) }
-func (o *splitOrder) returnSecond() answer { return o.ask(o.buyer, "DELETE", 4, 1) }
-func (o *splitOrder) cancelFirst() answer  { return o.cancel(o.buyer, 0) }
-func (o *splitOrder) cancelSecond() answer { return o.cancel(o.buyer, 1) }
 
 func TestPartsAtOnce(t *testing.T) {
 	s := newShop(t)
