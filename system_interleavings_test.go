@@ -493,7 +493,7 @@ func TestInterleavings(t *testing.T) {
 			t.Run(string(via)+", "+situation.name, func(t *testing.T) {
 				t.Parallel()
 				s := newDirectShop(t, gateways[via])
-				paintings := s.paintings(8000, 99000)
+				paintings := s.paintings(2000, 99000) // two for each crossing
 				next := func() *crossing {
 					s.clock.advance(time.Second) // what was done before is not audited again
 					c := &crossing{shop: s, via: via, buyer: newTestID(), rival: newTestID(), painting: paintings[0], other: paintings[1], forward: 1,
