@@ -584,26 +584,37 @@ func TestPartsChangedMeanwhile(t *testing.T) {
 	cancel := func(paintings ...int) func(*splitOrder) answer {
 		return func(o *splitOrder) answer { return o.cancel(o.buyer, paintings...) }
 	}
+	failing := func(o *splitOrder) answer {
+		s.fake.faultOnce("cancel", fault{before: answer500})
+		return o.cancel(o.buyer, 1)
+	}
 	for _, row := range []struct {
 		first, meanwhile func(*splitOrder) answer
+		answer           int
 		status           int
 		want             string
 		back             int64 // won
 	}{
-		{returning(0), returning(1), statusPaid, "returning returning -", 0},
-		{returning(0), cancel(1), statusPaid, "returning cancelled -", 99000},
-		{returning(0, 2), cancel(1), statusReturning, "returning cancelled returning", 99000},
-		{cancel(0), returning(1), statusPaid, "cancelled returning -", 99000},
-		{cancel(0), cancel(1), statusPaid, "cancelled cancelled -", 198000},
+		{returning(0), returning(1), 200, statusPaid, "returning returning -", 0},
+		{returning(0), returning(0), 409, statusPaid, "returning - -", 0},
+		{returning(0), cancel(1), 200, statusPaid, "returning cancelled -", 99000},
+		{returning(0), failing, 409, statusPaid, "- cancelled -", 99000},
+		{returning(0, 2), cancel(1), 200, statusReturning, "returning cancelled returning", 99000},
+		{cancel(0), returning(1), 200, statusPaid, "cancelled returning -", 99000},
+		{cancel(0), returning(0), 409, statusPaid, "returning - -", 0},
+		{cancel(0), cancel(1), 200, statusPaid, "cancelled cancelled -", 198000},
+		{cancel(0), cancel(0), 409, statusPaid, "cancelled - -", 99000},
+		{cancel(0), failing, 409, statusPaid, "- cancelled -", 99000},
 	} {
 		o := s.split(statusPaid)
 		var met atomic.Bool
 		s.settler.onTestHook = func(point, _ string) {
 			if point == "state read" && met.CompareAndSwap(false, true) {
-				s.want(row.meanwhile(o), 200, "")
+				row.meanwhile(o)
 			}
 		}
-		s.want(row.first(o), 200, "")
+		s.want(row.first(o), row.answer, "")
+		s.later(time.Hour) // what has failed is tried again
 		o.wantParts(row.status, row.want, row.back)
 	}
 }
