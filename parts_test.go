@@ -362,10 +362,26 @@ func TestPartRefundAskedForAgain(t *testing.T) {
 	o := s.split(statusPaid)
 	s.fake.faultOnce("cancel", fault{before: answer500})
 	s.want(o.cancel(o.buyer, 0, 1), 503, messageRefundPending)
+	s.want(o.cancel(o.buyer, 0), 409, messageCancelling)
+	s.want(o.cancel(o.buyer, 0, 1, 2), 409, messageCancelling)
 	s.want(o.cancel(o.buyer, 1, 0), 200, messageCancelled)
 	s.wantMoney(o.impUID, 198000)
 	o.wantParts(statusPaid, "cancelled cancelled -", 198000)
 	s.want(o.cancel(o.buyer, 0, 1), 409, "products[0]: 이미 취소된 작품입니다")
+
+	// While one caller is at it, no other is.
+	o, before := s.split(statusPaid), s.fake.calls("cancel")
+	var met atomic.Bool
+	s.settler.onTestHook = func(point, _ string) {
+		if point == "leased" && met.CompareAndSwap(false, true) {
+			s.want(o.cancel(o.buyer, 0), 409, messageCancelling)
+			check(t, s.settler.retryParts(t.Context()))
+		}
+	}
+	s.want(o.cancel(o.buyer, 0), 200, messageCancelled)
+	if asked := s.fake.calls("cancel") - before; asked != 1 {
+		t.Errorf("the gateway was asked %d times", asked)
+	}
 }
 
 // The cancelled amount has grown before we have booked our own answer: what sees it first books it, once.
