@@ -384,6 +384,24 @@ func TestPartRefundAskedForAgain(t *testing.T) {
 	}
 }
 
+// A failure is not noted with a refund that others have seen done meanwhile.
+func TestPartRefundDoneMeanwhile(t *testing.T) {
+	s := newShop(t)
+	o := s.split(statusPaid)
+	s.fake.faultOnce("cancel", fault{after: dropConnection})
+	s.settler.onTestHook = func(point, _ string) {
+		if point == "cancelled" {
+			s.want(o.notice(o.impUID), 200, "")
+			s.fake.faultOnce("payment", fault{before: answer500})
+		}
+	}
+	o.cancel(o.buyer, 0)
+	if got := queryText(t, s.config.databaseURL, `SELECT concat(state, ' ', last_error) FROM part_refunds`); got != "done " {
+		t.Errorf("the refund is %q", got)
+	}
+	o.wantParts(statusPaid, "cancelled - -", 99000)
+}
+
 // The cancelled amount has grown before we have booked our own answer: what sees it first books it, once.
 func TestPartRefundSeenFirstByOthers(t *testing.T) {
 	for name, see := range map[string]func(*splitOrder){
@@ -779,6 +797,19 @@ func TestPartRefundV2(t *testing.T) {
 	o.wantParts(statusPaid, "cancelled cancelled -", 198000)
 	s.want(o.cancel(o.buyer, 2), 200, messageCancelled)
 	o.wantParts(statusCancelled, "cancelled cancelled cancelled", splitTotal)
+
+	o = split()
+	s.fake.set(o.impUID, func(p *fakePayment) { p.RefundsRefused = "부분취소 불가" })
+	s.settler.onTestHook = func(point, _ string) {
+		if point == "cancelled" {
+			s.fake.faultOnce("v2 payment", fault{before: answer500})
+		}
+	}
+	s.wantNaming(o.cancel(o.buyer, 0), 502, messageRefundPending)
+	s.settler.onTestHook = nil
+	s.fake.set(o.impUID, func(p *fakePayment) { p.RefundsRefused = "" })
+	s.later(time.Minute) // nor after a refusal whose look-up failed
+	o.wantParts(statusPaid, "cancelled - -", 99000)
 
 	for name, done := range map[string]bool{"done later": true, "failed later": false} {
 		o = split()
