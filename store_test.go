@@ -610,7 +610,7 @@ func (s *shop) finishOldOrders(orders map[int][]oldOrder) {
 			s.t.Errorf("status %d, want %d", got, want)
 		}
 	}
-	s.wantTrueTally()
+	s.wantTrueStatusCounts()
 	s.wantBalanced()
 }
 
@@ -628,15 +628,15 @@ func (s *shop) payBooked() {
 	}
 }
 
-// wantTrueTally fails unless as many orders are counted in each status as there are.
-func (s *shop) wantTrueTally() {
+// wantTrueStatusCounts fails unless as many orders are counted in each status as there are.
+func (s *shop) wantTrueStatusCounts() {
 	s.t.Helper()
 	if wrong := queryText(s.t, s.config.databaseURL, `
 		SELECT coalesce(string_agg(format('%s: %s, not %s', status, counted, n), '; '), '')
 		FROM (SELECT status, sum(n) AS counted FROM order_tally GROUP BY status) t
 		FULL JOIN (SELECT status, count(*) AS n FROM orders WHERE status >= 0 GROUP BY status) o USING (status)
 		WHERE coalesce(counted, 0) <> coalesce(n, 0)`); wrong != "" {
-		s.t.Errorf("wrong tally of status %s", wrong)
+		s.t.Errorf("wrong count of status %s", wrong)
 	}
 }
 
@@ -670,7 +670,7 @@ func TestUpgradeOfTheFirstRelease(t *testing.T) {
 	old := newOldReplica(t, url)
 	before := old.works()
 	s := newShop(t, func(c *config) { c.databaseURL = url })
-	s.wantTrueTally()
+	s.wantTrueStatusCounts()
 	s.wantOldOrders(before)
 	beside := old.works() // it goes on beside the new one
 	s.wantOldOrders(beside)
@@ -707,7 +707,7 @@ func TestReplicasStartTogetherBesideOldOnes(t *testing.T) {
 	for _, orders := range slices.Concat(worked...) {
 		s.wantOldOrders(orders)
 	}
-	s.wantTrueTally()
+	s.wantTrueStatusCounts()
 	s.payBooked()
 	s.later(0) // the refunds that did not succeed
 	s.wantBalanced()
