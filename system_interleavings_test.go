@@ -345,11 +345,12 @@ var changesAnyway = []string{
 // wantTrue fails unless what a call was answered is true.
 func (c *crossing) wantTrue(request string, a answer, about string) {
 	c.t.Helper()
-	said, ok := trueWhen[strings.Replace(a.message(), "paymentId:", "imp_uid:", 1)]
+	text := strings.Replace(a.message(), "paymentId:", "imp_uid:", 1) // V2's reports are refused in the same words
+	said, ok := trueWhen[text]
 	if !ok {
 		c.t.Fatalf("%s was answered %d %s", request, a.status, a.body)
 	}
-	if c.via == viaApproval && a.message() == "금액 불일치, 위조된 결제 시도" {
+	if c.via == viaApproval && text == "금액 불일치, 위조된 결제 시도" {
 		said.whys = nil // nothing was charged, so that nothing goes back: wantWhole looks
 	}
 	rows := c.lines(`SELECT why FROM history WHERE (order_id = $1 OR imp_uid = $1) AND (NOT $2 OR request_id = $3)`, about, said.own, request)
@@ -366,7 +367,7 @@ func (c *crossing) wantTrue(request string, a answer, about string) {
 	case a.status == 201 && about == c.order && slices.Contains(rows, "expired"):
 		c.t.Errorf("%s began the order's hold anew, and it expired", request)
 	}
-	if a.status >= 400 && !slices.Contains(changesAnyway, strings.Replace(a.message(), "paymentId:", "imp_uid:", 1)) {
+	if a.status >= 400 && !slices.Contains(changesAnyway, text) {
 		if rows := c.lines(`SELECT why FROM history WHERE request_id = $1 AND to_status IS NOT NULL`, request); len(rows) > 0 {
 			c.t.Errorf("%s was refused with %d %s, but did %q", request, a.status, a.message(), rows)
 		}
