@@ -154,7 +154,7 @@ func (g *fakeGateway) add(p fakePayment) {
 // refundInConsole is a refund by hand in the gateway's console, of all that is left when amount is 0. It gives
 // notice.
 func (g *fakeGateway) refundInConsole(impUID string, amount int64) error {
-	return g.act(impUID, true, func(p *fakePayment) string { return g.refund(p, amount, "콘솔에서 취소") })
+	return g.act(impUID, true, func(p *fakePayment) string { return g.refund(p, amount, fakeInConsole) })
 }
 
 // What the gateway says when it refuses. Only the first three texts are known of the true one.

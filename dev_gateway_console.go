@@ -108,7 +108,7 @@ func (g *fakeGateway) console(w http.ResponseWriter, r *http.Request) {
 	err := g.act(r.PathValue("imp_uid"), request.Notify, func(p *fakePayment) (problem string) {
 		switch request.Do {
 		case "refund":
-			problem = g.refund(p, request.Amount, "콘솔에서 취소")
+			problem = g.refund(p, request.Amount, fakeInConsole)
 		case "chargeback":
 			problem = g.takeBack(p)
 		case "refuse":
@@ -151,12 +151,18 @@ func (g *fakeGateway) act(impUID string, notify bool, change func(*fakePayment) 
 	return nil
 }
 
+// Why money goes back otherwise than by a call: the reason that the gateway lists.
+const (
+	fakeInConsole = "콘솔에서 취소"
+	fakeTakenBack = "카드사 승인취소"
+)
+
 // takeBack is the card company that takes back all that is left, however long ago the payment was. It needs the lock.
 func (g *fakeGateway) takeBack(p *fakePayment) (problem string) {
 	if p == nil || p.PaidAt.IsZero() || p.Cancelled >= p.Amount {
 		return fakeNoTarget
 	}
-	g.giveBack(p, p.Amount-p.Cancelled, "카드사 승인취소")
+	g.giveBack(p, p.Amount-p.Cancelled, fakeTakenBack)
 	return ""
 }
 

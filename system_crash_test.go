@@ -38,8 +38,6 @@ const (
 	crashInterval  = 100 * time.Millisecond // RECONCILE_INTERVAL
 	crashListDelay = 3 * time.Second        // how late the gateway's lists show what moved
 	crashAccount   = "000-1234-567890"      // where a virtual account's refund goes
-	crashConsole   = "콘솔에서 취소"              // why the console gives back
-	crashTakenBack = "카드사 승인취소"             // why card companies do
 )
 
 // crash is a shop in which everything breaks: two replicas of the real binary before a PostgreSQL that really writes,
@@ -705,7 +703,7 @@ func (c *crash) runConsole(rng *rand.Rand) {
 		}
 		c.change(p.MerchantUID, func(o *crashOrder) { o.refundAsked = true })
 		name, amount := "refunds in the console", left
-		act := func(p *fakePayment) string { return c.fake.refund(p, amount, crashConsole) }
+		act := func(p *fakePayment) string { return c.fake.refund(p, amount, fakeInConsole) }
 		switch rng.IntN(3) {
 		case 0:
 			name, act = "chargebacks", c.fake.takeBack
@@ -886,7 +884,7 @@ func (c *crash) wantApproved(p fakePayment, reason string) {
 	if viaOf(p) != viaApproval || p.PaidAt.IsZero() {
 		return
 	}
-	elsewhere := len(p.Refunds) > 0 && slices.Contains([]string{crashConsole, crashTakenBack}, p.Refunds[0].Reason)
+	elsewhere := len(p.Refunds) > 0 && slices.Contains([]string{fakeInConsole, fakeTakenBack}, p.Refunds[0].Reason)
 	if reason != "" && !elsewhere {
 		c.mismatch(p.MerchantUID, "%s was charged under manual approval, and went back: %s", p.ImpUID, reason)
 	}

@@ -422,7 +422,7 @@ func (c *crossing) wantAudited(buyers []string) {
 		_, err := fmt.Sscan(line, &impUID, &booked)
 		check(c.t, err)
 		p, _ := c.fake.get(impUID)
-		if p.Cancelled > booked && p.Refunds[len(p.Refunds)-1].Reason == "콘솔에서 취소" {
+		if p.Cancelled > booked && p.Refunds[len(p.Refunds)-1].Reason == fakeInConsole {
 			want = append(want, impUID+": "+mismatchBackTwice.name)
 		}
 	}
