@@ -118,9 +118,10 @@ func TestPlans(t *testing.T) {
 	const rounds = 10 // one call at a time needs one connection, so that all is prepared there
 	planned := s.countPlans()
 	var eachRound []int64
-	for i := range rounds {
+	// A change of a table's statistics or of many tables anywhere in the cluster has all planned once more, so that a round without a plan can come late.
+	for len(eachRound) < rounds || eachRound[len(eachRound)-1] > 0 && len(eachRound) < 20*rounds {
 		before := planned.Load()
-		painting := g.free[i]
+		painting := g.takeFree()
 		order := s.order(buyerA, painting)
 		s.want(s.report(s.charge(order, 109000)), 200, "")
 		for _, path := range []string{"/api/products/cart-items?productId=" + painting, "/api/orders/" + order, "/api/orders/latest",
@@ -138,7 +139,7 @@ func TestPlans(t *testing.T) {
 			s.want(s.call(adminID, "GET", "/api/orders"+query, nil), 200, "")
 		}
 	}
-	if slices.Min(eachRound[rounds-4:]) > 0 { // statistics that change have all planned once more, now and then
+	if eachRound[len(eachRound)-1] > 0 {
 		t.Errorf("so many statements are planned in each round: %v; if none is named below, they are the triggers'", eachRound)
 	}
 	_, err := s.store.readOpenBalances(t.Context(), s.now(), s.settler.gateways.lists())
@@ -156,6 +157,8 @@ func TestPlans(t *testing.T) {
 	for _, statement := range replanned {
 		t.Errorf("planned anew %s", statement)
 	}
+	_, err = s.store.pool.Exec(t.Context(), `SET seq_page_cost = 4`) // a real shop's tables are much larger than these
+	check(t, err)
 	for statement, args := range maps.Clone(s.traced.args) {
 		if !strings.Contains(statement, "orders") && !strings.Contains(statement, "payments") {
 			continue
