@@ -96,7 +96,7 @@ func (s *store) insertOrder(ctx context.Context, by actor, o newOrder, sameNumbe
 				AND bool_and(price = price_asked AND id IN (SELECT id FROM locked WHERE for_sale)) AND sum(price) + $6::bigint = $7::bigint
 		), replaced AS (
 			UPDATE orders SET ended = 'replaced', updated_at = $8, next_look_at = NULL
-			WHERE id = (SELECT id FROM unpaid) AND status = -1 AND ended IS NULL AND EXISTS (SELECT FROM accepted)
+			WHERE user_id = $4 AND id = (SELECT id FROM unpaid) AND status = -1 AND ended IS NULL AND EXISTS (SELECT FROM accepted)
 			RETURNING id, product_ids
 		), made AS (
 			INSERT INTO orders (id, user_id, number, status, created_at, updated_at, held_until, next_look_at, held_again_since,
