@@ -227,9 +227,13 @@ const (
 	setActor = `SELECT set_config('lumiere.change', $1, true), ` + shortLockWait
 	// lockBuyer is setActor, and takes the lock under which the orders of buyer $2 change one at a time.
 	lockBuyer = setActor + `, pg_advisory_xact_lock(hashtextextended($2, 0))`
-	// lockBuyerOf is lockBuyer for the buyer of the order $2. It also has the server end the transaction when its client is
-	// silent for 5 seconds between two statements: a replica that vanishes must not keep an order locked until TCP notices.
-	lockBuyerOf = setActor + `, set_config('idle_in_transaction_session_timeout', '5000', true), pg_advisory_xact_lock(hashtextextended(user_id, 0)) FROM orders WHERE id = $2`
+	// lockBuyerOf is lockBuyer for the buyer of the order $2.
+	lockBuyerOf = lockingBuyer + ` FROM orders WHERE id = $2`
+	// lockOrder is lockBuyerOf, and then locks the order and returns its id, status, whether it ended, and its total after what the locks return.
+	lockOrder = lockingBuyer + `, id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $2 FOR NO KEY UPDATE`
+	// lockingBuyer is the beginning of both. It also has the server end the transaction when its client is silent for 5 seconds
+	// between two statements: a replica that vanishes must not keep an order locked until TCP notices.
+	lockingBuyer = setActor + `, set_config('idle_in_transaction_session_timeout', '5000', true), pg_advisory_xact_lock(hashtextextended(user_id, 0))`
 )
 
 // freeing is part of a statement whose CTE o has ended orders (id, product_ids, off_sale): it gives back what they hold,

@@ -39,9 +39,6 @@ func (p paymentRow) key() paymentKey { return paymentKey{orderID: p.orderID, imp
 
 const paymentColumns = `gateway, imp_uid, order_id, state, coalesce(reason, ''), currency = 'KRW', amount, refunded, attempts, refusals, refund_account`
 
-// ledgerColumns are paymentColumns and the refunds of parts of the payment.
-const ledgerColumns = paymentColumns + `, (SELECT json_agg(json_build_object('ID', r.id, 'State', r.state)) FROM part_refunds r WHERE r.imp_uid = payments.imp_uid)`
-
 // scanTo returns where the columns of paymentColumns go.
 func (p *paymentRow) scanTo() []any {
 	return []any{&p.gateway, &p.impUID, &p.orderID, &p.state, &p.reason, &p.isKRW, &p.amount, &p.refunded, &p.attempts, &p.refusals, &p.account}
@@ -135,12 +132,12 @@ func (s *store) settleLocked(ctx context.Context, by actor, p gatewayPayment, no
 	id := p.merchantUID
 	read := &pgx.Batch{}
 	read.Queue(`BEGIN`)
-	read.Queue(lockBuyerOf, by.setting(), id)
-	read.Queue(`SELECT id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $1 FOR NO KEY UPDATE`, id).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
+	read.Queue(lockOrder, by.setting(), id).QueryRow(func(row pgx.Row) error {
+		return row.Scan(nil, nil, nil, nil, &ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
 	})
-	read.Queue(`SELECT `+ledgerColumns+` FROM payments WHERE order_id = $1
-		UNION ALL SELECT `+ledgerColumns+` FROM payments WHERE imp_uid = $2 AND order_id <> $1`, id, p.impUID).Query(func(rows pgx.Rows) (err error) {
+	read.Queue(`SELECT `+paymentColumns+`, (SELECT json_agg(json_build_object('ID', r.id, 'State', r.state)) FROM part_refunds r WHERE r.imp_uid = payments.imp_uid)
+		FROM payments WHERE order_id = $1
+		UNION ALL SELECT `+paymentColumns+`, NULL FROM payments WHERE imp_uid = $2 AND order_id <> $1`, id, p.impUID).Query(func(rows pgx.Rows) (err error) {
 		ledger.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p paymentRow, err error) {
 			err = row.Scan(append(p.scanTo(), &p.parts)...)
 			return p, err
