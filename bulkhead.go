@@ -37,14 +37,20 @@ func newBulkhead(connections int) *bulkhead {
 // those that wait for the same rows get its error too: they would wait as long for nothing.
 func (b *bulkhead) pass(ctx context.Context, rows []string, change func() error) error {
 	rows = slices.Compact(slices.Sorted(slices.Values(rows))) // in one order, so that no two callers wait for each other
-	lines := make([]*line, len(rows))
-	for i, row := range rows {
-		lines[i] = b.join(row)
-		defer b.leave(row, lines[i])
-		if err := lines[i].enter(ctx); err != nil {
+	lines := make([]*line, 0, len(rows))                      // those entered
+	defer func() {
+		for i, l := range lines {
+			<-l.places
+			b.leave(rows[i], l)
+		}
+	}()
+	for _, row := range rows {
+		l := b.join(row)
+		if err := l.enter(ctx); err != nil {
+			b.leave(row, l)
 			return err
 		}
-		defer func() { <-lines[i].places }()
+		lines = append(lines, l)
 	}
 	select {
 	case b.places <- struct{}{}:
@@ -54,8 +60,8 @@ func (b *bulkhead) pass(ctx context.Context, rows []string, change func() error)
 	}
 	err := change()
 	if lockedOut(err) {
-		for i, row := range rows {
-			b.dissolve(row, lines[i], err)
+		for i, l := range lines {
+			b.dissolve(rows[i], l, err)
 		}
 	}
 	return err

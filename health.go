@@ -53,7 +53,7 @@ func (s *server) readyz(r *request) (any, error) {
 func (s *server) observeGateway(gateway gatewayName, call, outcome string, err error, elapsed time.Duration) {
 	s.log.Debug("gateway", "gateway", gateway, "call", call, "outcome", outcome, "ms", float64(elapsed.Microseconds())/1000)
 	s.metrics.gatewayCall(gatewayCallName{gateway, call}, outcome, elapsed)
-	s.outages[gateway].observe(s.log.With("gateway", gateway), s.now(), err)
+	s.outages[gateway].observe(s.log, s.now(), err)
 }
 
 // gatewaySilent reports whether the last call to any of the gateways got no usable response.
@@ -70,9 +70,10 @@ func (s *server) gatewaySilent() bool {
 // every other call would flood the log.
 const outageInterval = time.Minute
 
-// outage tracks whether the gateway responds, and logs when it stops and when it starts again. The zero outage is ready to
-// use, also concurrently.
+// outage tracks whether a gateway responds, and logs when it stops and when it starts again. It is safe for concurrent use.
 type outage struct {
+	gateway gatewayName
+
 	mu       sync.Mutex
 	silent   bool      // the last call got no usable response
 	since    time.Time // when silent last became true
@@ -96,9 +97,9 @@ func (o *outage) observe(log *slog.Logger, now time.Time, err error) {
 	switch {
 	case silent && !o.logged && now.Sub(o.loggedAt) >= outageInterval:
 		o.logged, o.loggedAt = true, now
-		log.Error("the gateway does not answer; payments, refunds and expiries wait", "cause", err)
+		log.Error("the gateway does not answer; payments, refunds and expiries wait", "gateway", o.gateway, "cause", err)
 	case !silent && o.logged:
-		log.Info("the gateway answers again", "seconds", now.Sub(o.since).Seconds(), "failed", o.failed)
+		log.Info("the gateway answers again", "gateway", o.gateway, "seconds", now.Sub(o.since).Seconds(), "failed", o.failed)
 		o.logged, o.failed = false, 0
 	}
 }

@@ -453,7 +453,7 @@ func newServer(c config, store *store, transport http.RoundTripper, log *slog.Lo
 		mux:     http.NewServeMux(),
 		limits:  newLimiter(now),
 		metrics: newMetrics(),
-		outages: map[gatewayName]*outage{gatewayIamport: {}, gatewayPortOne: {}},
+		outages: map[gatewayName]*outage{gatewayIamport: {gateway: gatewayIamport}, gatewayPortOne: {gateway: gatewayPortOne}},
 
 		largeBodies: make(chan struct{}, maxLargeBodies),
 	}
