@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 func TestUniqueKeys(t *testing.T) {
@@ -82,7 +83,7 @@ func FuzzUniqueKeys(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
-		if !json.Valid(text) {
+		if !json.Valid(text) || !utf8.Valid(text) {
 			t.Skip()
 		}
 		if unique := checkUniqueKeys(text) == nil; unique != uniqueKeysByToken(json.NewDecoder(bytes.NewReader(text))) {

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 // callers are who may make a call: the columns of callTable.
@@ -818,11 +819,14 @@ func FuzzParseOrder(f *testing.F) {
 	good, err := json.Marshal(orderBody("20260302000001", "61a4debe4f5f6aa036bfec5f", "61a58ed5eebb463c14eca0f9"))
 	check(f, err)
 	f.Add(good)
-	for _, change := range [][2]string{{`"deliveryDetails"`, `"other"`}, {"99000", "1e400"}, {"99000", "99000.5"}, {"홍길동", `\ud800`}, {"홍길동", `\u0000`}, {"홍길동", "\xff"},
+	for _, change := range [][2]string{{`"deliveryDetails"`, `"other"`}, {"99000", "1e400"}, {"99000", "99000.5"}, {"홍길동", `\ud800`}, {"홍길동", `\u0000`},
 		{`"result":{`, `"result":[{`}, {"10000", "null"}, {"buyer@example.com", " "}, {`"orderItems":[`, `"orderItems":[null,`}, {"}", ""}} {
 		f.Add([]byte(strings.ReplaceAll(string(good), change[0], change[1])))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
+		if !utf8.Valid(body) { // readBody refuses it
+			t.Skip()
+		}
 		o, err := parseOrder(body, 10000)
 		if err != nil {
 			wantBadRequest(t, err)
