@@ -17,6 +17,9 @@ import (
 //
 // Some statements say (SELECT $1) instead of $1. It hides from the planner how many keys or rows are asked for. The plan is
 // then the same for any number, and PostgreSQL keeps it instead of planning at each call.
+//
+// A statement that changes an unpaid order by its id says status < 0. With status = -1 the indexes of unpaid orders would do for
+// it, and the planner prefers to read such an index whole when there was no unpaid order as it last counted.
 type store struct {
 	pool      *pgxpool.Pool
 	bulkhead  *bulkhead
@@ -255,7 +258,7 @@ func (s *store) endUnpaid(ctx context.Context, by actor, id, why string, now tim
 	batch.Queue(lockBuyerOf, by.setting(), id)
 	batch.Queue(`WITH o AS (
 		UPDATE orders SET ended = $2, updated_at = $3, next_look_at = NULL
-		WHERE id = $1 AND status = -1 AND ended IS NULL AND (confirming_until > $3) IS NOT TRUE
+		WHERE id = $1 AND status < 0 AND ended IS NULL AND (confirming_until > $3) IS NOT TRUE
 		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, why, now).QueryRow(exactlyOne)
 	return s.change(ctx, batch, id)
 }
@@ -266,7 +269,7 @@ func (s *store) expireHold(ctx context.Context, by actor, id string, now time.Ti
 	batch.Queue(lockBuyerOf, by.setting(), id)
 	batch.Queue(`WITH o AS (
 		UPDATE orders SET ended = 'expired', updated_at = $2, next_look_at = NULL
-		WHERE id = $1 AND status = -1 AND ended IS NULL AND held_until <= $2 AND (confirming_until > $2) IS NOT TRUE
+		WHERE id = $1 AND status < 0 AND ended IS NULL AND held_until <= $2 AND (confirming_until > $2) IS NOT TRUE
 		RETURNING id, product_ids, false AS off_sale)`+freePaintings, id, now).QueryRow(exactlyOne)
 	return s.change(ctx, batch, id)
 }

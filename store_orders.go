@@ -145,7 +145,7 @@ func (s *store) renewHold(ctx context.Context, by actor, o newOrder) (id string,
 		UPDATE orders SET updated_at = $6, held_until = h.until, next_look_at = h.until
 		FROM (SELECT id, least($6::timestamptz + $7::interval, coalesce(held_again_since, created_at) + 2 * $7) AS until
 			FROM orders WHERE user_id = $1 AND status = -1 AND ended IS NULL) h
-		WHERE orders.id = h.id AND number = $2 AND status = -1 AND ended IS NULL AND shipping_price = $3 AND total_price = $4
+		WHERE orders.id = h.id AND number = $2 AND status < 0 AND ended IS NULL AND shipping_price = $3 AND total_price = $4
 			AND (SELECT array_agg((i ->> 'product') || ' ' || (i ->> 'price') ORDER BY i ->> 'product') FROM json_array_elements(items) AS i)
 				= (SELECT array_agg(a.id || ' ' || a.price ORDER BY a.id) FROM unnest($5::text[], $8::bigint[]) AS a (id, price))
 			AND delivery_info::text = $9 AND delivery_details::text = $10 AND orderer_info::text = $11

@@ -228,7 +228,7 @@ func (s *store) reserveForPayment(ctx context.Context, by actor, id string, now,
 	})
 	batch.Queue(`
 		UPDATE orders SET confirming_until = $3, updated_at = $2, next_look_at = $3
-		WHERE id = $1 AND status = -1 AND ended IS NULL AND (confirming_until > $2) IS NOT TRUE
+		WHERE id = $1 AND status < 0 AND ended IS NULL AND (confirming_until > $2) IS NOT TRUE
 		RETURNING true`, id, now, until).QueryRow(func(row pgx.Row) error {
 		if err := row.Scan(&p.reserved); !errors.Is(err, pgx.ErrNoRows) {
 			return err
@@ -246,7 +246,7 @@ func (s *store) reserveForPayment(ctx context.Context, by actor, id string, now,
 func (s *store) releaseReservation(ctx context.Context, id string, until, now time.Time) error {
 	return s.exec(ctx, `
 		UPDATE orders SET confirming_until = NULL, updated_at = $3, next_look_at = greatest(held_until, $3)
-		WHERE id = $1 AND status = -1 AND ended IS NULL AND confirming_until = $2`, id, until, now)
+		WHERE id = $1 AND status < 0 AND ended IS NULL AND confirming_until = $2`, id, until, now)
 }
 
 // bookRefund books the refund of a paid order's whole payment before the gateway is asked, leased to the caller for

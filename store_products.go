@@ -148,7 +148,7 @@ func (s *store) withdrawPainting(ctx context.Context, by actor, id, orderID stri
 	batch.Queue(`
 		WITH o AS (
 			UPDATE orders SET ended = 'withdrawn', updated_at = $3, next_look_at = NULL
-			WHERE id = $2 AND status = -1 AND ended IS NULL AND (confirming_until > $3) IS NOT TRUE
+			WHERE id = $2 AND status < 0 AND ended IS NULL AND (confirming_until > $3) IS NOT TRUE
 			RETURNING id, product_ids
 		), theirs AS (
 			SELECT p.id FROM products p JOIN o ON p.id = ANY(o.product_ids) AND p.order_id = o.id ORDER BY p.id FOR NO KEY UPDATE OF p

@@ -145,6 +145,11 @@ func TestPlans(t *testing.T) {
 	_, err := s.store.readOpenBalances(t.Context(), s.now(), s.settler.gateways.lists())
 	check(t, err)
 	check(t, s.settler.reconcileRound(t.Context()))
+	nobodys := newTestID()
+	s.store.expireHold(t.Context(), byReconciler, nobodys, s.now())
+	s.store.withdrawPainting(t.Context(), byReconciler, nobodys, nobodys, s.now())
+	s.store.reserveForPayment(t.Context(), byReconciler, nobodys, s.now(), s.now())
+	s.store.releaseReservation(t.Context(), nobodys, s.now(), s.now())
 	for range rounds {
 		_, err := s.store.claimNotification(t.Context(), "", s.now(), s.now())
 		check(t, err)
@@ -168,6 +173,8 @@ func TestPlans(t *testing.T) {
 		check(t, err)
 		if text := strings.Join(plan, "\n"); regexp.MustCompile(`Seq Scan on (orders|payments|history)`).MatchString(text) {
 			t.Errorf("%s\nreads a whole table:\n%s", statement, text)
+		} else if regexp.MustCompile(`WHERE (orders\.)?id = (\$|h\.id)`).MatchString(statement) && strings.Contains(text, "unpaid") {
+			t.Errorf("%s\nfinds an order by its id, and not by the primary key:\n%s", statement, text)
 		}
 	}
 	// With millions of orders the planner would read them all for the unpaid ones if it took those for many.
