@@ -232,7 +232,9 @@ const (
 	lockBuyer = setActor + `, pg_advisory_xact_lock(hashtextextended($2, 0))`
 	// lockBuyerOf is lockBuyer for the buyer of the order $2.
 	lockBuyerOf = lockingBuyer + ` FROM orders WHERE id = $2`
-	// lockOrder is lockBuyerOf, and then locks the order and returns its id, status, whether it ended, and its total after what the locks return.
+	// lockOrder is lockBuyerOf, and then locks the order. Its last columns are the order's id, status, whether it has ended, and its
+	// total. PostgreSQL computes a statement's columns before it locks the row, so the buyer is locked first, and computes them
+	// again when the row has changed meanwhile.
 	lockOrder = lockingBuyer + `, id, status, ended IS NOT NULL, total_price FROM orders WHERE id = $2 FOR NO KEY UPDATE`
 	// lockingBuyer is the beginning of both. It also has the server end the transaction when its client is silent for 5 seconds
 	// between two statements: a replica that vanishes must not keep an order locked until TCP notices.
