@@ -1082,7 +1082,9 @@ ALTER TABLE orders
 -- step 37: what holds of each row of orders, in one function
 
 -- PostgreSQL reads and prepares each CHECK anew in every statement that writes to its table, and orders had seventeen: with those
--- of payments a sixth of what a payment cost. A function is prepared once in a session. The rules are those of the steps before, each under its name.
+-- of payments a sixth of what a payment cost. A function is prepared once in a session. The rules are those of the steps before,
+-- each under its name. A step that replaces the function adds the constraint anew, too, and has it validated: PostgreSQL does not
+-- look at old rows when a function changes.
 CREATE FUNCTION orders_row_holds(o orders) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
 	broken text := CASE

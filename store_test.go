@@ -118,7 +118,8 @@ func TestPlans(t *testing.T) {
 	const rounds = 10 // one call at a time needs one connection, so that all is prepared there
 	planned := s.countPlans()
 	var eachRound []int64
-	// A change of a table's statistics or of many tables anywhere in the cluster has all planned once more, so that a round without a plan can come late.
+	// A change of a table's statistics, or of many tables anywhere in the cluster, has all planned once more: a round without a plan
+	// can come late.
 	for len(eachRound) < rounds || eachRound[len(eachRound)-1] > 0 && len(eachRound) < 20*rounds {
 		before := planned.Load()
 		painting := g.takeFree()
