@@ -315,6 +315,7 @@ func TestSchemaDefendsItself(t *testing.T) {
 		{`UPDATE history SET why = 'nothing'`, "history_are_kept"},
 		{`DELETE FROM history`, "history_are_kept"},
 		{`TRUNCATE history`, "history_are_kept"},
+		{`INSERT INTO history (order_id, at, why) VALUES ('000000000000000000000000', now(), 'nothing')`, "history_order_exists"},
 		{`TRUNCATE orders CASCADE`, "orders_are_kept"},
 	} {
 		_, err := owner.pool.Exec(t.Context(), row.sql, pgx.QueryExecModeSimpleProtocol)
