@@ -412,7 +412,10 @@ const timeFormat = "2006-01-02T15:04:05.000Z"
 type jsonTime time.Time
 
 func (t jsonTime) MarshalText() ([]byte, error) {
-	return time.Time(t).UTC().AppendFormat(nil, timeFormat), nil
+	utc := time.Time(t).UTC()
+	text := utc.AppendFormat(make([]byte, 0, len(timeFormat)), time.RFC3339) // several times as fast as timeFormat
+	ms := utc.Nanosecond() / 1e6
+	return append(text[:len(text)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z'), nil
 }
 
 // routes returns every call of the API: pattern, access, largest body, status of a success, handler. newServer adds /openapi.json and

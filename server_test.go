@@ -263,3 +263,21 @@ func wantBadRequest(t *testing.T, err error) {
 		t.Fatalf("a message nobody can read: %q", text)
 	}
 }
+
+// Times are in UTC with three decimals, the rest cut off.
+func TestJSONTime(t *testing.T) {
+	for at, want := range map[string]string{
+		"2021-12-01T17:15:53.146Z":       "2021-12-01T17:15:53.146Z",
+		"2021-12-01T17:15:53Z":           "2021-12-01T17:15:53.000Z",
+		"2021-12-02T02:15:53.007+09:00":  "2021-12-01T17:15:53.007Z",
+		"2021-12-01T17:15:53.059999999Z": "2021-12-01T17:15:53.059Z",
+		"2021-12-31T23:59:59.999999999Z": "2021-12-31T23:59:59.999Z",
+	} {
+		parsed, err := time.Parse(time.RFC3339, at)
+		check(t, err)
+		got, err := jsonTime(parsed).MarshalText()
+		if err != nil || string(got) != want || string(got) != parsed.UTC().Format(timeFormat) {
+			t.Errorf("%s: %s, %v, want %s", at, got, err, want)
+		}
+	}
+}
