@@ -151,12 +151,20 @@ func decideWhole(p gatewayPayment, known *paymentRow, l orderLedger) decision {
 	case l.status >= statusPaid:
 		return decision{state: stateRefunding, reason: reasonDuplicate}
 	case !l.ended:
-		return decision{state: stateKept, pay: true}
+		return paysUnpaid
 	case l.revivable:
 		return decision{state: stateKept, pay: true, revive: true}
 	default:
 		return decision{state: stateRefunding, reason: reasonSold}
 	}
+}
+
+// paysUnpaid decides that an unpaid order is paid.
+var paysUnpaid = decision{state: stateKept, pay: true}
+
+// paysUnpaid reports whether p pays an unpaid order of its amount whose ledger does not have p.
+func (p gatewayPayment) paysUnpaid() bool {
+	return decide(p)(orderLedger{status: statusUnpaid, total: p.amount}) == paysUnpaid
 }
 
 // paymentReport says that there is a payment. It proves nothing: the gateway is asked.

@@ -101,20 +101,85 @@ const lockRevivable = `
 	FROM o JOIN locked l ON l.id = ANY(o.product_ids)`
 
 // recordSettlement reads the ledger of payment p's order under the order's locks, has decide say what becomes of p, and
-// writes that. It takes two round trips (three for a tombstone) and one transaction, and asks the gateway nothing in
-// between. A refund that is decided is leased to the caller for refundLease. It returns errNotFound when the order is not
-// ours, and errOtherOrder when the ledger has the payment for another order.
+// writes that, in one transaction, and asks the gateway nothing in between. It takes one round trip when p pays an unpaid order or
+// nothing is to be written, and two when money goes back. One that did not pay for its order as expected takes three, and a
+// tombstone four. A refund that is decided is leased to the caller for refundLease. It returns errNotFound when the order is
+// not ours, and errOtherOrder when the ledger has the payment for another order.
 func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dbTimeout)
 	defer cancel()
 	err = s.bulkhead.pass(ctx, []string{p.merchantUID}, func() (err error) {
+		if p.paysUnpaid() {
+			var paid bool
+			if ledger, paid, err = s.payUnpaid(ctx, by, p, now); paid {
+				decided = paysUnpaid
+			}
+			if err != nil || paid || decide(ledger) == (decision{}) {
+				return err
+			}
+		}
 		ledger, decided, err = s.settleLocked(ctx, by, p, now, decide)
 		return err
 	})
 	return ledger, decided, err
 }
 
-// settleLocked is recordSettlement, past the bulkhead.
+// payUnpaid pays payment p's order with it in one round trip, if the order is unpaid, has not ended and is of p's amount, and if
+// the ledger does not have p. It returns the ledger before that, and recordSettlement's errors.
+func (s *store) payUnpaid(ctx context.Context, by actor, p gatewayPayment, now time.Time) (ledger orderLedger, paid bool, err error) {
+	batch := &pgx.Batch{}
+	queueLedger(batch, by, p, &ledger)
+	batch.Queue(`
+		WITH o AS (
+			UPDATE orders SET status = 0, paid_at = $2, updated_at = $2, next_look_at = NULL
+			WHERE id = $1 AND status < 0 AND ended IS NULL AND total_price = $5 AND NOT EXISTS (SELECT FROM payments WHERE imp_uid = $3)
+			RETURNING id)
+		INSERT INTO payments (imp_uid, order_id, state, currency, amount, paid_at, created_at, updated_at, gateway)
+		SELECT $3, id, 'kept', $4, $5, $6, $2, $2, $7 FROM o
+		RETURNING true`, p.merchantUID, now, p.impUID, p.currency, p.amount, p.paidAt, p.gateway).QueryRow(func(row pgx.Row) error {
+		if err := row.Scan(&paid); !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		return nil
+	})
+	if err = s.pool.SendBatch(ctx, batch).Close(); err == nil {
+		err = ledger.notFor(p)
+	}
+	return ledger, paid, err
+}
+
+// queueLedger locks the order of payment p and its buyer, and reads its ledger.
+func queueLedger(batch *pgx.Batch, by actor, p gatewayPayment, ledger *orderLedger) {
+	batch.Queue(lockOrder, by.setting(), p.merchantUID).QueryRow(func(row pgx.Row) error {
+		err := row.Scan(nil, nil, nil, nil, &ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return nil
+		}
+		return err
+	})
+	batch.Queue(`SELECT `+paymentColumns+`, (SELECT json_agg(json_build_object('ID', r.id, 'State', r.state)) FROM part_refunds r WHERE r.imp_uid = payments.imp_uid)
+		FROM payments WHERE order_id = $1
+		UNION ALL SELECT `+paymentColumns+`, NULL FROM payments WHERE imp_uid = $2 AND order_id <> $1`, p.merchantUID, p.impUID).Query(func(rows pgx.Rows) (err error) {
+		ledger.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p paymentRow, err error) {
+			err = row.Scan(append(p.scanTo(), &p.parts)...)
+			return p, err
+		})
+		return err
+	})
+}
+
+// notFor returns errNotFound when payment p's order is not ours, and errOtherOrder when the ledger has p for another one.
+func (l orderLedger) notFor(p gatewayPayment) error {
+	if l.orderID == "" {
+		return errNotFound
+	}
+	if known := l.payment(p.impUID); known != nil && known.orderID != l.orderID {
+		return errOtherOrder
+	}
+	return nil
+}
+
+// settleLocked is recordSettlement for what payUnpaid has not done.
 func (s *store) settleLocked(ctx context.Context, by actor, p gatewayPayment, now time.Time, decide func(orderLedger) decision) (ledger orderLedger, decided decision, err error) {
 	conn, err := s.pool.Acquire(ctx)
 	if err != nil {
@@ -132,27 +197,13 @@ func (s *store) settleLocked(ctx context.Context, by actor, p gatewayPayment, no
 	id := p.merchantUID
 	read := &pgx.Batch{}
 	read.Queue(`BEGIN`)
-	read.Queue(lockOrder, by.setting(), id).QueryRow(func(row pgx.Row) error {
-		return row.Scan(nil, nil, nil, nil, &ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
-	})
-	read.Queue(`SELECT `+paymentColumns+`, (SELECT json_agg(json_build_object('ID', r.id, 'State', r.state)) FROM part_refunds r WHERE r.imp_uid = payments.imp_uid)
-		FROM payments WHERE order_id = $1
-		UNION ALL SELECT `+paymentColumns+`, NULL FROM payments WHERE imp_uid = $2 AND order_id <> $1`, id, p.impUID).Query(func(rows pgx.Rows) (err error) {
-		ledger.payments, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (p paymentRow, err error) {
-			err = row.Scan(append(p.scanTo(), &p.parts)...)
-			return p, err
-		})
-		return err
-	})
-	if err := conn.SendBatch(ctx, read).Close(); errors.Is(err, pgx.ErrNoRows) {
-		_, err = conn.Exec(ctx, `ROLLBACK`)
-		return ledger, decided, errors.Join(errNotFound, err)
-	} else if err != nil {
+	queueLedger(read, by, p, &ledger)
+	if err := conn.SendBatch(ctx, read).Close(); err != nil {
 		return ledger, decided, err
 	}
-	if known := ledger.payment(p.impUID); known != nil && known.orderID != id {
+	if why := ledger.notFor(p); why != nil {
 		_, err = conn.Exec(ctx, `ROLLBACK`)
-		return ledger, decided, errors.Join(errOtherOrder, err)
+		return ledger, decided, errors.Join(why, err)
 	}
 	if ledger.ended {
 		if err := conn.QueryRow(ctx, lockRevivable, id, now.Add(-revivableFor), now).Scan(&ledger.revivable); err != nil {

@@ -62,7 +62,8 @@ func (t *tracer) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData
 // state that an order is found in:
 //   - the administrator's search finds the orders, and then reads those of one page;
 //   - an order for a painting that is taken asks how, once it has lost;
-//   - pay reads the books under their locks, decides, and writes: two, in one transaction;
+//   - money that does not just pay its order: the ledger is read under its locks once more, and what is decided is written; a
+//     refund is settled like that, too;
 //   - advancing an order reads its state, which says whether this caller may move it there, and then changes it from that state;
 //   - the deletion of an unpaid order does the same, with the gateway asked in between;
 //   - a cancel reads the state, books the refund before the gateway is asked for it, and then settles like pay.
@@ -70,7 +71,7 @@ func TestTrips(t *testing.T) {
 	s := newShop(t)
 	free := s.painting(99000)
 	unpaid, toDelete := s.order(buyerA, s.painting(99000)), s.order(buyerB, s.painting(99000))
-	impUID := s.charge(unpaid, 109000)
+	impUID, forged := s.charge(unpaid, 109000), s.charge(s.order(newTestID(), s.painting(99000)), 1)
 	toCancel, _, _ := s.paid(newTestID())
 	toStep, _, _ := s.paid(newTestID())
 	for _, row := range []struct {
@@ -91,8 +92,9 @@ func TestTrips(t *testing.T) {
 		{1, adminID, "GET", "/api/orders?number=" + newNumber(), nil, 200},
 		{2, adminID, "GET", "/api/orders?q=buyer@example.com", nil, 200},
 		{1, buyerA, "GET", "/api/orders/" + unpaid + "/history", nil, 200},
-		{2, "", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}, 200},
-		{2, "", "POST", "/api/payments/webhook", map[string]string{"imp_uid": impUID}, 200},
+		{1, "", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": impUID}, 200},
+		{1, "", "POST", "/api/payments/webhook", map[string]string{"imp_uid": impUID}, 200},
+		{5, "", "PATCH", "/api/orders/pay", map[string]string{"imp_uid": forged}, 400},
 		{2, adminID, "PATCH", "/api/orders/" + toStep, map[string]int{"status": 1}, 200},
 		{1, buyerA, "DELETE", "/api/orders/" + toStep, nil, 404},
 		{2, buyerB, "DELETE", "/api/orders/" + toDelete, nil, 200},
