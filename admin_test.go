@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/url"
@@ -327,11 +328,12 @@ func TestSearch(t *testing.T) {
 	both := pay(order("김하나", "010-0000-0006", "six@example.com", "김하나둘", "010-0000-0001"))
 	const wide = "\U0001d160" // of four bytes, and three such in NFC
 	long := pay(order(strings.Repeat(wide, maxText), strings.Repeat("0", maxText), "@"+strings.Repeat(wide, maxText-1), strings.Repeat(wide, maxText-1), strings.Repeat("0", maxText-1)))
+	check(t, s.store.applyStatusChanges(t.Context(), 3)) // the others are found before that, and kim in another status than then
 	for status := range 2 {
 		s.want(s.call(adminID, "PATCH", "/api/orders/"+kim, map[string]int{"status": status + 1}), 200, "")
 	}
 	unpaid := order("김결제전", "010-0000-0001", "unpaid@example.com", "김결제전", "010-0000-0001")
-	for _, row := range []struct {
+	rows := []struct {
 		query, rest string
 		want        []string
 	}{
@@ -349,11 +351,18 @@ func TestSearch(t *testing.T) {
 		{"김", "&number=" + s.numberOf(gift), []string{gift}}, {"이", "&number=" + s.numberOf(gift), []string{gift}}, {"홍", "&number=" + s.numberOf(gift), nil},
 		{"010-0000-0001", "&number=" + s.numberOf(kim), []string{kim}}, {"hana@example.com", "&number=" + s.numberOf(kim) + "&status=2", []string{kim}},
 		{"김", "&refund=stuck", nil},
-	} {
-		l := s.list(adminID, "/api/orders?q="+url.QueryEscape(row.query)+row.rest)
-		if !slices.Equal(l.ids(), row.want) || l.Pages != pagesOf(len(row.want), adminPageSize) {
-			t.Errorf("%q%s: %v on %d pages, want %v", row.query, row.rest, l.ids(), l.Pages, row.want)
+	}
+	for _, left := range []string{"5", "0"} {
+		if n := queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM status_changes`); n != left {
+			t.Errorf("%s changes of status are to be applied, want %s", n, left)
 		}
+		for _, row := range rows {
+			l := s.list(adminID, "/api/orders?q="+url.QueryEscape(row.query)+row.rest)
+			if !slices.Equal(l.ids(), row.want) || l.Pages != pagesOf(len(row.want), adminPageSize) {
+				t.Errorf("%q%s: %v on %d pages, want %v", row.query, row.rest, l.ids(), l.Pages, row.want)
+			}
+		}
+		check(t, s.settler.reconcileRound(t.Context()))
 	}
 	s.want(s.call(adminID, "DELETE", "/api/orders/"+gift, nil), 200, "")
 	s.refuseCancels()
@@ -404,6 +413,62 @@ func TestSearchIsBounded(t *testing.T) {
 			t.Errorf("%q in status 3: %v, want %v", q, one.ids(), all.ids())
 		}
 	}
+}
+
+// A batch leaves what is too much for it and what somebody is changing. Who changes an order meanwhile waits until it is done.
+func TestStatusChangesAreApplied(t *testing.T) {
+	s := newDirectShop(t)
+	var orders []string
+	for range 6 {
+		order, _, _ := s.orderAt(statusPreparing) // two changes
+		orders = append(orders, order)
+	}
+	apply := func(most, left int) {
+		t.Helper()
+		check(t, s.store.applyStatusChanges(t.Context(), most))
+		if n := queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM status_changes`); n != fmt.Sprint(left) {
+			t.Errorf("%s changes of status are left, want %d", n, left)
+		}
+		s.wantTrueStatusCounts()
+	}
+	apply(4, 8)
+	release := s.holdRow(orders[5])
+	apply(100, 2)
+	release()
+	apply(100, 0)
+
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+orders[0], `{"status":4}`), 200, "")
+	s.want(s.call(adminID, "DELETE", "/api/orders/"+orders[0], nil), 200, "")
+	o, err := s.store.readOrderData(t.Context(), orders[0])
+	check(t, err)
+	execSQL(t, s.config.databaseURL, `DELETE FROM order_search`) // as if it had not been there yet
+	applying, err := s.store.pool.Begin(t.Context())
+	check(t, err)
+	defer applying.Rollback(context.Background())
+	_, err = applying.Exec(t.Context(), applyStatusChangesQuery, 100)
+	check(t, err)
+	erased := make(chan error, 1)
+	go func() { erased <- s.store.erase(t.Context(), byReconciler, o, s.now()) }()
+	s.waitForLocks(t, 1)
+	check(t, applying.Commit(t.Context()))
+	check(t, <-erased)
+	if n := queryText(t, s.config.databaseURL, `SELECT count(*)::text FROM order_search`); n != "0" {
+		t.Errorf("%s orders are found by what was erased", n)
+	}
+}
+
+// Replicas that apply changes at the same time apply each once.
+func TestStatusChangesAreAppliedOnce(t *testing.T) {
+	s := newDirectShop(t)
+	for range 20 {
+		s.paid(newTestID())
+	}
+	concurrently(40, func(int) answer {
+		check(t, s.store.applyStatusChanges(t.Context(), 7))
+		return answer{}
+	})
+	check(t, s.store.applyStatusChanges(t.Context(), 100))
+	s.wantTrueStatusCounts()
 }
 
 func (s *shop) numberOf(order string) string {

@@ -294,6 +294,7 @@ func TestErasedOrderMoves(t *testing.T) {
 	s.want(s.call(adminID, "DELETE", "/api/orders/"+order, nil), 200, "")
 	s.wantMoney(impUID, 109000)
 	s.erasedOf(order)
+	check(t, s.store.applyStatusChanges(t.Context(), 100))
 	s.wantBalancedSince(s.clock.Now().Add(-time.Hour))
 }
 

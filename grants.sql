@@ -5,8 +5,8 @@
 -- change are in no UPDATE; a lock (FOR UPDATE) needs one column that may. Replicas of the release before still run when this does:
 -- what they need is taken away by the release after.
 
-REVOKE ALL ON schema_steps, products, orders, payments, part_refunds, history, order_tally, gateway_lists, notify_targets, notifications
-	FROM PUBLIC, lumiere_service;
+REVOKE ALL ON schema_steps, products, orders, payments, part_refunds, history, status_changes, order_tally, order_counts, order_search, gateway_lists,
+	notify_targets, notifications FROM PUBLIC, lumiere_service;
 
 GRANT USAGE ON SCHEMA public TO lumiere_service;
 GRANT SELECT ON schema_steps TO lumiere_service;
@@ -20,7 +20,9 @@ GRANT SELECT, INSERT, UPDATE (state, reason, refunded, updated_at, attempts, nex
 GRANT SELECT, INSERT, UPDATE (state, updated_at, attempts, refusals, next_attempt_at, leased_until, last_error)
 	ON part_refunds TO lumiere_service;
 GRANT SELECT, INSERT ON history TO lumiere_service;
-GRANT SELECT, INSERT, DELETE ON order_tally TO lumiere_service;
+GRANT SELECT, INSERT, DELETE ON status_changes, order_tally TO lumiere_service;
+GRANT SELECT ON order_counts TO lumiere_service;
+GRANT SELECT, INSERT, DELETE, UPDATE (status) ON order_search TO lumiere_service;
 GRANT SELECT, INSERT, UPDATE (read_until, leased_until) ON gateway_lists TO lumiere_service;
 GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, given_up) ON notify_targets TO lumiere_service;
 GRANT SELECT, INSERT, DELETE, UPDATE (due_at, tried_since, attempts) ON notifications TO lumiere_service;

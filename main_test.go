@@ -838,6 +838,7 @@ func (s *shop) wantBalancedSince(since time.Time) auditReport {
 	if report.Matching != report.Orders || report.Ledger != report.Gateway {
 		s.t.Errorf("%d of %d orders match; the books have %+v, the gateway %+v", report.Matching, report.Orders, report.Ledger, report.Gateway)
 	}
+	s.wantTrueStatusCounts()
 	return report
 }
 

@@ -70,7 +70,8 @@ func TestDeployment(t *testing.T) {
 		`DELETE FROM orders`, `TRUNCATE orders CASCADE`, `DELETE FROM payments`, `TRUNCATE payments`, `DELETE FROM products`,
 		`UPDATE orders SET total_price = 1`, `UPDATE orders SET user_id = '` + buyerA + `'`,
 		`UPDATE payments SET amount = 1`, `UPDATE products SET id = ''`,
-		`UPDATE order_tally SET n = 0`, `UPDATE schema_steps SET applied_at = now()`, `DELETE FROM schema_steps`, `INSERT INTO schema_steps VALUES (1000)`,
+		`UPDATE order_tally SET n = 0`, `UPDATE status_changes SET to_status = 0`, `UPDATE order_search SET orderer_name = ''`,
+		`UPDATE schema_steps SET applied_at = now()`, `DELETE FROM schema_steps`, `INSERT INTO schema_steps VALUES (1000)`,
 		// What keeps it.
 		`ALTER TABLE history DISABLE TRIGGER history_is_append_only`, `ALTER TABLE orders DISABLE TRIGGER ALL`, `DROP TRIGGER orders_are_kept ON orders`,
 		`ALTER TABLE payments DROP CONSTRAINT payments_refund_is_bounded`, `ALTER TABLE orders ADD COLUMN note text`, `DROP INDEX payments_one_kept_per_order`,

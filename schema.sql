@@ -4,8 +4,9 @@
 -- `lumiere migrate`, or by whichever replica starts first if its role owns the tables. What the service's role may do with them
 -- is in grants.sql. A released step is never edited: a change is a new step, and one that the program of the step before can
 -- live with, since old replicas still run while the new one starts:
--- - It adds. What it replaces is dropped by a later release, when no program is left that uses it. A new column may be null
---   or has a constant default; a new constraint is NOT VALID, and validated by a step after it.
+-- - It adds. What it replaces is dropped by a later release, when no program is left that uses it, unless the program of the step
+--   before is only slower without it. A new column may be null or has a constant default; a new constraint is NOT VALID, and
+--   validated by a step after it.
 -- - It is short, and changes one busy table. It gets half a second to lock it, a few times: nobody waits behind it for longer.
 -- - An index on a big table is CREATE INDEX IF NOT EXISTS here, and before the release the operator runs the same with
 --   CONCURRENTLY, which no transaction may and which blocks nobody: the step finds it there. (One that failed half-way is
@@ -1197,3 +1198,115 @@ BEGIN
 END $$;
 LOCK TABLE orders, history IN ACCESS EXCLUSIVE MODE; -- in the order in which buyers lock them
 ALTER TABLE history DROP CONSTRAINT history_order_exists;
+
+-- step 44: a payment leaves the counts and the search to the reconciler
+
+-- The changes of status that the reconciler has not yet applied to order_tally and order_search. A payment writes one row here, and
+-- to no index of the search.
+CREATE TABLE status_changes (
+	order_id    text COLLATE "C" NOT NULL,
+	from_status smallint NOT NULL,
+	to_status   smallint NOT NULL
+);
+
+-- What paid orders are found by. Telephones are their digits, e-mail is in lower case, names are in NFC; store_admin.go says the
+-- same. The receiver's are null where they are written as the orderer's. An order that is in status_changes may be missing here,
+-- or have its former status. An order whose personal data was erased is not here.
+CREATE TABLE order_search (
+	id             text COLLATE "C" NOT NULL CONSTRAINT order_search_pkey PRIMARY KEY, -- the order's
+	status         smallint NOT NULL,
+	created_at     timestamptz NOT NULL,
+	orderer_phone  text COLLATE "C",
+	receiver_phone text COLLATE "C",
+	orderer_email  text COLLATE "C",
+	orderer_name   text COLLATE "C",
+	receiver_name  text COLLATE "C"
+);
+CREATE INDEX order_search_by_orderer_phone ON order_search (orderer_phone, created_at DESC, id DESC);
+CREATE INDEX order_search_by_receiver_phone ON order_search (receiver_phone, created_at DESC, id DESC) WHERE receiver_phone IS NOT NULL;
+CREATE INDEX order_search_by_email ON order_search (orderer_email, created_at DESC, id DESC);
+
+-- The beginning of a name may be that of a million orders, of which the newest are wanted. These have the orders of each week
+-- together, so that a search reads a week at a time and stops when it has enough.
+CREATE INDEX order_search_by_orderer_name ON order_search (status, date_trunc('week', created_at AT TIME ZONE 'UTC'), orderer_name);
+CREATE INDEX order_search_by_receiver_name ON order_search (status, date_trunc('week', created_at AT TIME ZONE 'UTC'), receiver_name)
+	WHERE receiver_name IS NOT NULL;
+
+-- How many paid orders there are in each status. Replicas of the release before read order_tally alone, so their numbers of pages
+-- are those of the reconciler's last round.
+CREATE VIEW order_counts AS
+	SELECT status, sum(n)::bigint AS n FROM (
+		SELECT status, n FROM order_tally
+		UNION ALL SELECT to_status, 1 FROM status_changes
+		UNION ALL SELECT from_status, -1 FROM status_changes WHERE from_status >= 0) AS counted (status, n)
+	GROUP BY status;
+
+-- Replicas of the release before write to these from now on, and grants.sql runs only after the last step.
+DO $$
+BEGIN
+	IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'lumiere_service') THEN
+		GRANT INSERT ON status_changes TO lumiere_service;
+		GRANT SELECT, DELETE ON order_search TO lumiere_service;
+	END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION orders_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF TG_OP = 'INSERT' THEN
+		INSERT INTO history (order_id, at, to_status, why) VALUES (NEW.id, NEW.created_at, NEW.status, 'created');
+		IF NEW.status >= 0 THEN
+			INSERT INTO status_changes VALUES (NEW.id, -1, NEW.status);
+		END IF;
+		RETURN NULL;
+	END IF;
+	IF NEW.status = OLD.status AND NEW.status >= 0 THEN
+		IF EXISTS (SELECT FROM part_refunds r WHERE r.order_id = NEW.id AND r.state = 'booked') THEN
+			RETURN NULL; -- its row says what is cancelled
+		END IF;
+	END IF;
+	INSERT INTO history (order_id, at, from_status, to_status, why) VALUES (NEW.id,
+		CASE WHEN NEW.updated_at = OLD.updated_at THEN clock_timestamp() ELSE NEW.updated_at END, OLD.status, NEW.status,
+		CASE
+			WHEN NEW.ended IS NOT NULL AND OLD.ended IS NULL THEN NEW.ended
+			WHEN NEW.status = OLD.status THEN 'cancel requested'
+			WHEN OLD.ended IS NOT NULL THEN 'revived'
+			ELSE (ARRAY['paid', 'preparing', 'shipping', 'delivered', 'return requested', 'cancelled'])[NEW.status + 1]
+		END);
+	IF NEW.status <> OLD.status THEN
+		INSERT INTO status_changes VALUES (NEW.id, OLD.status, NEW.status);
+	END IF;
+	RETURN NULL;
+END $$;
+
+CREATE OR REPLACE FUNCTION orders_erasure_history() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	INSERT INTO history (order_id, at, why) VALUES (NEW.id, NEW.erased_at, 'personal data erased');
+	DELETE FROM order_search WHERE id = NEW.id;
+	RETURN NULL;
+END $$;
+
+-- When this lock is granted, every transaction that ran the former functions has ended: the next step sees what they wrote.
+LOCK TABLE orders IN SHARE ROW EXCLUSIVE MODE;
+
+-- step 45: the orders that were paid before
+
+INSERT INTO order_search
+	SELECT id, status, created_at,
+		regexp_replace(orderer_info ->> 'phoneNum', '[^0-9]', '', 'g'),
+		CASE WHEN delivery_info ->> 'contactNum' <> orderer_info ->> 'phoneNum' THEN regexp_replace(delivery_info ->> 'contactNum', '[^0-9]', '', 'g') END,
+		lower((orderer_info ->> 'email') COLLATE "C"),
+		left(normalize(orderer_info ->> 'name'), 254),
+		CASE WHEN delivery_info ->> 'receiver' <> orderer_info ->> 'name' THEN left(normalize(delivery_info ->> 'receiver'), 254) END
+	FROM orders WHERE status >= 0 AND erased_at IS NULL;
+ANALYZE order_search;
+
+-- step 46: what orders were found by before
+
+-- Each INSERT and UPDATE of orders opens all of its indexes. Without these a replica of the release before reads all paid orders for
+-- a search.
+DROP INDEX orders_by_orderer_phone, orders_by_receiver_phone, orders_by_email, orders_by_orderer_name, orders_by_receiver_name;
+
+-- step 47: what was erased while step 45 read the orders
+
+-- Their triggers did not see the rows that step 45 wrote. All of them have ended, because step 46 waited for their locks.
+DELETE FROM order_search s USING orders o WHERE o.id = s.id AND o.erased_at IS NOT NULL;

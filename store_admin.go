@@ -47,7 +47,7 @@ func (s *store) listAllOrders(ctx context.Context, filter orderFilter, offset, l
 }
 
 // adminListQuery returns the condition of a filter and the statement that counts the orders which meet it. Paid ones are
-// counted by order_tally; the unpaid ones, as many as there are holds, and those of one number one by one.
+// counted by order_counts; the unpaid ones, as many as there are holds, and those of one number one by one.
 func adminListQuery(filter orderFilter) (where, counted string, args []any) {
 	status := `status >= 0`
 	switch {
@@ -58,14 +58,14 @@ func adminListQuery(filter orderFilter) (where, counted string, args []any) {
 		}
 	case filter.status == nil:
 		if filter.number == "" {
-			return status, `SELECT sum(n) FROM order_tally`, nil
+			return status, `SELECT sum(n) FROM order_counts`, nil
 		}
 	case *filter.status == statusUnpaid:
 		status = `status = -1 AND ended IS NULL`
 	default:
 		status, args = `status = $1 AND status >= 0`, []any{*filter.status}
 		if filter.number == "" {
-			return status, `SELECT sum(n) FROM order_tally WHERE status = $1`, args
+			return status, `SELECT n FROM order_counts WHERE status = $1`, args
 		}
 	}
 	where = status
@@ -83,7 +83,7 @@ func adminListQuery(filter orderFilter) (where, counted string, args []any) {
 	return where, `SELECT count(*) FROM orders WHERE ` + where, args
 }
 
-// What orders are found by, as the indexes orders_by_… of schema.sql have it.
+// What orders are found by, as order_search has it.
 const (
 	ordererPhone  = `regexp_replace(orderer_info ->> 'phoneNum', '[^0-9]', '', 'g') COLLATE "C"`
 	receiverPhone = `regexp_replace(delivery_info ->> 'contactNum', '[^0-9]', '', 'g') COLLATE "C"`
@@ -91,8 +91,8 @@ const (
 	ordererName   = `left(normalize(orderer_info ->> 'name'), 254) COLLATE "C"`
 	receiverName  = `left(normalize(delivery_info ->> 'receiver'), 254) COLLATE "C"`
 
-	otherPhone = `delivery_info ->> 'contactNum' <> orderer_info ->> 'phoneNum'`
-	otherName  = `delivery_info ->> 'receiver' <> orderer_info ->> 'name'`
+	otherPhone = `CASE WHEN delivery_info ->> 'contactNum' <> orderer_info ->> 'phoneNum' THEN ` + receiverPhone + ` END`
+	otherName  = `CASE WHEN delivery_info ->> 'receiver' <> orderer_info ->> 'name' THEN ` + receiverName + ` END`
 )
 
 // searchMatches is the end of a condition: that the search in the first parameter, whose digits are in the second, finds the
@@ -124,34 +124,39 @@ func (s *store) searchPaid(ctx context.Context, filter orderFilter, offset, limi
 }
 
 // searchPaidQuery returns the ids of the newest orders in the statuses $1 that the search $2, whose digits are $3, finds. The
-// beginning of a name may be that of most orders: those are read a week at a time, the newest first, until there are enough.
+// beginning of a name may be that of most orders: those are read a week at a time, the newest first, until there are enough. The
+// orders of status_changes are read themselves, because order_search may not have them as they are.
 var searchPaidQuery = strings.NewReplacer(
-	"{in status}", `status >= 0 AND status = ANY ((SELECT $1::smallint[])::smallint[])`,
+	"{in status}", `status = ANY ((SELECT $1::smallint[])::smallint[])`,
+	"{indexed}", `id NOT IN (SELECT order_id FROM status_changes)`,
 	"{in week}", `date_trunc('week', created_at AT TIME ZONE 'UTC') = named.week - interval '7 days'`,
 	"{newest}", fmt.Sprint(`ORDER BY created_at DESC, id DESC LIMIT `, searchBound),
 	"{bound}", strconv.Itoa(searchBound),
+	"{matches}", fmt.Sprintf(searchMatches, 2, 3),
 ).Replace(`
 	WITH RECURSIVE named (week, ids, n) AS ( -- n are in later weeks
 		SELECT date_trunc('week', max(created_at) AT TIME ZONE 'UTC') + interval '7 days', '{}'::text[] COLLATE "C", 0 FROM orders WHERE status >= 0
 		UNION ALL
 		SELECT week - interval '7 days', ARRAY(
 			SELECT id FROM (
-				SELECT id, created_at FROM orders WHERE {in status} AND {in week}
-					AND ` + ordererName + ` >= (SELECT normalize($2::text)) AND ` + ordererName + ` < (SELECT normalize($2::text) || chr(1114111))
+				SELECT id, created_at FROM order_search WHERE {in status} AND {in week} AND {indexed}
+					AND orderer_name >= (SELECT normalize($2::text)) AND orderer_name < (SELECT normalize($2::text) || chr(1114111))
 				UNION
-				SELECT id, created_at FROM orders WHERE {in status} AND {in week} AND ` + otherName + `
-					AND ` + receiverName + ` >= (SELECT normalize($2::text)) AND ` + receiverName + ` < (SELECT normalize($2::text) || chr(1114111))) m
+				SELECT id, created_at FROM order_search WHERE {in status} AND {in week} AND {indexed}
+					AND receiver_name >= (SELECT normalize($2::text)) AND receiver_name < (SELECT normalize($2::text) || chr(1114111))) m
 			{newest}), n + cardinality(ids)
 		FROM named WHERE n + cardinality(ids) < {bound} AND week > (SELECT min(created_at) AT TIME ZONE 'UTC' FROM orders WHERE status >= 0)
 	)
 	SELECT id FROM orders WHERE id = ANY (ARRAY(
-		(SELECT id FROM orders WHERE {in status} AND ` + ordererPhone + ` = (SELECT $3::text) {newest})
+		(SELECT id FROM order_search WHERE {in status} AND {indexed} AND orderer_phone = (SELECT $3::text) {newest})
 		UNION
-		(SELECT id FROM orders WHERE {in status} AND ` + receiverPhone + ` = (SELECT $3::text) AND ` + otherPhone + ` {newest})
+		(SELECT id FROM order_search WHERE {in status} AND {indexed} AND receiver_phone = (SELECT $3::text) {newest})
 		UNION
-		(SELECT id FROM orders WHERE {in status} AND ` + ordererEmail + ` = (SELECT lower($2::text COLLATE "C")) {newest})
+		(SELECT id FROM order_search WHERE {in status} AND {indexed} AND orderer_email = (SELECT lower($2::text COLLATE "C")) {newest})
 		UNION
-		SELECT unnest(ids) FROM named))
+		SELECT unnest(ids) FROM named
+		UNION
+		SELECT id FROM orders WHERE id = ANY (ARRAY(SELECT order_id FROM status_changes)) AND status >= 0 AND {in status} {matches}))
 	{newest}`)
 
 // digitsOf returns the digits of a search that may be a telephone, and nil when there are fewer than seven.
@@ -167,6 +172,30 @@ func digitsOf(search string) *string {
 	}
 	return &digits
 }
+
+// applyStatusChanges applies up to most changes of status to order_tally and order_search. Counts and searches read those that are
+// left from status_changes, so they are exact at any time. It does not wait: the changes of an order that another transaction has
+// locked are left, too.
+func (s *store) applyStatusChanges(ctx context.Context, most int) error {
+	return s.exec(ctx, applyStatusChangesQuery, most)
+}
+
+const applyStatusChangesQuery = `
+	WITH changed AS MATERIALIZED (
+		SELECT id, status, created_at, erased_at IS NULL AS findable, ` + ordererPhone + ` AS orderer_phone, ` + otherPhone + ` AS receiver_phone,
+			` + ordererEmail + ` AS orderer_email, ` + ordererName + ` AS orderer_name, ` + otherName + ` AS receiver_name
+		FROM orders WHERE id = ANY (ARRAY(SELECT order_id FROM status_changes LIMIT (SELECT $1::bigint)))
+		FOR NO KEY UPDATE SKIP LOCKED -- a transaction that erases one of them waits, and then finds it in order_search
+	), applied AS (
+		DELETE FROM status_changes c USING changed WHERE c.order_id = changed.id RETURNING c.from_status, c.to_status
+	), counted AS (
+		INSERT INTO order_tally
+		SELECT status, sum(n) FROM (SELECT to_status, 1 FROM applied UNION ALL SELECT from_status, -1 FROM applied) AS d (status, n)
+		WHERE status >= 0 GROUP BY status
+	)
+	INSERT INTO order_search (id, status, created_at, orderer_phone, receiver_phone, orderer_email, orderer_name, receiver_name)
+	SELECT id, status, created_at, orderer_phone, receiver_phone, orderer_email, orderer_name, receiver_name FROM changed WHERE findable
+	ON CONFLICT (id) DO UPDATE SET status = excluded.status WHERE order_search.status <> excluded.status`
 
 // compactStatusCounts adds up the differences in order_tally once there are many.
 func (s *store) compactStatusCounts(ctx context.Context) error {
@@ -186,12 +215,12 @@ type openBalances struct {
 	orders         [6]int        // paid orders by status, from 0
 }
 
-// openBalancesQuery reads no more rows than there are holds, refunds that wait, and differences in order_tally.
+// openBalancesQuery reads no more rows than there are holds, refunds that wait, and differences that order_counts adds up.
 const openBalancesQuery = `
 	SELECT h.n, h.oldest, r.n, r.stuck, r.oldest,
 		(SELECT coalesce(extract(epoch FROM $1::timestamptz - min(read_until)), 0) FROM gateway_lists WHERE status = ANY($4::text[]))::float8,
 		ARRAY(
-			SELECT coalesce(sum(t.n), 0)::bigint FROM generate_series(0, 5) AS s LEFT JOIN order_tally t ON t.status = s GROUP BY s ORDER BY s)
+			SELECT coalesce(c.n, 0) FROM generate_series(0, 5) AS s LEFT JOIN order_counts c ON c.status = s ORDER BY s)
 	FROM (
 		SELECT count(*) AS n, coalesce(greatest(extract(epoch FROM $1::timestamptz - min(held_until)), 0), 0)::float8 AS oldest
 		FROM orders WHERE status = -1 AND ended IS NULL) h, (

@@ -648,15 +648,25 @@ func (s *shop) payBooked() {
 	}
 }
 
-// wantTrueStatusCounts fails unless as many orders are counted in each status as there are.
+// wantTrueStatusCounts fails unless as many orders are counted in each status as there are, and order_search has each paid order
+// whose changes of status were applied, as it is.
 func (s *shop) wantTrueStatusCounts() {
 	s.t.Helper()
 	if wrong := queryText(s.t, s.config.databaseURL, `
 		SELECT coalesce(string_agg(format('%s: %s, not %s', status, counted, n), '; '), '')
-		FROM (SELECT status, sum(n) AS counted FROM order_tally GROUP BY status) t
+		FROM (SELECT status, n AS counted FROM order_counts) t
 		FULL JOIN (SELECT status, count(*) AS n FROM orders WHERE status >= 0 GROUP BY status) o USING (status)
 		WHERE coalesce(counted, 0) <> coalesce(n, 0)`); wrong != "" {
 		s.t.Errorf("wrong count of status %s", wrong)
+	}
+	if wrong := queryText(s.t, s.config.databaseURL, `
+		SELECT coalesce(string_agg(format('%s: %s, not %s', id, s, o), '; '), '')
+		FROM (SELECT id, (status, created_at, `+ordererPhone+`, `+otherPhone+`, `+ordererEmail+`, `+ordererName+`, `+otherName+`)::text AS o
+			FROM orders WHERE status >= 0 AND erased_at IS NULL) o
+		FULL JOIN (SELECT id, (status, created_at, orderer_phone, receiver_phone, orderer_email, orderer_name, receiver_name)::text AS s
+			FROM order_search) s USING (id)
+		WHERE o IS DISTINCT FROM s AND id NOT IN (SELECT order_id FROM status_changes)`); wrong != "" {
+		s.t.Errorf("order_search has wrong orders: %s", wrong)
 	}
 }
 

@@ -581,7 +581,9 @@ var galleryOrders = []string{`
 	SELECT id, at + step * interval '1 minute', 'buyer', CASE step WHEN 1 THEN -1 END, CASE step WHEN 1 THEN status ELSE -1 END,
 		CASE step WHEN 1 THEN coalesce(ended, 'paid') ELSE 'created' END
 	FROM pg_temp.orders($1, $2, $3), generate_series(0, 1) step WHERE step = 0 OR status <> -1 OR ended IS NOT NULL`, `
-	INSERT INTO order_tally SELECT status, count(*) FROM pg_temp.orders($1, $2, $3) WHERE status >= 0 GROUP BY status`,
+	INSERT INTO order_tally SELECT status, count(*) FROM pg_temp.orders($1, $2, $3) WHERE status >= 0 GROUP BY status`, `
+	INSERT INTO order_search SELECT id, status, at, '01000000000', NULL, 'buyer@example.com', '홍길동', NULL
+	FROM pg_temp.orders($1, $2, $3) WHERE status >= 0`,
 }
 
 // fill writes the orders a batch at a time, and prints how far it is when that takes long.
