@@ -415,7 +415,8 @@ func TestSearchIsBounded(t *testing.T) {
 	}
 }
 
-// A batch leaves what is too much for it and what somebody is changing. Who changes an order meanwhile waits until it is done.
+// A batch leaves the changes beyond its bound, and those of an order that another transaction has locked. A transaction that changes
+// one of its orders waits for its end.
 func TestStatusChangesAreApplied(t *testing.T) {
 	s := newDirectShop(t)
 	var orders []string

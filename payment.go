@@ -151,7 +151,7 @@ func decideWhole(p gatewayPayment, known *paymentRow, l orderLedger) decision {
 	case l.status >= statusPaid:
 		return decision{state: stateRefunding, reason: reasonDuplicate}
 	case !l.ended:
-		return paysUnpaid
+		return decisionToPay
 	case l.revivable:
 		return decision{state: stateKept, pay: true, revive: true}
 	default:
@@ -159,12 +159,12 @@ func decideWhole(p gatewayPayment, known *paymentRow, l orderLedger) decision {
 	}
 }
 
-// paysUnpaid decides that an unpaid order is paid.
-var paysUnpaid = decision{state: stateKept, pay: true}
+// decisionToPay is what becomes of a payment that pays its unpaid order.
+var decisionToPay = decision{state: stateKept, pay: true}
 
 // paysUnpaid reports whether p pays an unpaid order of its amount whose ledger does not have p.
 func (p gatewayPayment) paysUnpaid() bool {
-	return decide(p)(orderLedger{status: statusUnpaid, total: p.amount}) == paysUnpaid
+	return decide(p)(orderLedger{status: statusUnpaid, total: p.amount}) == decisionToPay
 }
 
 // paymentReport says that there is a payment. It proves nothing: the gateway is asked.

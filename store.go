@@ -287,6 +287,16 @@ func oneRow(to ...any) func(pgx.Row) error {
 	}
 }
 
+// rowIfAny reads a row if there is one.
+func rowIfAny(to ...any) func(pgx.Row) error {
+	return func(row pgx.Row) error {
+		if err := row.Scan(to...); !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+		return nil
+	}
+}
+
 // exactlyOne is oneRow for a change that returns an id which the caller knows.
 func exactlyOne(row pgx.Row) error { return oneRow(new(string))(row) }
 

@@ -112,7 +112,7 @@ func (s *store) recordSettlement(ctx context.Context, by actor, p gatewayPayment
 		if p.paysUnpaid() {
 			var paid bool
 			if ledger, paid, err = s.payUnpaid(ctx, by, p, now); paid {
-				decided = paysUnpaid
+				decided = decisionToPay
 			}
 			if err != nil || paid || decide(ledger) == (decision{}) {
 				return err
@@ -136,12 +136,7 @@ func (s *store) payUnpaid(ctx context.Context, by actor, p gatewayPayment, now t
 			RETURNING id)
 		INSERT INTO payments (imp_uid, order_id, state, currency, amount, paid_at, created_at, updated_at, gateway)
 		SELECT $3, id, 'kept', $4, $5, $6, $2, $2, $7 FROM o
-		RETURNING true`, p.merchantUID, now, p.impUID, p.currency, p.amount, p.paidAt, p.gateway).QueryRow(func(row pgx.Row) error {
-		if err := row.Scan(&paid); !errors.Is(err, pgx.ErrNoRows) {
-			return err
-		}
-		return nil
-	})
+		RETURNING true`, p.merchantUID, now, p.impUID, p.currency, p.amount, p.paidAt, p.gateway).QueryRow(rowIfAny(&paid))
 	if err = s.pool.SendBatch(ctx, batch).Close(); err == nil {
 		err = ledger.notFor(p)
 	}
@@ -150,13 +145,7 @@ func (s *store) payUnpaid(ctx context.Context, by actor, p gatewayPayment, now t
 
 // queueLedger locks the order of payment p and its buyer, and reads its ledger.
 func queueLedger(batch *pgx.Batch, by actor, p gatewayPayment, ledger *orderLedger) {
-	batch.Queue(lockOrder, by.setting(), p.merchantUID).QueryRow(func(row pgx.Row) error {
-		err := row.Scan(nil, nil, nil, nil, &ledger.orderID, &ledger.status, &ledger.ended, &ledger.total)
-		if errors.Is(err, pgx.ErrNoRows) {
-			return nil
-		}
-		return err
-	})
+	batch.Queue(lockOrder, by.setting(), p.merchantUID).QueryRow(rowIfAny(nil, nil, nil, nil, &ledger.orderID, &ledger.status, &ledger.ended, &ledger.total))
 	batch.Queue(`SELECT `+paymentColumns+`, (SELECT json_agg(json_build_object('ID', r.id, 'State', r.state)) FROM part_refunds r WHERE r.imp_uid = payments.imp_uid)
 		FROM payments WHERE order_id = $1
 		UNION ALL SELECT `+paymentColumns+`, NULL FROM payments WHERE imp_uid = $2 AND order_id <> $1`, p.merchantUID, p.impUID).Query(func(rows pgx.Rows) (err error) {
@@ -280,12 +269,7 @@ func (s *store) reserveForPayment(ctx context.Context, by actor, id string, now,
 	batch.Queue(`
 		UPDATE orders SET confirming_until = $3, updated_at = $2, next_look_at = $3
 		WHERE id = $1 AND status < 0 AND ended IS NULL AND (confirming_until > $2) IS NOT TRUE
-		RETURNING true`, id, now, until).QueryRow(func(row pgx.Row) error {
-		if err := row.Scan(&p.reserved); !errors.Is(err, pgx.ErrNoRows) {
-			return err
-		}
-		return nil
-	})
+		RETURNING true`, id, now, until).QueryRow(rowIfAny(&p.reserved))
 	if err = s.change(ctx, batch, id); errors.Is(err, pgx.ErrNoRows) {
 		err = errNotFound
 	}
